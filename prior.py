@@ -1,0 +1,165 @@
+"""The diffusion prior: one class between the losses and diffusers, the only file that knows diffusers.
+
+    prior = Prior.from_pretrained("models/emoji")  # or a Stable Diffusion 1.x, 2.x, XL directory or hub id
+    x0 = prior.encode(picture)                     # [B,3,H,W] in [0,1] -> [B,C,h,w], differentiable
+    y = prior.embed("a red apple")                 # computed once, kept
+    eps = prior.eps(x_t, t, y)                     # guidance included
+
+Guidance, number format, prediction type, latent scaling and shift end here; pds.py sees `abar` and `eps` only.
+"""
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+# The paper's guidance for PDS and DreamFusion's for SDS; DDS as in its own paper. A model may bring its own in
+# a file pds.json beside its model_index.json.
+DEFAULTS = {"guidance": {"pds": 100.0, "dds": 7.5, "sds": 100.0}}
+
+
+class PriorError(ValueError):
+    """A model that cannot be loaded or used; one line that names it and the reason."""
+
+
+class Prior:
+    """A frozen text-to-image latent diffusion model.
+
+    Attributes:
+        abar: [T] float64 on the CPU, cumulative products of alpha.
+        size: side in pixels of the square pictures that the model was trained on.
+        guidance: scale s in uncond + s (cond - uncond); 1 is the plain conditional prediction.
+        defaults: settings that suit this model: {"guidance": {"pds": ..., "dds": ..., "sds": ...}, ...}.
+    """
+
+    def __init__(self, pipe, guidance=7.5, defaults=DEFAULTS):
+        """pipe: a StableDiffusionPipeline or StableDiffusionXLPipeline; raises PriorError for any other shape."""
+        missing = [k for k in ("unet", "vae", "scheduler", "tokenizer") if getattr(pipe, k, None) is None]
+        if missing or not hasattr(pipe, "encode_prompt"):
+            raise PriorError(f"{type(pipe).__name__} is not shaped like Stable Diffusion: no {', '.join(missing)}")
+        self.pipe, self.unet, self.vae = pipe, pipe.unet.eval(), pipe.vae.eval()
+        self.guidance, self.defaults, self._embedded = guidance, defaults, {}
+        for module in pipe.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.requires_grad_(False)
+        self.vae.to(torch.float32)  # SDXL's autoencoder overflows in fp16, and gradients run through this one
+        channels, latent = self.unet.config.in_channels, self.vae.config.latent_channels
+        if channels != latent:
+            raise PriorError(f"the UNet takes {channels} channels, a latent has {latent}: no text-to-image model")
+        if not hasattr(pipe.scheduler, "betas"):
+            raise PriorError(f"{type(pipe.scheduler).__name__} has no noise schedule of the DDPM kind")
+        self.prediction_type = pipe.scheduler.config.get("prediction_type", "epsilon")
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise PriorError(f"prediction type {self.prediction_type!r} is neither epsilon nor v_prediction")
+        # In float64 from the betas: the one-step beta is a difference of neighbours in abar.
+        self.abar = (1 - pipe.scheduler.betas.double().cpu()).cumprod(0)
+        self.scaling = self.vae.config.scaling_factor
+        self.shift = self.vae.config.get("shift_factor") or 0.0
+        self.size = self.unet.config.sample_size * pipe.vae_scale_factor
+        self.device = self.unet.device
+
+    @classmethod
+    def from_pretrained(cls, name, device="cpu", dtype=None, guidance=7.5):
+        """Load a diffusers directory or hub id.
+
+        Args:
+            name: a directory with a model_index.json, or "owner/model" on the hub.
+            device: "cpu", "cuda", "mps", ...
+            dtype: number format of UNet and text encoder; float32 on the CPU, float16 elsewhere by default.
+        Raises:
+            PriorError: nothing there, no pipeline, no network, or a model of another kind; one line.
+        """
+        import diffusers
+        import transformers
+        for library in (diffusers, transformers):
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
+        folder = Path(name)
+        if folder.exists() and not (folder / "model_index.json").is_file():
+            raise PriorError(f"{name}: not a diffusers pipeline (no model_index.json in it)")
+        if not folder.exists() and (str(name).count("/") != 1 or str(name)[0] in "./~"):
+            raise PriorError(f"{name}: no such model directory")
+        dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
+        quiet = logging.getLogger("huggingface_hub")
+        level, _ = quiet.level, quiet.setLevel(logging.CRITICAL)
+        try:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(name)
+        except Exception as e:  # every library below has its own; all of them mean that there is no such model
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            where = "damaged, or no pipeline" if folder.exists() else "no such directory, and none on the hub"
+            raise PriorError(f"{name}: {where}: {reason[:200]}") from e
+        finally:
+            quiet.setLevel(level)
+        for part, module in pipe.components.items():
+            if isinstance(module, torch.nn.Module) and part != "vae":
+                module.to(dtype)
+        own = folder / "pds.json"
+        defaults = DEFAULTS | (json.loads(own.read_text()) if own.is_file() else {})
+        try:
+            return cls(pipe.to(device), guidance, defaults)
+        except PriorError as e:
+            raise PriorError(f"{name}: {e}") from e
+
+    def encode(self, picture):
+        """[B,3,H,W] in [0,1] -> scaled latent [B,C,h,w] float32: the posterior's MEAN, differentiable."""
+        if picture.ndim != 4 or picture.shape[1] != 3:
+            raise ValueError(f"picture must be [B,3,H,W], got {[*picture.shape]}")
+        out = self.vae.encode(picture.to(self.device, torch.float32) * 2 - 1)
+        # AutoencoderTiny has no distribution: its output is the latent
+        z = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latents
+        return (z - self.shift) * self.scaling
+
+    def decode(self, x0):
+        """Scaled latent [B,C,h,w] -> picture [B,3,H,W] in [0,1], float32, differentiable inside that range."""
+        z = x0.to(self.device, torch.float32) / self.scaling + self.shift
+        return (self.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def embed(self, prompt):
+        """Prompt -> what `eps` takes as y: (embeddings [1,L,D],), for SDXL (embeddings [1,L,D], pooled [1,P])."""
+        if prompt not in self._embedded:
+            out = self.pipe.encode_prompt(prompt=prompt, device=self.device, num_images_per_prompt=1,
+                                          do_classifier_free_guidance=False)
+            # Stable Diffusion returns (cond, uncond); SDXL (cond, uncond, pooled cond, pooled uncond)
+            self._embedded[prompt] = (out[0],) if len(out) == 2 else (out[0], out[2])
+        return self._embedded[prompt]
+
+    @torch.no_grad()
+    def unconditional(self):
+        """The y of the empty prompt; zeros where an SDXL model was trained with zeros for it."""
+        y = self.embed("")
+        zeros = len(y) == 2 and self.pipe.config.get("force_zeros_for_empty_prompt", False)
+        return tuple(torch.zeros_like(part) for part in y) if zeros else y
+
+    @torch.no_grad()
+    def eps(self, x_t, t, y):
+        """Noise prediction with classifier-free guidance (arXiv 2207.12598): uncond + s (cond - uncond).
+
+        Args:
+            x_t: [B,C,h,w] noisy latent; t: [B] timesteps; y: from `embed`, each part [1,...] or [B,...].
+        Returns:
+            [B,C,h,w] float32, whatever the network's number format.
+        """
+        batch = len(x_t)
+        y = [part.expand(batch, *part.shape[1:]) for part in y]
+        if self.guidance != 1:
+            uncond = [part.expand(batch, *part.shape[1:]) for part in self.unconditional()]
+            y = [torch.cat(parts) for parts in zip(uncond, y)]
+        repeats = len(y[0]) // batch
+        out = self._network(x_t.repeat(repeats, 1, 1, 1), t.repeat(repeats), *y)
+        if self.prediction_type == "v_prediction":  # v = sqrt(abar) eps - sqrt(1 - abar) x0
+            abar = self.abar[t.cpu()].to(out).reshape(-1, 1, 1, 1).repeat(repeats, 1, 1, 1)
+            out = abar.sqrt() * out + (1 - abar).sqrt() * x_t.float().repeat(repeats, 1, 1, 1)
+        if self.guidance == 1:
+            return out
+        uncond, cond = out.chunk(2)
+        return uncond + self.guidance * (cond - uncond)
+
+    def _network(self, x_t, t, embeddings, pooled=None):
+        dtype, added = self.unet.dtype, None
+        if pooled is not None:  # SDXL is also told the picture's size and crop: the full picture, uncropped
+            h, w = (side * self.pipe.vae_scale_factor for side in x_t.shape[-2:])
+            ids = torch.tensor([[h, w, 0, 0, h, w]], device=self.device, dtype=dtype).expand(len(x_t), -1)
+            added = {"text_embeds": pooled.to(dtype), "time_ids": ids}
+        x_t = x_t.to(self.device, dtype)
+        return self.unet(x_t, t.to(self.device), embeddings.to(dtype), added_cond_kwargs=added).sample.float()
