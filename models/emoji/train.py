@@ -1,0 +1,387 @@
+"""Train the embedded prior: a small text-to-image latent diffusion model on openly licensed emoji.
+
+    npm install --prefix /tmp/icons @iconify-json/noto @iconify-json/twemoji @iconify-json/fluent-emoji \
+        @iconify-json/fluent-emoji-flat @iconify-json/emojione @iconify-json/noto-v1
+    pip install resvg_py
+    python models/emoji/train.py --icons /tmp/icons/node_modules/@iconify-json
+
+Renders the icons, trains the autoencoder, then the UNet together with its text encoder, writes a
+Stable Diffusion pipeline next to this file, and draws samples.png with it. Every stage resumes from
+--work. The learning rate follows the minutes spent, so the same command suits any machine.
+"""
+import argparse
+import copy
+import io
+import json
+import math
+import random
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import resvg_py
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image, ImageDraw
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+
+HERE = Path(__file__).resolve().parent
+TRAIN = ["noto", "twemoji", "fluent-emoji-flat", "fluent-emoji"]
+HELD_OUT = ["emojione", "noto-v1"]  # never trained on: the styles that the examples are edited in
+SIZE, RENDER, TOKENS = 64, 128, 20
+HUES = {"red": 0.0, "orange": 0.08, "yellow": 0.145, "green": 0.33, "blue": 0.6, "purple": 0.77, "pink": 0.91}
+RECOLOUR = {  # icon: the noun that a colour word is put before
+    "automobile": "car", "red-heart": "heart", "balloon": "balloon", "red-apple": "apple", "tulip": "tulip",
+    "butterfly": "butterfly", "umbrella": "umbrella", "t-shirt": "t shirt", "mushroom": "mushroom", "bird": "bird",
+    "closed-book": "book", "fish": "fish", "backpack": "backpack", "rose": "rose", "racing-car": "racing car",
+    "bell-pepper": "bell pepper", "wrapped-gift": "gift", "ribbon": "ribbon", "bus": "bus", "star": "star",
+    "motor-scooter": "scooter", "sailboat": "sailboat", "gem-stone": "gem", "cupcake": "cupcake", "house": "house"}
+SHEET = ["grinning face", "smiling face with sunglasses", "crying face", "angry face", "red heart", "blue heart",
+         "broken heart", "red apple", "green apple", "banana", "strawberry", "watermelon", "cat face", "dog face",
+         "panda", "penguin", "butterfly", "car", "taxi", "bus", "rocket", "sailboat", "sun", "pizza"]
+
+
+# ---- data ---------------------------------------------------------------------------------------------
+
+def vocabulary():
+    """captions.txt as {icon name: [caption, synonym, ...]}."""
+    lines = [line.split("|") for line in (HERE / "captions.txt").read_text().splitlines() if line[:1] not in "#"]
+    return {names[0].strip().replace(" ", "-"): [n.strip() for n in names] for names in lines}
+
+
+def render_icons(icons, style, work):
+    """All drawings of one set but flags and skin tones: names [N], RGBA uint8 [N,4,128,128]; cached in work."""
+    cache = work / f"{style}.npz"
+    if not cache.exists():
+        sheet = json.loads((Path(icons) / style / "icons.json").read_text())
+        names = [n for n in sheet["icons"] if not re.search(r"skin-tone|^flag-(?!in-hole)|light-skin|dark-skin", n)]
+        names += [n for n, alias in sheet.get("aliases", {}).items() if n in vocabulary() and n not in names]
+        kept, pictures = [], []
+        for name in names:
+            icon = sheet["icons"].get(name) or sheet["icons"].get(sheet["aliases"][name]["parent"])
+            if icon is None:
+                continue
+            w, h = icon.get("width", sheet.get("width", 16)), icon.get("height", sheet.get("height", 16))
+            svg = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                   f'viewBox="0 0 {w} {h}" width="{RENDER}" height="{RENDER}">{icon["body"]}</svg>')
+            png = resvg_py.svg_to_bytes(svg_string=svg)
+            picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+            if picture.size == (RENDER, RENDER):
+                kept.append(name)
+                pictures.append(np.asarray(picture).transpose(2, 0, 1))
+        np.savez_compressed(cache, names=np.array(kept), pictures=np.stack(pictures))
+    data = np.load(cache)
+    return data["names"].tolist(), torch.from_numpy(data["pictures"])
+
+
+def augment(rgba, rng, white=0.8, strength=1.0):
+    """uint8 [B,4,128,128] -> RGB [B,3,64,64] in [0,1]: rotated, scaled and shifted a little, on a flat background."""
+    b = len(rgba)
+    u = lambda *shape: torch.rand(*shape, generator=rng)
+    angle = (u(b) - 0.5) * math.radians(16) * strength
+    scale = 1 / (1 + (u(b) * 0.24 - 0.16) * strength)
+    shift = (u(b, 2) - 0.5) * 0.16 * strength
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
+    x = rgba.float() / 255
+    x = torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], 1)  # premultiplied, or transparent pixels bleed into the edges
+    x = F.grid_sample(x, F.affine_grid(theta, (b, 4, SIZE, SIZE), align_corners=False), align_corners=False)
+    background = torch.where(u(b, 1) < white, torch.ones(b, 3), 1 - u(b, 3) * u(b, 1) * 0.6)
+    return x[:, :3] + (1 - x[:, 3:]) * background[:, :, None, None]
+
+
+def recolour(rgba, hue):
+    """Turn every saturated pixel of an RGBA picture [4,H,W] to one hue, shading kept; black and white stay."""
+    hsv = np.asarray(Image.fromarray(rgba[:3].permute(1, 2, 0).numpy()).convert("HSV")).copy()
+    mask = hsv[..., 1] > 90
+    hsv[..., 0][mask] = int(hue * 255)
+    rgb = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    return torch.cat([torch.from_numpy(rgb.copy()).permute(2, 0, 1), rgba[3:]])
+
+
+def items(icons, styles, work, recoloured=True):
+    """The captioned pictures of the vocabulary: RGBA [N,4,128,128], and N lists of captions."""
+    pictures, captions, vocab = [], [], vocabulary()
+    for style in styles:
+        names, rgba = render_icons(icons, style, work)
+        for i, name in enumerate(names):
+            if name in vocab:
+                pictures.append(rgba[i])
+                captions.append(vocab[name])
+            if recoloured and name in RECOLOUR:
+                for colour, hue in HUES.items():
+                    pictures.append(recolour(rgba[i], hue))
+                    captions.append([f"{colour} {RECOLOUR[name]}"])
+    return torch.stack(pictures), captions
+
+
+# ---- the two models -----------------------------------------------------------------------------------
+
+def planar_group_norm(model):
+    """Run every GroupNorm on contiguous planes: several times faster than channels-last in bf16 on a CPU."""
+    for m in model.modules():
+        if isinstance(m, torch.nn.GroupNorm):
+            m.forward = lambda x, m=m: torch.nn.GroupNorm.forward(m, x.contiguous()).contiguous(
+                memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
+
+
+def schedule(spent, minutes, peak, warmup=0.02):
+    """Learning rate after `spent` of `minutes`: a short linear warm-up, then half a cosine to zero."""
+    u = min(spent / minutes, 1.0)
+    return peak * (u / warmup if u < warmup else 0.5 * (1 + math.cos(math.pi * (u - warmup) / (1 - warmup))))
+
+
+class Run:
+    """One resumable training: models, optimiser, minutes spent; checkpoints are written beside and renamed."""
+
+    def __init__(self, path, modules, peak, minutes):
+        self.path, self.modules, self.peak, self.minutes = path, modules, peak, minutes
+        self.optimiser = torch.optim.AdamW([p for m in modules.values() for p in m.parameters() if p.requires_grad],
+                                           lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.ema = {k: copy.deepcopy(m).requires_grad_(False) for k, m in modules.items()}
+        for m in modules.values():
+            planar_group_norm(m)
+        self.step, self.spent, self.clock, self.saved = 0, 0.0, time.time(), 0.0
+        if path.exists():
+            state = torch.load(path)
+            for k, m in modules.items():
+                m.load_state_dict(state["modules"][k])
+                self.ema[k].load_state_dict(state["ema"][k])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.step, self.spent = state["step"], state["spent"]
+            self.saved = self.spent
+
+    def update(self, loss, decay=0.999):
+        for group in self.optimiser.param_groups:
+            group["lr"] = schedule(self.spent, self.minutes, self.peak)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], 1.0)
+        self.optimiser.step()
+        decay = min(decay, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            for k, m in self.modules.items():
+                average = [p for p in self.ema[k].parameters()]
+                torch._foreach_lerp_(average, list(m.parameters()), 1 - decay)
+        self.step += 1
+        now = time.time()
+        self.spent, self.clock = self.spent + (now - self.clock) / 60, now
+        return self.spent < self.minutes
+
+    def save(self):
+        state = dict(modules={k: m.state_dict() for k, m in self.modules.items()},
+                     ema={k: m.state_dict() for k, m in self.ema.items()},
+                     optimiser=self.optimiser.state_dict(), step=self.step, spent=self.spent)
+        torch.save(state, self.path.with_suffix(".part"))
+        self.path.with_suffix(".part").replace(self.path)
+        self.saved = self.spent
+
+
+def train_vae(args, device, log):
+    """AutoencoderKL, f = 4, on every drawing of the training styles."""
+    vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+                        block_out_channels=[16, 32, 64], layers_per_block=1, norm_num_groups=8, latent_channels=4,
+                        sample_size=SIZE, mid_block_add_attention=False).to(device, memory_format=torch.channels_last)
+    run = Run(args.work / "vae.pt", {"vae": vae}, 2e-3, args.vae_minutes)
+    if run.spent < args.vae_minutes:
+        rgba = torch.cat([render_icons(args.icons, s, args.work)[1] for s in TRAIN])
+        held = torch.cat([render_icons(args.icons, s, args.work)[1][::12] for s in HELD_OUT])
+        rng = torch.Generator().manual_seed(run.step)
+        more, mean, run.clock = True, 0.0, time.time()
+        while more:
+            x = augment(rgba[torch.randint(len(rgba), (24,), generator=rng)], rng, white=0.5, strength=1.5)
+            x = (x * 2 - 1).to(device, memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16):
+                posterior = vae.encode(x).latent_dist
+                z = posterior.mean + torch.randn_like(posterior.mean) * posterior.std.clamp(min=0.03)
+                y = vae.decode(z).sample
+            y, d = y.float(), y.float() - x
+            edges = (d[..., 1:] - d[..., :-1]).abs().mean() + (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
+            loss = d.abs().mean() + 2 * d.square().mean() + 0.5 * edges + 1e-4 * posterior.kl().mean() / z[0].numel()
+            more = run.update(loss)
+            mean += 0.02 * (loss.item() - mean) if mean else loss.item()
+            if run.step % 500 == 0 or not more:
+                x = augment(held, torch.Generator().manual_seed(0), white=1.0, strength=0.0).to(device)
+                with torch.no_grad():
+                    y = run.ema["vae"].decode(run.ema["vae"].encode(x * 2 - 1).latent_dist.mean).sample / 2 + 0.5
+                psnr = -10 * (y.clamp(0, 1) - x).square().mean((1, 2, 3)).log10()
+                log(f"vae step {run.step} {run.spent:.1f} min loss {mean:.4f} held-out PSNR {psnr.mean():.2f} dB")
+            if run.spent - run.saved > 3 or not more:
+                run.save()
+    return run.ema["vae"].eval()
+
+
+def make_tokenizer(captions, work):
+    """Byte-level BPE in CLIP's layout, trained on the captions; all 256 byte symbols are in it."""
+    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>",
+                                  initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(captions, trainer)
+    merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" "))
+              for m in json.loads(bpe.to_str())["model"]["merges"]]
+    symbols = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]
+    symbols = list(dict.fromkeys(symbols)) + ["<|startoftext|>", "<|endoftext|>"]
+    folder = work / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(symbols)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
+    return CLIPTokenizerFast.from_pretrained(folder, model_max_length=TOKENS)
+
+
+PREFIXES = ["", "", "", "a ", "an emoji of ", "a picture of a ", "a drawing of a ", "the "]
+
+
+def train_unet(args, device, vae, log):
+    """UNet and text encoder together: epsilon prediction on Stable Diffusion's schedule, 10 % empty captions."""
+    rgba, captions = items(args.icons, TRAIN, args.work)
+    tokenizer = make_tokenizer([p + c for names in captions for c in names for p in PREFIXES], args.work)
+    variants = [[p + c for c in names for p in PREFIXES] for names in captions]
+    tokens = {c: torch.tensor(tokenizer(c, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
+              for c in {""}.union(*variants)}
+    encode = lambda x: vae.encode((x * 2 - 1).to(device)).latent_dist.mean
+    cache = args.work / "latents.pt"
+    if not cache.exists():  # the autoencoder is done, so a pool of augmented pictures is encoded once
+        rng, pool = torch.Generator().manual_seed(1), []
+        with torch.no_grad():
+            for _ in range(args.pool):
+                pool.append(torch.cat([encode(augment(x, rng)).half().cpu() for x in rgba.split(64)]))
+        torch.save(torch.stack(pool), cache)
+    latents = torch.load(cache)
+    scaling = 1 / latents.float().std().item()
+    vae.register_to_config(scaling_factor=scaling)
+    log(f"{len(rgba)} pictures, {len(set(c for n in captions for c in n))} captions, vocabulary {len(tokenizer)}, "
+        f"latent scaling {scaling:.4f}")
+
+    torch.manual_seed(0)
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=TOKENS, projection_dim=128, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).to(device)
+    unet = UNet2DConditionModel(
+        sample_size=SIZE // 4, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=[64, 128, 160],
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16).to(device, memory_format=torch.channels_last)
+    unet.set_attn_processor(AttnProcessor())  # the fused kernel is slower than this in bf16 on a CPU
+    scheduler = DDIMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
+                              beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    run = Run(args.work / "unet.pt", {"unet": unet, "text": text}, 1e-3, args.minutes)
+    run.ema["unet"].set_attn_processor(AttnProcessor())
+    log(f"unet {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M, text "
+        f"{sum(p.numel() for p in text.parameters()) / 1e6:.2f} M")
+
+    def loss_of(unet, text, x0, ids, noise, t):
+        with torch.autocast(device.type, torch.bfloat16):
+            states = text(ids)[0]
+            pred = unet(scheduler.add_noise(x0, noise, t), t, states).sample
+        return (pred.float() - noise).square().mean()
+
+    held, held_captions = items(args.icons, HELD_OUT, args.work, recoloured=False)
+    rng = torch.Generator().manual_seed(5)
+    some = torch.randperm(len(held), generator=rng)[:256]
+    held_x0 = torch.cat([encode(augment(held[i:i + 1], rng, white=1.0, strength=0.0)) for i in some]).detach() * scaling
+    held_ids = torch.stack([tokens[held_captions[i][0]] for i in some]).to(device)
+    held_noise = torch.randn(held_x0.shape, generator=rng).to(device)
+    held_t = torch.linspace(20, 980, len(some)).long().to(device)
+
+    def export():
+        pipe = StableDiffusionPipeline(vae=vae, text_encoder=run.ema["text"], tokenizer=tokenizer,
+                                       unet=run.ema["unet"], scheduler=scheduler, safety_checker=None,
+                                       feature_extractor=None, requires_safety_checker=False)
+        half = StableDiffusionPipeline(**{k: copy.deepcopy(v) for k, v in pipe.components.items()},
+                                       requires_safety_checker=False)
+        half.to(dtype=torch.float16)
+        half.save_pretrained(args.out, safe_serialization=True)
+        index = json.loads((args.out / "model_index.json").read_text())
+        (args.out / "pds.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n")
+        return pipe, index
+
+    # recoloured drawings are many and easy: a third of the share of the others
+    weights = torch.tensor([0.35 if c[0].split()[0] in HUES and len(c) == 1 else 1.0 for c in captions])
+    rng = torch.Generator().manual_seed(100 + run.step)
+    picker = random.Random(run.step)
+    more, mean, run.clock = run.spent < args.minutes, 0.0, time.time()
+    while more:
+        rows = torch.multinomial(weights, args.batch, replacement=True, generator=rng)
+        pool = torch.randint(len(latents), (args.batch,), generator=rng)
+        x0 = (latents[pool, rows].float() * scaling).to(device, memory_format=torch.channels_last)
+        words = ["" if picker.random() < 0.1 else picker.choice(variants[i]) for i in rows.tolist()]
+        ids = torch.stack([tokens[w] for w in words]).to(device)
+        t = torch.randint(1000, (args.batch,), generator=rng).to(device)
+        noise = torch.randn(x0.shape, generator=rng).to(device)
+        loss = loss_of(unet, text, x0, ids, noise, t)
+        more = run.update(loss)
+        mean += 0.01 * (loss.item() - mean) if mean else loss.item()
+        if run.step % 200 == 0 or not more:
+            log(f"unet step {run.step} {run.spent:.1f} min loss {mean:.4f}")
+        if run.spent - run.saved > 5 or not more:
+            with torch.no_grad():
+                val = loss_of(run.ema["unet"], run.ema["text"], held_x0, held_ids, held_noise, held_t)
+            log(f"unet step {run.step} {run.spent:.1f} min held-out loss {val.item():.4f}")
+            run.save()
+            export()
+    return export()[0]
+
+
+def sample_sheet(pipe, captions, path, guidance=5.0, seed=0, columns=6):
+    """DDIM samples with their captions under them, one seed, none picked."""
+    pipe.set_progress_bar_config(disable=True)
+    pipe = pipe.to(dtype=torch.float32)
+    rng = torch.Generator().manual_seed(seed)
+    pictures = []
+    for i in range(0, len(captions), 8):
+        out = pipe(captions[i:i + 8], num_inference_steps=30, guidance_scale=guidance, generator=rng,
+                   height=SIZE, width=SIZE)
+        pictures += out.images
+    rows = -(-len(captions) // columns)
+    sheet = Image.new("RGB", (columns * 140, rows * 152), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, caption) in enumerate(zip(pictures, captions)):
+        x, y = i % columns * 140 + 6, i // columns * 152 + 4
+        sheet.paste(picture.resize((128, 128), Image.BICUBIC), (x, y))
+        draw.text((x, y + 130), caption[:24], fill="black")
+    sheet.save(path)
+
+
+DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5}}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--icons", required=True, help="folder that holds noto/icons.json, twemoji/icons.json, ...")
+    p.add_argument("--work", type=Path, default=HERE / "work", help="checkpoints, caches and the log")
+    p.add_argument("--out", type=Path, default=HERE, help="where the pipeline is written")
+    p.add_argument("--vae-minutes", type=float, default=15, help="training time of the autoencoder")
+    p.add_argument("--minutes", type=float, default=110, help="training time of UNet and text encoder")
+    p.add_argument("--batch", type=int, default=32, help="pictures in a UNet step")
+    p.add_argument("--pool", type=int, default=16, help="augmented versions of each picture")
+    p.add_argument("--threads", type=int, default=2, help="CPU threads")
+    p.add_argument("--stage", choices=["vae", "unet", "sheet"], default="sheet", help="stop after this stage")
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.work.mkdir(parents=True, exist_ok=True)
+
+    def log(line):
+        print(line, flush=True)
+        with open(args.work / "log.txt", "a") as f:
+            f.write(line + "\n")
+
+    vae = train_vae(args, device, log)
+    if args.stage == "vae":
+        return
+    pipe = train_unet(args, device, vae, log)
+    if args.stage == "sheet":
+        sample_sheet(pipe, SHEET, args.out / "samples.png")
+
+
+if __name__ == "__main__":
+    main()
