@@ -1,0 +1,979 @@
+"""The tests of the whole repository: `pytest -q`. No network, no GPU, nothing random that is not seeded."""
+import io
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import pds
+import run
+import svg_raster
+from prior import Prior, PriorError
+from svg_raster import SVG, SVGError
+
+torch.set_num_threads(1)
+HERE = Path(__file__).resolve().parent
+BETAS = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion's
+ABAR = (1 - BETAS).cumprod(0)
+
+
+class GaussianPrior:
+    """The exact noise prediction for x0 ~ N(mean(y), var I); y [B] names the mean. Counts its calls."""
+
+    def __init__(self, abar=ABAR, var=0.3):
+        self.abar, self.var, self.calls, self.means = abar, var, 0, torch.tensor([-1.0, 2.0], dtype=torch.float64)
+
+    def eps(self, x_t, t, y):
+        self.calls += 1
+        abar = self.abar[t].to(x_t).reshape(-1, 1, 1, 1)
+        mean = self.means.to(x_t)[y].reshape(-1, 1, 1, 1)
+        return (1 - abar).sqrt() * (x_t - abar.sqrt() * mean) / (1 - abar + abar * self.var)
+
+
+SRC, TGT = torch.tensor([0]), torch.tensor([1])
+
+
+def rand(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def grad_of(loss, *args, **kwargs):
+    """The gradient that a loss sends to its x0_tgt, times the batch size."""
+    x0 = args[1].clone().requires_grad_()
+    loss(args[0], x0, *args[2:], **kwargs).backward()
+    return x0.grad * len(x0)
+
+
+# ---- pds.py: the coefficients -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("t, psi, chi", [(20, 1.69513, 0.23736), (100, 0.31778, 0.11591),
+                                         (500, 0.03224, 0.08212), (980, 0.00418, 0.10962)])
+def test_official_coefficients_have_the_reference_values(t, psi, chi):
+    got = pds.pds_coefficients(ABAR, torch.tensor([t]), torch.tensor([t - 2]))
+    assert_close(torch.stack(got)[:, 0], torch.tensor([psi, chi], dtype=torch.float64), atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 10, 100])
+def test_consistent_posterior_has_no_pull_to_the_source(stride):
+    t = torch.arange(stride + 1, 1000, 37)
+    c_x0, c_xt, sigma = pds.posterior(ABAR, t, t - stride, "consistent")
+    # not only set to zero: the long form is zero up to rounding
+    long_form = (ABAR[t - stride].sqrt() - c_x0 - c_xt * ABAR[t].sqrt()) / sigma
+    assert_close(long_form, torch.zeros_like(long_form), atol=1e-10, rtol=0)
+    assert (pds.pds_coefficients(ABAR, t, t - stride, "consistent")[0] == 0).all()
+    if stride == 1:  # one step is one step: the two kinds are the same posterior
+        for a, b in zip(pds.posterior(ABAR, t, t - 1, "official"), (c_x0, c_xt, sigma)):
+            assert_close(a, b)
+
+
+def test_posterior_agrees_with_bayes_rule():
+    """q(x_s | x_t, x0) from the product of two Gaussians in x_s, for a stride of 50."""
+    t, s = torch.tensor([400]), torch.tensor([350])
+    a = ABAR[t] / ABAR[s]
+    precision = a / (1 - a) + 1 / (1 - ABAR[s])  # of q(x_t | x_s) as a function of x_s, and of q(x_s | x0)
+    c_x0, c_xt, sigma = pds.posterior(ABAR, t, s, "consistent")
+    assert_close(sigma, precision.rsqrt())
+    assert_close(c_xt, a.sqrt() / (1 - a) / precision)
+    assert_close(c_x0, ABAR[s].sqrt() / (1 - ABAR[s]) / precision)
+
+
+@pytest.mark.parametrize("kind", ["official", "consistent"])
+@pytest.mark.parametrize("stride", [1, 2, 30])
+def test_loss_is_the_difference_of_stochastic_latents(kind, stride):
+    prior, (tgt, src) = GaussianPrior(), (rand(3, 2, 4, 4, seed=i) for i in (1, 2))
+    noise_t, noise_s, t = rand(3, 2, 4, 4, seed=3), rand(3, 2, 4, 4, seed=4), torch.tensor([40, 300, 970])
+
+    def latent(x0, y):
+        x_t, x_s = pds.add_noise(x0, noise_t, ABAR, t), pds.add_noise(x0, noise_s, ABAR, t - stride)
+        return pds.stochastic_latent(x_s, x_t, prior.eps(x_t, t, y), ABAR, t, t - stride, kind)
+
+    got = grad_of(pds.pds_loss, prior, tgt, src, TGT, SRC, t, noise_t, stride, kind)
+    assert_close(got, latent(tgt, TGT.expand(3)) - latent(src, SRC.expand(3)), atol=1e-9, rtol=1e-9)
+
+
+def test_free_coefficients():
+    t = torch.tensor([100, 900])
+    psi, chi = pds.pds_coefficients(ABAR, t, t - 2, pds.dreamcatalyst)
+    assert_close(psi, 0.075 * torch.tensor([0.1, 0.9], dtype=torch.float64).exp())
+    assert_close(chi, 0.2 + 0.8 * torch.tensor([0.1, 0.9], dtype=torch.float64) ** (1 / 2.718281828459045))
+    tgt, src, noise = (rand(2, 1, 2, 2, seed=i) for i in range(3))
+    got = grad_of(pds.pds_loss, GaussianPrior(), tgt, src, TGT, SRC, t, noise, coefficients=(3.0, 0.0))
+    assert_close(got, 3 * (tgt - src))
+    with pytest.raises(ValueError, match="official.*oficial"):
+        pds.pds_coefficients(ABAR, t, t - 2, "oficial")
+
+
+# ---- pds.py: the losses -------------------------------------------------------------------------------
+
+def test_baselines_have_their_closed_forms():
+    prior, t = GaussianPrior(), torch.tensor([50, 700])
+    tgt, src, noise = (rand(2, 3, 2, 2, seed=i) for i in range(3))
+    w, a = ((c[t]).reshape(-1, 1, 1, 1) for c in (1 - ABAR, ABAR))
+    var = 1 - a + a * prior.var
+
+    def eps(x0, mean):
+        return w.sqrt() * (a.sqrt() * (x0 - mean) + w.sqrt() * noise) / var
+
+    assert_close(grad_of(pds.sds_loss, prior, tgt, src, TGT, SRC, t, noise), w * (eps(tgt, 2.0) - noise))
+    assert_close(grad_of(pds.dds_loss, prior, tgt, src, TGT, SRC, t, noise), w * (eps(tgt, 2.0) - eps(src, -1.0)))
+    consistent = grad_of(pds.pds_loss, prior, tgt, src, TGT, SRC, t, noise, coefficients="consistent")
+    chi = pds.pds_coefficients(ABAR, t, t - 2, "consistent")[1].reshape(-1, 1, 1, 1)
+    assert_close(consistent, chi * (eps(tgt, 2.0) - eps(src, -1.0)))  # PDS without psi is DDS weighted by chi
+
+
+@pytest.mark.parametrize("loss", [pds.pds_loss, pds.dds_loss])
+def test_no_edit_no_gradient(loss):
+    x0 = rand(2, 4, 3, 3)
+    assert (grad_of(loss, GaussianPrior(), x0, x0, TGT, TGT, generator=torch.Generator().manual_seed(0)) == 0).all()
+
+
+@pytest.mark.parametrize("loss, calls", [(pds.sds_loss, 1), (pds.dds_loss, 1), (pds.pds_loss, 1)])
+def test_rows_of_a_batch_are_independent_and_cost_one_call(loss, calls):
+    prior, t = GaussianPrior(), torch.tensor([30, 400, 900])
+    tgt, src, noise = (rand(3, 2, 4, 5, seed=i) for i in range(3))
+    batch = grad_of(loss, prior, tgt, src, TGT, SRC, t, noise)
+    assert prior.calls == calls
+    for i in range(3):
+        one = slice(i, i + 1)
+        assert_close(batch[one], grad_of(loss, prior, tgt[one], src[one], TGT, SRC, t[one], noise[one]))
+
+
+def test_gradient_reaches_the_target_only_and_stays_float32():
+    class Network(torch.nn.Module):  # a network of its own dtype, with parameters that could catch a gradient
+        abar = ABAR.float()
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.bfloat16))
+
+        def eps(self, x_t, t, y):
+            assert x_t.dtype == torch.float32 and not x_t.requires_grad
+            return x_t.bfloat16() * self.scale
+
+    network = Network()
+    tgt, src = (rand(2, 1, 2, 2, seed=i, dtype=torch.float32).requires_grad_() for i in range(2))
+    loss = pds.pds_loss(network, tgt, src, TGT, SRC, torch.tensor([9, 99]), torch.zeros(2, 1, 2, 2))
+    loss.backward()
+    assert loss.dtype == tgt.grad.dtype == torch.float32
+    assert src.grad is None and network.scale.grad is None
+    half = tgt.detach().half().requires_grad_()
+    assert pds.pds_loss(network, half, src, TGT, SRC).dtype == torch.float32
+
+
+def test_value_and_scale_of_the_loss():
+    x0, grad = rand(4, 1, 2, 2).requires_grad_(), rand(4, 1, 2, 2, seed=1)
+    loss = pds.as_loss(x0, grad)
+    loss.backward()
+    assert_close(loss.detach(), grad.square().sum() / 8)
+    assert_close(x0.grad, grad / 4)
+
+
+def test_a_nan_is_not_hidden():
+    prior = GaussianPrior()
+    prior.eps = lambda x_t, t, y: x_t * float("nan")
+    assert pds.pds_loss(prior, rand(1, 1, 2, 2), rand(1, 1, 2, 2), TGT, SRC).isnan()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"x0_src": rand(1, 1, 2, 3)}, "must both be"), ({"t": torch.tensor([1])}, "values in 2 .. 999"),
+    ({"t": torch.tensor([1000])}, "values in 2 .. 999"), ({"t": torch.tensor([5, 5])}, r"t must be \[1\]"),
+    ({"noise": rand(1, 1, 2)}, "noise must have the shape"), ({"stride": 0}, "0 <= s < t"),
+    ({"stride": -2}, "stride must be"), ({"y_src": torch.zeros(3)}, "prompts must be")])
+def test_bad_arguments_are_refused_in_words(change, message):
+    arguments = dict(x0_tgt=rand(1, 1, 2, 2), x0_src=rand(1, 1, 2, 2), y_tgt=TGT, y_src=SRC, t=torch.tensor([9]))
+    with pytest.raises(ValueError, match=message):
+        pds.pds_loss(GaussianPrior(), **arguments | change)
+
+
+def test_timesteps_stay_in_range_and_reach_both_ends():
+    t = pds.sample_timesteps(20000, 100, 0.1, 0.2, generator=torch.Generator().manual_seed(0))
+    assert t.min() == 10 and t.max() == 20 and len(t.unique()) == 11
+    assert pds.sample_timesteps(1, 100, 0.0, 1.0, progress=0.0) == 99
+    assert pds.sample_timesteps(1, 100, 0.0, 1.0, progress=1.0) == 0
+    falling = [pds.sample_timesteps(1, 1000, progress=p / 10).item() for p in range(11)]
+    assert falling[0] == 980 and falling[-1] == 20 and falling == sorted(falling, reverse=True)
+    with pytest.raises(ValueError, match="t_min <= t_max"):
+        pds.sample_timesteps(1, 100, 0.5, 0.4)
+    short = GaussianPrior(abar=ABAR[::50])  # T = 20, and a stride that 0.02 T would not allow
+    pds.pds_loss(short, rand(64, 1, 1, 1), rand(64, 1, 1, 1), TGT, SRC, stride=15)
+
+
+def test_where_each_method_ends():
+    """On Gaussians of one variance every method has a known end: the claim of the paper's Figure 2.
+
+    SDS falls into the target's mode, DDS carries every sample all the way, and PDS stops where the pull back to
+    the source balances the push: at 3 E[chi r] / (E[psi] + E[chi r]) of a way of 3, r = sqrt(abar (1 - abar)).
+    """
+    prior, src, end = GaussianPrior(var=1.0), rand(256, 1, 1, 2) - 1.0, {}
+    for name, loss in [("sds", pds.sds_loss), ("dds", pds.dds_loss), ("pds", pds.pds_loss)]:
+        x0, generator = src.clone().requires_grad_(), torch.Generator().manual_seed(0)
+        optimiser = torch.optim.SGD([x0], lr=0.3 * len(src))
+        for _ in range(400):
+            optimiser.zero_grad()
+            loss(prior, x0, src, TGT, SRC, generator=generator).backward()
+            optimiser.step()
+        end[name] = x0.detach()
+    assert_close(end["sds"].mean().item(), 2.0, atol=0.05, rtol=0)
+    assert end["sds"].std() < 0.2
+    assert_close((end["dds"] - src).mean().item(), 3.0, atol=0.01, rtol=0)
+    t = torch.arange(20, 981)
+    psi, chi = pds.pds_coefficients(ABAR, t, t - 2)
+    push = (chi * (ABAR[t] * (1 - ABAR[t])).sqrt()).mean()
+    way = (end["pds"] - src).flatten()
+    assert_close(way.mean(), 3 * push / (psi.mean() + push), atol=0.02, rtol=0)
+    assert way.std() < 0.2
+
+
+# ---- svg_raster.py -----------------------------------------------------------------------------------
+
+XMLNS = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+STOPS = ('<stop offset=".1" stop-color="#f00"/><stop offset=".6" stop-color="#0f0" stop-opacity=".6"/>'
+         '<stop offset="1" stop-color="#00f"/>')
+
+
+def svg_text(body, attributes='viewBox="0 0 32 32"'):
+    return f"<svg {XMLNS} {attributes}>{body}</svg>"
+
+
+@pytest.fixture
+def load_svg(tmp_path):
+    def load(body, attributes='viewBox="0 0 32 32"', **options):
+        path = tmp_path / "drawing.svg"
+        path.write_text(svg_text(body, attributes))
+        return SVG.load(path, **{"size": 32, **options})
+    return load
+
+
+def svg_darkness(svg, **options):
+    """Sum over pixels of 1 - value: the area in pixels of what is painted black."""
+    with torch.no_grad():
+        return float((1 - svg.render(**options)[0, 0]).double().sum())
+
+
+# ------------------------------------------------------------------ known areas
+
+@pytest.mark.parametrize("body, area", [
+    ('<rect x="4" y="6" width="12" height="16"/>', 192),
+    ('<rect x="4.25" y="6.5" width="12.5" height="16.125"/>', 12.5 * 16.125),
+    ('<rect x="-20" y="6" width="30" height="100"/>', 10 * 26),
+    ('<circle cx="15.3" cy="16.1" r="9.7"/>', math.pi * 9.7 ** 2),
+    ('<ellipse cx="15" cy="16" rx="12" ry="5" transform="rotate(33 15 16)"/>', math.pi * 60),
+    ('<path d="M4 4H28V28H4ZM10 10V20H20V10Z"/>', 24 * 24 - 100),       # the hole turns the other way
+    ('<path d="M4 4H28V28H4ZM10 10H20V20H10Z"/>', 24 * 24),
+    ('<path fill-rule="evenodd" d="M4 4H28V28H4ZM10 10H20V20H10Z"/>', 24 * 24 - 100),
+    ('<path d="M3 16H29" stroke="#000" stroke-width="4"/>', 26 * 4),
+    ('<path d="M8 16H24" stroke="#000" stroke-width="4" stroke-linecap="square"/>', 20 * 4),
+    ('<path d="M8 16H24" stroke="#000" stroke-width="4" stroke-linecap="round"/>', 16 * 4 + math.pi * 4),
+    ('<rect x="8" y="8" width="16" height="16" fill="none" stroke="#000" stroke-width="4"/>', 400 - 144),
+    ('<rect x="8" y="8" width="16" height="16" fill="none" stroke="#000" stroke-width="4" '
+     'stroke-linejoin="bevel"/>', 20 * 20 - 12 * 12 - 4 * 2),
+    ('<circle cx="16" cy="16" r="10" fill="none" stroke="#000" stroke-width="3"/>', math.pi * 60),
+    ('<path d="M4 16H28" stroke="#000" stroke-width="2" stroke-dasharray="3 2"/>', 5 * 3 * 2),
+])
+def test_svg_covers_the_known_area(load_svg, body, area):
+    svg = load_svg(body)
+    assert svg_darkness(svg) == pytest.approx(area, rel=5e-3)     # chords lie up to TOLERANCE px inside
+    assert svg_darkness(svg, size=256) == pytest.approx(64 * area, rel=1e-3)
+    if "<circle" not in body and "<ellipse" not in body and "round" not in body:
+        assert svg_darkness(svg) == pytest.approx(area, rel=1e-5)
+
+
+def test_svg_even_odd_star(load_svg):
+    star = '<path {} d="M16 2L24.5 28L2.5 12H29.5L7.5 28Z"/>'
+    rules = ("", 'fill-rule="evenodd"')
+    full, hollow = (svg_darkness(load_svg(star.format(rule)), size=256) for rule in rules)
+
+    # the pentagon in the middle, by its five corners
+    def crossing(a, b, c, d):
+        t = np.linalg.solve(np.array([[b[0] - a[0], c[0] - d[0]], [b[1] - a[1], c[1] - d[1]]]),
+                            np.array([c[0] - a[0], c[1] - a[1]]))[0]
+        return complex(a[0] + t * (b[0] - a[0]), a[1] + t * (b[1] - a[1]))
+    p = [(16, 2), (24.5, 28), (2.5, 12), (29.5, 12), (7.5, 28)]
+    e = [(p[k], p[(k + 1) % 5]) for k in range(5)]
+    corners = [crossing(*e[i], *e[(i + 2) % 5]) for i in (0, 3, 1, 4, 2)]
+    area = abs(sum((corners[k].conjugate() * corners[(k + 1) % 5]).imag for k in range(5))) / 2
+    assert (full - hollow) / 64 == pytest.approx(area, rel=1e-2)
+
+
+def test_svg_pixel_values_are_exact(load_svg):
+    svg = load_svg('<rect x="2.25" y="3" width="4" height="5.5" fill="#00ff00" fill-opacity=".5"/>')
+    image = svg.render()[0].detach()
+    red = image[0]
+    assert red[3, 2] == pytest.approx(1 - 0.75 * 0.5) and red[4, 4] == pytest.approx(0.5)
+    assert red[8, 4] == pytest.approx(1 - 0.5 * 0.5) and red[8, 6] == pytest.approx(1 - 0.5 * 0.25 * 0.5)
+    assert (image[1] == 1).all() and red[9, 4] == 1 and red[4, 7] == 1
+
+
+def test_svg_render_is_deterministic_and_pure(load_svg):
+    svg = load_svg('<g opacity=".5"><circle cx="12" cy="14" r="8" fill="#c33"/><rect x="9" y="3" width="9" '
+                   'height="20" stroke="red"/></g>')
+    before = {k: v.clone() for k, v in svg.state_dict().items()}
+    first = svg.render(size=48)
+    first.sum().backward()
+    assert torch.equal(first, svg.render(size=48)) and first.shape == (1, 3, 48, 48)
+    assert all(torch.equal(before[k], v) for k, v in svg.state_dict().items())
+
+
+def test_svg_gradients_are_deterministic_on_two_threads(load_svg):
+    circles = (f'<circle cx="{k % 29}" cy="{k % 31}" r="9" stroke="red"/>' for k in range(150))
+    svg = load_svg("".join(circles), size=128)
+    threads, grads = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    for _ in range(4):
+        svg.zero_grad()
+        svg.render().square().sum().backward()
+        grads.append(svg.points.grad.clone())
+    torch.set_num_threads(threads)
+    assert all(torch.equal(grads[0], g) for g in grads)
+
+
+def test_svg_view_shifts_by_pixels(load_svg):
+    svg = load_svg('<circle cx="15" cy="16" r="8.3" fill="#264"/>')
+    assert torch.allclose(svg.render((2.0, -3.0))[..., 3:-3, 3:-3], svg.render()[..., 6:, 1:-5], atol=1e-5)
+    views = [svg.sample_view(torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert views[0] == views[1] and max(map(abs, views[0])) <= svg.jitter and type(views[0][0]) is float
+
+
+def test_svg_without_shapes_is_white(load_svg):
+    svg = load_svg("<defs/>")
+    assert (svg.render() == 1).all() and svg.param_groups() == []
+
+
+# ------------------------------------------------------------------ gradients
+
+GRADIENT_CASES = {
+    "circle": '<circle cx="15.3" cy="16.1" r="9.7" fill="#c33"/>',
+    "square on pixel lines": '<rect x="4" y="6" width="12" height="16" fill="#36c"/>',
+    "square of the whole canvas": '<rect width="32" height="32" fill="#36c"/>',
+    "vertices on pixel corners": '<path d="M16 4L28 16L16 28L4 16Z" fill="#292"/>',
+    "partly off canvas": '<path d="M-10 -5L20 -8L40 20L10 45Z" fill="#36c"/>',
+    "even-odd star": '<path fill-rule="evenodd" d="M16 2L24.5 28L2.5 12H29.5L7.5 28Z" fill="#292"/>',
+    "groups and clips": (
+        '<clipPath id="c"><circle cx="14" cy="15" r="9"/></clipPath><g clip-path="url(#c)" '
+        'opacity=".8"><rect x="3.3" y="4.4" width="14" height="13" fill="#c33"/><path d="M8 8L30 12L11 '
+        '27Z" fill-opacity=".7"/></g>'),
+    "linear gradient": (
+        f'<linearGradient id="a">{STOPS}</linearGradient><circle cx="14" cy="15" r="9.3" fill="url(#a)"/>'),
+    "radial gradient": (
+        f'<radialGradient id="a" fx=".3" fy=".4">{STOPS}</radialGradient><ellipse cx="14" cy="15" '
+        'rx="9.3" ry="6" fill="url(#a)" transform="rotate(20 14 15)"/>'),
+    "stroke, round": (
+        '<path d="M5 5L20 8L9 20C0 30 20 30 26 25" fill="none" stroke="#333" stroke-width="3" '
+        'stroke-linejoin="round" stroke-linecap="round"/>'),
+    "stroke, sheared": (
+        '<path d="M5 5L20 8L9 20Z" stroke="#333" fill="none" stroke-width="2" transform="matrix(1 .3 -.5 '
+        '1.2 6 -2)"/>'),
+    "stroke, dashed": (
+        '<path d="M4 5C20 3 25 11 22 18S12 30 5 22" fill="none" stroke="#333" stroke-width="3" '
+        'stroke-dasharray="5 3 2" stroke-linecap="square"/>'),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENT_CASES)
+def test_svg_gradients_match_finite_differences(load_svg, name, step=1e-5):
+    svg = load_svg(GRADIENT_CASES[name]).double()
+    weights = torch.randn(3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def loss():
+        return (svg.render()[0] * weights).sum()
+    loss().backward()
+    checked = 0
+    for p in svg.parameters():
+        flat, numeric = p.detach().view(-1), torch.zeros(p.numel(), dtype=torch.float64)
+        with torch.no_grad():
+            for i, value in enumerate(flat.tolist()):
+                flat[i] = value + step
+                up = loss()
+                flat[i] = value - step
+                numeric[i] = (up - loss()) / (2 * step)
+                flat[i] = value
+        if p.numel():
+            atol = 1e-3 * float(numeric.abs().max())
+            torch.testing.assert_close(p.grad.view(-1), numeric, rtol=1e-3, atol=atol)
+            checked += p.numel()
+    assert checked > 8
+
+
+def test_svg_float32_gradients_agree_with_float64(load_svg):
+    body = "".join(GRADIENT_CASES[k] for k in ("groups and clips", "stroke, round", "square on pixel lines"))
+    grads = []
+    for svg in (load_svg(body), load_svg(body).double()):
+        svg.render().square().sum().backward()
+        grads.append(svg.points.grad.double())
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=2e-3)
+
+
+def test_svg_fit_recovers_a_star(load_svg):
+    star = "M16 3L20 12L30 12.5L22 19L25 29L16 23.5L7 29L10 19L2 12.5L12 12Z"
+    svg = load_svg(f'<path fill="#e8a020" d="{star}"/>', size=64)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        target = svg.render()
+        svg.points += torch.randn(svg.points.shape, generator=generator)
+        svg.colours += 0.1
+    adam = torch.optim.Adam(svg.param_groups(points=0.5, colours=0.03))
+    for step in range(60):
+        for group in adam.param_groups:
+            group["lr"] *= 0.95
+        adam.zero_grad()
+        loss = (svg.render() - target).square().mean()
+        loss.backward()
+        adam.step()
+        svg.project_()
+    assert loss < 1e-5
+
+
+# ------------------------------------------------------------------ every feature, against resvg
+
+FEATURES = {                              # drawings on 100 x 100
+    "path commands": (
+        '<path d="M10 30a20 10 30 1130-5zM60 20A15 15 0 0 1 90 20A15 25 0 01 60 20" fill="olive"/><path '
+        'd="m10 60q10-20 20 0t20 0t20 0v20h-60zM75.5.5.5-.2 12e0 3" fill="navy"/><path d="M60 40c5-10 10 '
+        '10 15 0s10 10 15 0L90 55H60"/>'),
+    "shapes": (
+        '<polygon points="60,70 90,60 95 90-3,95"/><polyline points="2 2 8 20 20 2" fill="pink" '
+        'stroke="red"/><line x1="0" y1="100" x2="100" y2="50%" stroke="hsl(120,50%,40%)" '
+        'stroke-width="2%"/><rect x="40" y="5" width="30" height="20" rx="8" '
+        'fill="rgb(10%,20%,90%)"/><rect x="75" y="5" width="20" height="30" rx="3" ry="12" '
+        'fill="#08fc"/><circle cx="20" cy="40" r="9"/>'),
+    "transforms": (
+        '<g transform="translate(50 50) rotate(20) scale(.8 -.5)"><rect x="-40" y="-40" width="60" '
+        'height="60" fill="teal"/><g transform="skewX(20) matrix(.5 .1 0 .5 3 4)"><circle r="50" '
+        'fill="gold" stroke="black" stroke-width="9"/></g></g>'),
+    "styles": (
+        '<style>/* a { } */ .a{fill:#c0f;stroke:black} circle{fill:teal} #z{fill:orange} '
+        '.b.a{fill:lime}</style><g style="stroke-width:3;color:#ff8800"><rect class="a" x="10" y="10" '
+        'width="30" height="30" fill="red"/><circle cx="70" cy="25" r="15" fill="red"/><circle id="z" '
+        'cx="25" cy="70" r="15"/><rect class="a b" x="55" y="55" width="30" height="20"/><rect x="55" '
+        'y="80" width="30" height="10" fill="currentColor" style="fill-opacity:.5"/></g>'),
+    "use and symbols": (
+        '<defs><g id="g"><rect width="20" height="20"/><circle cx="10" cy="10" r="6" fill="red" '
+        'opacity=".5"/></g><symbol id="s" viewBox="0 0 10 10"><circle cx="5" cy="5" r="7" '
+        'fill="green"/></symbol></defs><use href="#g" x="5" y="5" fill="blue"/><use xlink:href="#g" '
+        'transform="translate(60 10) rotate(30)" fill="orange" opacity=".6"/><use href="#s" x="10" '
+        'y="50" width="30" height="40"/><svg x="55" y="55" width="40" height="30" viewBox="0 0 10 '
+        '10"><path d="M-5 0L20 5L0 10z" fill="purple"/></svg>'),
+    "opacity": (
+        '<g opacity=".5"><circle cx="40" cy="50" r="30" fill="red"/><g opacity=".5"><circle cx="60" '
+        'cy="50" r="30" fill="blue"/><rect x="30" y="30" width="20" height="50" '
+        'fill="rgba(0,255,0,.5)"/></g></g><rect x="10" y="80" width="50" height="15" fill="gold" '
+        'stroke="black" stroke-width="4" opacity=".4"/><rect x="70" y="80" width="20" height="15" '
+        'fill="gold" stroke="black" stroke-width="6" paint-order="stroke"/>'),
+    "gradients": (
+        '<defs><linearGradient id="a" x1="0" y1="0" x2="1" y2="1"><stop offset="0" '
+        'stop-color="red"/><stop offset="50%" stop-color="#0f0"/><stop offset=".5" '
+        'stop-color="blue"/><stop offset="1" '
+        'style="stop-color:gold;stop-opacity:.3"/></linearGradient><linearGradient id="b" '
+        'xlink:href="#a" spreadMethod="reflect" x1=".3" x2=".5" y2="0"/><radialGradient id="c" href="#a" '
+        'fx=".3" fy=".3" gradientTransform="rotate(20) scale(.8)"/><radialGradient id="d" href="#a" '
+        'r="20" cx="75" cy="70" gradientUnits="userSpaceOnUse" spreadMethod="repeat"/></defs><rect x="5" '
+        'y="5" width="40" height="30" fill="url(#a)"/><circle cx="75" cy="25" r="20" '
+        'fill="url(#b)"/><rect x="5" y="50" width="40" height="45" rx="10" ry="20" fill="url(#c)" '
+        'stroke="url(#a)" stroke-width="5"/><path d="M55 50H95V95Z" fill="url(#d)"/>'),
+    "clip paths": (
+        '<clipPath id="a"><circle cx="40" cy="40" r="25"/><rect x="50" y="50" width="30" '
+        'height="40"/></clipPath><clipPath id="b" clip-path="url(#a)"><path clip-rule="evenodd" d="M5 '
+        '5H95V95H5ZM30 30V70H70V30Z"/></clipPath><clipPath id="c" '
+        'clipPathUnits="objectBoundingBox"><path d="M.5 0L1 1H0Z"/></clipPath><g clip-path="url(#b)" '
+        'opacity=".7"><rect width="100" height="60" fill="red"/><rect y="40" width="100" height="60" '
+        'fill="blue"/></g><rect x="65" y="5" width="30" height="30" clip-path="url(#c)" fill="teal"/>'),
+    "caps and joins": (
+        '<g fill="none" stroke="#246" stroke-width="9"><path d="M10 10H80"/><path d="M10 25H80" '
+        'stroke-linecap="round"/><path d="M10 40H80" stroke-linecap="square"/><path d="M92 10h0" '
+        'stroke-linecap="round"/><path d="M92 40z" stroke-linecap="square"/><path d="M10 75L20 55L30 '
+        '75L33 55" stroke-width="5"/><path d="M45 75L55 55L65 75" stroke-linejoin="round"/><path d="M75 '
+        '75L85 55L95 75Z" stroke-linejoin="bevel" stroke-width="4"/><path d="M10 95C10 75 50 115 40 '
+        '85S90 105 90 85" stroke-width="4"/></g>'),
+    "dashes": (
+        '<path d="M10 10H90V90H10Z" fill="none" stroke="#333" stroke-width="6" stroke-dasharray="13 7 '
+        '4"/><circle cx="50" cy="55" r="25" fill="none" stroke="red" stroke-width="5" '
+        'stroke-linecap="round" stroke-dasharray="10" stroke-dashoffset="4"/><path d="M20 22L80 22" '
+        'stroke="blue" stroke-width="4" stroke-linecap="round" stroke-dasharray="0 8"/>'),
+}
+
+
+def svg_resvg(text, size, finer=4):
+    """resvg takes few samples of an edge, so it renders larger here and is averaged."""
+    import resvg_py
+    side = size * finer
+    png = bytes(resvg_py.svg_to_bytes(svg_string=text, width=side, height=side, background="#ffffff"))
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=np.float64) / 255
+    return pixels.reshape(size, finer, size, finer, 3).mean((1, 3))
+
+
+def svg_numpy(svg, size):
+    with torch.no_grad():
+        return svg.render(size=size)[0].permute(1, 2, 0).double().numpy()
+
+
+def svg_psnr(a, b):
+    return -10 * math.log10(max(np.square(a - b).mean(), 1e-10))
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_svg_feature_renders_as_in_resvg(load_svg, name):
+    view = 'viewBox="0 0 100 100"'
+    finer = 1 if name == "gradients" else 4       # a hard stop is a step in both, sampled once a pixel
+    own = svg_numpy(load_svg(FEATURES[name], view), 256)
+    other = svg_resvg(svg_text(FEATURES[name], view), 256, finer)
+    assert svg_psnr(own, other) > 44
+    means = [x.reshape(32, 8, 32, 8, 3).mean((1, 3)) for x in (own, other)]
+    assert np.abs(means[0] - means[1]).max() < 0.03       # what is left are edge pixels; no area differs
+
+
+@pytest.mark.parametrize("attributes", [
+    'width="100" height="100" viewBox="0 0 40 20"', 'width="100" height="100" viewBox="0 0 40 20" '
+    'preserveAspectRatio="xMaxYMin slice"', 'viewBox="-5 3 20 20"', 'width="50" height="50"',
+    'width="100" height="100" viewBox="0 0 20 40" preserveAspectRatio="none"'])
+def test_svg_viewbox_renders_as_in_resvg(load_svg, attributes):
+    body = '<circle cx="20" cy="10" r="9" fill="brown"/><path d="M0 0L40 20" stroke="black"/>'
+    own, other = svg_numpy(load_svg(body, attributes), 128), svg_resvg(svg_text(body, attributes), 128)
+    assert svg_psnr(own, other) > 44
+
+
+def test_svg_wide_picture_is_centred_and_cut_to_its_frame(load_svg):
+    image = load_svg('<rect x="-9" y="-99" width="99" height="299"/>', 'viewBox="0 0 32 16"').render()[0, 0]
+    assert (image[:8] == 1).all() and (image[24:] == 1).all() and (image[8:24] < 1e-6).all()
+
+
+def test_svg_prefixed_and_foreign_elements(tmp_path):
+    path = tmp_path / "a.svg"
+    path.write_text('<s:svg xmlns:s="http://www.w3.org/2000/svg" viewBox="0 0 8 8">'
+                    '<s:rect width="4" height="8"/><path d="M0 0H8V8Z"/><x:rect width="8"/></s:svg>')
+    assert svg_darkness(SVG.load(path, size=8)) == pytest.approx(32)
+
+
+# ------------------------------------------------------------------ optimising and saving
+
+def svg_random_steps(svg, steps=20):
+    adam, generator = torch.optim.Adam(svg.param_groups()), torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        adam.zero_grad()
+        image = svg.render(svg.sample_view(generator))
+        (image * torch.randn(image.shape, generator=generator)).sum().backward()
+        adam.step()
+        svg.project_()
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_svg_save_keeps_the_picture(load_svg, tmp_path, name):
+    svg = load_svg(FEATURES[name], 'viewBox="0 0 100 100"', size=100)
+    path = tmp_path / "saved.svg"
+    svg.save(path)
+    assert np.array_equal(svg_numpy(SVG.load(path, size=100), 128), svg_numpy(svg, 128))
+    svg_random_steps(svg)
+    svg.save(path)
+    edited = svg_numpy(svg, 256)
+    assert svg_psnr(edited, svg_numpy(SVG.load(path, size=100), 256)) > 55     # colours are in 8 bits
+    assert svg_psnr(edited, svg_resvg(path.read_text(), 256, 1 if name == "gradients" else 4)) > 40
+
+
+def test_svg_save_keeps_the_structure(load_svg, tmp_path):
+    svg = load_svg('<!-- note --><g id="g" class="k" fill="red"><circle id="c" class="big" cx="9" cy="9" '
+                   'r="5" transform="rotate(5)" data-x="1"/><path id="p" d="M1 1L5 5L9 1"/></g>'
+                   '<title>t</title>')
+    path = tmp_path / "saved.svg"
+    with torch.no_grad():
+        svg.points[:12] += 1.5            # the circle only
+        svg.colours[1] = torch.tensor([0.0, 0.0, 1.0])
+    svg.save(path)
+    text = path.read_text()
+    assert '<path id="c" class="big" transform="rotate(5)" data-x="1" d="M' in text and "<circle" not in text
+    assert '<path id="p" d="M1 1L5 5L9 1" fill="#0000ff"' in text
+    for kept in ('<g id="g" class="k" fill="red">', "<!-- note -->", "<title>t</title>"):
+        assert kept in text
+
+
+def test_svg_shapes_that_use_shares_stay_shared(load_svg, tmp_path):
+    svg = load_svg('<defs><path id="p" d="M0 0H8V8H0Z"/></defs><use href="#p"/>'
+                   '<use href="#p" x="16" fill="red"/>')
+    assert len(svg.points) == 4 and len(svg.colours) == 2
+    with torch.no_grad():
+        svg.points[2] += 4
+        svg.colours[0] = torch.tensor([0.0, 1.0, 0.0])
+    svg.save(tmp_path / "saved.svg")
+    again = SVG.load(tmp_path / "saved.svg", size=32)
+    assert torch.allclose(again.render(), svg.render(), atol=1e-5)
+
+
+def test_svg_state_dict_is_bit_exact(load_svg):
+    body = FEATURES["gradients"] + FEATURES["dashes"]
+    svg, fresh = (load_svg(body, 'viewBox="0 0 100 100"', size=64) for _ in "ab")
+    svg_random_steps(svg, 2)
+    fresh.load_state_dict(svg.state_dict())
+    assert torch.equal(svg.render(), fresh.render())
+
+
+def test_svg_param_groups_and_projection(load_svg):
+    svg = load_svg(f'<linearGradient id="a">{STOPS}</linearGradient>'
+                   '<rect width="9" height="9" fill="url(#a)"/><rect width="5" height="5" stroke="red"/>')
+    groups = {g["name"]: g["lr"] for g in svg.param_groups(points=0.4, colours=0.0)}
+    assert groups == dict(points=0.4, colours=0.0, stop_colours=0.0, opacities=0.0, stop_offsets=0.0,
+                          stroke_widths=0.05)
+    assert [g["name"] for g in svg.param_groups(colours_only=True)] == ["colours", "stop_colours"]
+    with torch.no_grad():
+        for p in svg.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 3)
+    svg.project_()
+    for name in ("colours", "opacities", "stop_colours", "stop_offsets"):
+        assert getattr(svg, name).min() >= 0 and getattr(svg, name).max() <= 1
+    assert (svg.stop_offsets.diff() >= 0).all() and (svg.stroke_widths >= 0).all()
+
+
+def test_svg_points_are_pixels_under_any_transform(load_svg):
+    body = '<g transform="scale(.01)"><rect x="400" y="600" width="1200" height="1600"/></g>'
+    svg = load_svg(body, size=64)
+    before = svg_darkness(svg)
+    with torch.no_grad():
+        svg.points[:, 0] += torch.where(svg.points[:, 0] > svg.points[:, 0].mean(), 1.0, 0.0)
+    assert svg_darkness(svg) - before == pytest.approx(32, rel=1e-4)      # a pixel wider over its 32 rows
+
+
+# ------------------------------------------------------------------ bad input
+
+BAD_FILES = {
+    "no element found": "",
+    "not well-formed XML": "<svg",
+    "the root element is <html>": "<html/>",
+    "entity declarations": '<!DOCTYPE s [<!ENTITY a "aaa"><!ENTITY b "&a;&a;">]>' + svg_text("&b;"),
+    "entity declarations ": '<!DOCTYPE s [<!ENTITY a SYSTEM "file:///etc/passwd">]>' + svg_text("&a;"),
+    "more than 100000 elements": svg_text("<g/>" * 100_001),
+    "nested deeper than 200": svg_text("<g>" * 300 + "</g>" * 300),
+    "more than 1e+06 px away": svg_text('<path d="M0 0L1e30 5L5 5Z"/>'),
+    "not finite or lie": svg_text('<path d="M0 0L1e999 5L5 5Z"/>'),
+    "'#b' refers to itself": svg_text('<g id="a"><use href="#b"/></g><g id="b"><use href="#a"/></g>'),
+    "gradient '#a' refers to itself": svg_text('<linearGradient id="a" href="#a"/><rect width="9" height="9" '
+                                               'fill="url(#a)"/>'),
+    "more than 30000 references": svg_text('<g id="a0"/>' + "".join(
+        f'<g id="a{k + 1}">' + f'<use href="#a{k}"/>' * 10 + "</g>" for k in range(9)) + '<use href="#a9"/>'),
+    "external reference 'http://evil/x.svg#a'": svg_text('<use href="http://evil/x.svg#a"/>'),
+    "external reference 'file:///etc/x#a'": svg_text('<circle r="9" fill="url(file:///etc/x#a)"/>'),
+    "<text> is not supported": svg_text("<text>hi</text>"),
+    "<image> is not supported": svg_text('<image href="a.png"/>'),
+    "filter on <g> is not supported": svg_text('<g filter="url(#f)"/>'),
+    "mask on <rect> is not supported": svg_text('<rect style="mask:url(#m)" width="5" height="5"/>'),
+    "wider than 1e+06 px": svg_text('<path d="M0 0H9" stroke="red" stroke-width="1e999"/>'),
+    "the CSS selector 'g > path'": svg_text("<style>g > path{fill:red}</style>"),
+    "too many dashes": svg_text('<path d="M0 0H32" stroke="red" stroke-dasharray="1e-7"/>'),
+    "a picture of 0 x 0": svg_text("<g/>", 'width="0" height="0"'),
+}
+
+
+@pytest.mark.parametrize("message", BAD_FILES)
+def test_svg_bad_file_is_refused_in_one_line(tmp_path, message):
+    path = tmp_path / "bad.svg"
+    path.write_text(BAD_FILES[message])
+    with pytest.raises(SVGError) as caught:
+        SVG.load(path, size=32).render()
+    text = str(caught.value)
+    assert message.strip() in text and str(path) in text and "\n" not in text
+
+
+@pytest.mark.parametrize("body", [
+    '<path d="M5 5L5 5Z" stroke="red"/><path d="M5 5C5 5 5 5 5 5" stroke="red"/><circle r="0"/><line/>'
+    '<polyline points="1"/><path d=""/><path/><path d="M1"/><path d="L5 5"/><rect width="-5" height="5"/>',
+    '<path d="MNaN 0L10 nan Z"/><rect width="nan" height="inf"/><rect width="9abc" height="9" fill="what"/>',
+    '<rect width="9" height="9" transform="scale(0)"/><rect width="9" height="9" transform="scale(1 0)"/>',
+    '<path d="M0 0L1e5 1e5L0 50Z"/><circle cx="50" cy="50" r="5e5" fill="none" stroke="red"/>',
+    '<linearGradient id="a"/><circle r="9" fill="url(#a)"/><circle r="9" fill="url(#b)"/>',
+    '<radialGradient id="a" cx="1e300" r="1e-300"><stop stop-color="red"/><stop offset="1"/></radialGradient>'
+    '<rect width="9" height="9" fill="url(#a)"/>',
+    '<g opacity=".5"><g transform="translate(500 0)"><circle r="5"/><rect width="5" height="5"/></g></g>'
+    '<clipPath id="e"/><g clip-path="url(#e)"><rect width="9" height="9"/></g>',
+    '<g transform="scale(0)"><svg width="9" height="9"><circle r="5"/></svg></g>',
+    '<g transform="rotate(1e999) skewX(60)"><path d="M1 1A1e999 1e999 0 0 1 9 9A1e-300 1 0 0 1 5 5Z"/></g>',
+    '<linearGradient id="a" x1="" gradientUnits=""><stop color="\\1" stop-color="currentColor"/>'
+    '</linearGradient><circle r="9" fill="url(#a)"/>',
+    '<style>}}{{a{b:c;}} .x{fill:red @import url("http://evil/a.css"); *{stroke:red}</style><rect width="5" '
+    'height="5"/>'])
+def test_svg_degenerate_file_renders_clean(load_svg, tmp_path, body):
+    svg = load_svg(body)
+    image = svg.render()
+    assert torch.isfinite(image).all()
+    if image.requires_grad:
+        image.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in svg.parameters() if p.grad is not None)
+    svg.save(tmp_path / "saved.svg")
+
+
+def test_svg_skip_unsupported_warns_and_goes_on(load_svg):
+    body = '<text>hi</text><g filter="url(#f)"><rect width="8" height="8"/></g>'
+    with pytest.warns(UserWarning, match="<text> is not supported"):
+        svg = load_svg(body, skip_unsupported=True)
+    assert svg_darkness(svg) == pytest.approx(64) and svg.document.skipped == ["<text>", "filter on <g>"]
+
+
+def test_svg_save_fails_without_harm(load_svg, tmp_path):
+    svg, path = load_svg('<rect width="5" height="5"/>'), tmp_path / "kept.svg"
+    path.write_text("before")
+    with torch.no_grad():
+        svg.points[0, 0] = math.nan
+    with pytest.raises(SVGError, match="points or stroke widths are not finite"):
+        svg.render()
+    with pytest.raises(SVGError, match="not finite"):
+        svg.save(path)
+    with pytest.raises(SVGError, match="cannot be written"):
+        load_svg('<rect width="5" height="5"/>').save(tmp_path / "missing" / "a.svg")
+    assert path.read_text() == "before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["drawing.svg", "kept.svg"]
+
+
+def test_svg_command_line_reports_failures_and_goes_on(tmp_path):
+    good, bad, out = tmp_path / "good.svg", tmp_path / "bad.svg", tmp_path / "out"
+    good.write_text(svg_text('<rect width="16" height="32"/>'))
+    bad.write_text(svg_text("<text>x</text>"))
+    out.mkdir()
+    (out / "bad.png").write_text("before")
+    files = [str(bad), str(tmp_path / "none.svg"), str(good)]
+    run = subprocess.run([sys.executable, svg_raster.__file__, *files, "--out", str(out), "--size", "40"],
+                         capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == ""
+    assert [line.startswith("error: ") for line in run.stderr.splitlines()] == [True, True]
+    assert "<text> is not supported" in run.stderr and "none.svg: cannot be read" in run.stderr
+    image = np.asarray(Image.open(out / "good.png"))
+    assert image.shape == (40, 40, 3) and image[:, :20].max() == 0 and image[:, 20:].min() == 255
+    assert (out / "bad.png").read_text() == "before" and not Path(out / "none.png").exists()
+    assert svg_raster.main([str(good), "--out", str(out)]) == 0
+
+
+# ---- prior.py -----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory):
+    """Tiny random pipelines saved to disk: epsilon, v-prediction with TAESD's autoencoder, and SDXL."""
+    import diffusers
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    root, made = tmp_path_factory.mktemp("pipelines"), {}
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = symbols + [s + "</w>" for s in symbols] + ["<|startoftext|>", "<|endoftext|>"]
+    (root / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(symbols)}))
+    (root / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(root, model_max_length=12)
+    text = CLIPTextConfig(vocab_size=len(symbols), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+                          num_attention_heads=2, max_position_embeddings=12, projection_dim=8,
+                          bos_token_id=len(symbols) - 2, eos_token_id=len(symbols) - 1, pad_token_id=len(symbols) - 1)
+    net = dict(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=[8, 16],
+               down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+               up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], attention_head_dim=2, norm_num_groups=4)
+    added = dict(addition_embed_type="text_time", addition_time_embed_dim=4,
+                 projection_class_embeddings_input_dim=8 + 6 * 4)
+    for kind in ("sd", "v", "xl"):
+        torch.manual_seed(0)
+        schedule = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
+                                           clip_sample=False, prediction_type="v_prediction" if kind == "v" else "epsilon")
+        if kind == "v":
+            vae = diffusers.AutoencoderTiny(encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8],
+                                            num_encoder_blocks=[1, 1], num_decoder_blocks=[1, 1], scaling_factor=1.0)
+        else:
+            vae = diffusers.AutoencoderKL(block_out_channels=[8, 8], norm_num_groups=4, layers_per_block=1,
+                                          down_block_types=["DownEncoderBlock2D"] * 2, sample_size=16,
+                                          up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4,
+                                          scaling_factor=0.7, shift_factor=0.1)
+        if kind == "xl":
+            pipe = diffusers.StableDiffusionXLPipeline(
+                vae=vae, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
+                tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=schedule, force_zeros_for_empty_prompt=True,
+                unet=diffusers.UNet2DConditionModel(cross_attention_dim=32, **net, **added))
+        else:
+            pipe = diffusers.StableDiffusionPipeline(
+                vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, scheduler=schedule,
+                unet=diffusers.UNet2DConditionModel(cross_attention_dim=16, **net), safety_checker=None,
+                feature_extractor=None, requires_safety_checker=False)
+        pipe.save_pretrained(root / kind)
+        made[kind] = root / kind
+    return made
+
+
+@pytest.mark.parametrize("kind", ["sd", "v", "xl"])
+def test_eps_against_a_hand_written_call_of_the_same_unet(pipelines, kind):
+    prior = Prior.from_pretrained(pipelines[kind])
+    x_t, t, y = rand(2, 4, 8, 8, dtype=torch.float32), torch.tensor([40, 900]), prior.embed("a cat")
+    empty = prior.embed("")
+
+    def network(y, row):
+        added = None
+        if kind == "xl":
+            size = 8.0 * prior.pipe.vae_scale_factor
+            added = {"text_embeds": y[1], "time_ids": torch.tensor([[size, size, 0.0, 0.0, size, size]])}
+        with torch.no_grad():
+            out = prior.unet(x_t[row:row + 1], t[row], y[0], added_cond_kwargs=added).sample
+        abar = ABAR[t[row]].float()
+        return abar.sqrt() * out + (1 - abar).sqrt() * x_t[row:row + 1] if kind == "v" else out
+
+    if kind == "xl":
+        empty = tuple(torch.zeros_like(part) for part in empty)
+    for guidance in (1.0, 7.5):
+        prior.guidance = guidance
+        rows = [network(empty, i) + guidance * (network(y, i) - network(empty, i)) for i in range(2)]
+        assert_close(prior.eps(x_t, t, y), torch.cat(rows), atol=1e-5, rtol=1e-4)
+    x0 = rand(2, 4, 8, 8, dtype=torch.float32).requires_grad_()
+    pds.pds_loss(prior, x0, torch.zeros(2, 4, 8, 8), y, prior.embed("a dog"), t).backward()
+    assert x0.grad.isfinite().all() and all(p.grad is None for p in prior.unet.parameters())
+
+
+@pytest.mark.parametrize("kind", ["sd", "v", "xl"])
+def test_encode_takes_the_mean_and_is_differentiable(pipelines, kind):
+    prior = Prior.from_pretrained(pipelines[kind])
+    picture = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x0 = prior.encode(picture)
+    with torch.no_grad():
+        out = prior.vae.encode(picture * 2 - 1)
+        expected = out.latents if kind == "v" else (out.latent_dist.mode() - 0.1) * 0.7
+        assert_close(x0, expected)
+        assert_close(prior.decode(x0), (prior.vae.decode(x0 / prior.scaling + prior.shift).sample / 2 + .5).clamp(0, 1))
+    x0.square().sum().backward()
+    assert picture.grad.abs().sum() > 0 and all(p.grad is None for p in prior.vae.parameters())
+    with pytest.raises(ValueError, match="picture must be"):
+        prior.encode(picture[0])
+
+
+def test_prior_attributes(pipelines):
+    prior = Prior.from_pretrained(str(pipelines["sd"]))
+    assert_close(prior.abar, ABAR, atol=1e-7, rtol=1e-6)
+    assert prior.size == 16 and prior.defaults["guidance"]["pds"] == 100.0
+    assert prior.embed("a cat") is prior.embed("a cat")
+    half = Prior.from_pretrained(str(pipelines["sd"]), dtype=torch.bfloat16)
+    out = half.eps(rand(1, 4, 8, 8, dtype=torch.float32), torch.tensor([500]), half.embed("a cat"))
+    assert half.unet.dtype == torch.bfloat16 and half.vae.dtype == out.dtype == torch.float32
+
+
+def test_models_that_cannot_be_used(pipelines, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "U')
+    for name, message in [(tmp_path / "nothing", "no such model directory"), (tmp_path, "not a diffusers pipeline"),
+                          (broken, "damaged, or no pipeline"), ("nobody/no-such-model", "none on the hub")]:
+        with pytest.raises(PriorError, match=message) as e:
+            Prior.from_pretrained(name)
+        assert str(name) in str(e.value) and "\n" not in str(e.value)
+
+
+# ---- run.py -------------------------------------------------------------------------------------------
+
+DRAWING = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><g id="face">
+<circle cx="16" cy="16" r="14" fill="#fc3"/><path d="M8 20q8 8 16 0z" fill="#622"/></g></svg>"""
+
+
+@pytest.fixture
+def command(pipelines, tmp_path):
+    """run.main on a drawing and the tiny pipeline; later flags win."""
+    (tmp_path / "face.svg").write_text(DRAWING)
+    Image.new("RGB", (20, 12), "tomato").save(tmp_path / "red.png")
+
+    def call(*flags, out="out", mode="svg"):
+        file = {"svg": "face.svg", "image": "red.png"}[mode]
+        return run.main(["--mode", mode, f"--{mode}", str(tmp_path / file), "--source", "a face", "--target", "a cat",
+                         "--model", str(pipelines["sd"]), "--steps", "6", "--every", "2", "--device", "cpu",
+                         "--out", str(tmp_path / out), *map(str, flags)])
+    return call
+
+
+def outputs(folder):
+    """The bytes of every result; the checkpoint and config.json hold times or paths."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in ("checkpoint.pt", "config.json")}
+
+
+@pytest.mark.parametrize("mode, flags", [("svg", ()), ("svg", ("--colours-only", "--loss", "dds")), ("image", ()),
+                                         ("image", ("--pixels", "--loss", "sds", "--schedule", "decreasing"))])
+def test_a_run_writes_its_files_and_repeats_itself(command, tmp_path, mode, flags):
+    assert command(*flags, mode=mode) == 0 and command(*flags, mode=mode, out="again") == 0
+    first = outputs(tmp_path / "out")
+    suffix = "svg" if mode == "svg" else "png"
+    assert set(first) >= {f"source.{suffix}", "source.png", f"result.{suffix}", "result.png", "progress.gif", "sheet.png"}
+    assert first == outputs(tmp_path / "again")
+    assert first["result.png"] != first["source.png"]
+    assert command(*flags, "--seed", 1, mode=mode, out="other") == 0
+    assert outputs(tmp_path / "other")["result.png"] != first["result.png"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["seed"] == 0 and config["target"] == "a cat" and len(config["sha256"]) == 64
+    assert not list((tmp_path / "out").glob(".*"))  # no half-written file is left behind
+
+
+def stop_at(monkeypatch, step, how):
+    """Make the loss of the given step do something, once."""
+    calls = []
+
+    def loss(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            how()
+        return pds.pds_loss(*args, **kwargs)
+    monkeypatch.setitem(run.LOSSES, "pds", loss)
+
+
+@pytest.mark.parametrize("mode", ["svg", "image"])
+def test_ctrl_c_keeps_what_is_there_and_resume_ends_bit_identically(command, tmp_path, monkeypatch, mode, capsys):
+    assert command(mode=mode, out="whole") == 0
+    stop_at(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGINT))
+    assert command(mode=mode) == 130
+    assert "--resume goes on" in capsys.readouterr().err and (tmp_path / "out" / "result.png").exists()
+    assert torch.load(tmp_path / "out" / "checkpoint.pt")["step"] == 3
+    assert command("--resume", mode=mode) == 0
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(command, tmp_path, monkeypatch, capsys):
+    assert command(out="whole") == 0
+
+    def kill():
+        raise MemoryError
+    stop_at(monkeypatch, 6, kill)
+    with pytest.raises(MemoryError):
+        command()
+    assert torch.load(tmp_path / "out" / "checkpoint.pt")["step"] == 4
+    assert command("--resume", "--seed", 3) == 2 and "another seed" in capsys.readouterr().err
+    assert command("--resume") == 0
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+
+
+def test_compare_lays_the_three_side_by_side(command, tmp_path):
+    assert command("--compare", "--steps", 2) == 0
+    assert Image.open(tmp_path / "out" / "sheet.png").width > 4 * 512
+    results = [(tmp_path / "out" / name / "result.png").read_bytes() for name in ("sds", "dds", "pds")]
+    assert len(set(results)) == 3
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--svg", "nothing.svg"], "nothing.svg: no such file"), (["--target", " "], "--target is missing or empty"),
+    (["--model", "no/such/model"], "no/such/model: no such model directory"),
+    (["--svg", "broken.svg"], "broken.svg"), (["--svg", "empty.svg"], "empty.svg: nothing to edit"),
+    (["--mode", "image", "--image", "broken.svg"], "broken.svg: no readable picture"),
+    (["--t-min", "0.9", "--t-max", "0.1"], "t_min <= t_max"), (["--stride", "2000"], "stride")])
+def test_bad_input_gets_one_line_and_overwrites_nothing(command, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.svg").write_text("<svg><path d='M0 0")
+    (tmp_path / "empty.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 1 1'/>")
+    assert command(*flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("run.py: error: ") and message in error[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [["--steps", "0"], ["--guidance", "nan"], ["--seed", "x"], ["--mode", "video"]])
+def test_bad_flags_are_refused_by_the_parser(command, flags, capsys):
+    with pytest.raises(SystemExit) as e:
+        command(*flags)
+    assert e.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(command, monkeypatch, capsys):
+    monkeypatch.setitem(run.LOSSES, "pds", lambda prior, x0, *args, **kwargs: x0.sum() * float("nan"))
+    assert command() == 1
+    assert "the loss is nan at step 0" in capsys.readouterr().err
+
+
+def test_the_script_runs_by_itself(pipelines, tmp_path):
+    done = subprocess.run([sys.executable, str(HERE / "run.py"), "--model", str(pipelines["sd"]), "--steps", "2",
+                           "--out", str(tmp_path / "out")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sheet.png" in done.stdout and "Warning" not in done.stderr and "step" in done.stderr
