@@ -33,6 +33,7 @@ FRAMES, FRAME_SIZE = 40, 192  # of progress.gif
 # ---- what can be edited -------------------------------------------------------------------------------
 # A representation has param_groups() for Adam, sample_view(), render(view) -> [1,3,H,W] in [0,1], project_()
 # after a step, save(path), and is a torch.nn.Module, so that its state can be kept. SVG is in svg_raster.py.
+# A loader returns it with its parameter groups and with the source, whose render(view) is the picture before.
 
 class Picture(torch.nn.Module):
     """A square picture; theta is its latent, drawn by the prior's decoder, or with `pixels` the pixels themselves."""
@@ -79,7 +80,7 @@ def load_svg(args, prior):
     groups = scene.param_groups(points=args.points, colours=args.colours, colours_only=args.colours_only)
     if not any(p.numel() for g in groups for p in g["params"]):
         raise ValueError(f"{args.input}: nothing to edit: no filled or stroked shape in it")
-    return scene, groups
+    return scene, groups, copy.deepcopy(scene)
 
 
 def load_image(args, prior):
@@ -93,7 +94,7 @@ def load_image(args, prior):
     square = square.convert("RGB").resize((prior.size, prior.size), Image.LANCZOS)
     pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).reshape(1, prior.size, prior.size, 3)
     scene = Picture(pixels.permute(0, 3, 1, 2).float() / 255, prior, in_pixels=args.pixels)
-    return scene, scene.param_groups(args.colours if args.pixels else args.latent)
+    return scene, scene.param_groups(args.colours if args.pixels else args.latent), copy.deepcopy(scene)
 
 
 LOAD = {"svg": load_svg, "image": load_image}
@@ -102,8 +103,8 @@ SUFFIX = {"svg": ".svg", "image": ".png"}  # of what save() writes
 
 # ---- the one loop -------------------------------------------------------------------------------------
 
-def edit(scene, groups, prior, loss_name, args, out):
-    """Optimise the scene for args.steps steps of Adam.
+def edit(scene, groups, source, prior, loss_name, args, out):
+    """Optimise the scene for args.steps steps of Adam; source.render(view) is what it looked like.
 
     A checkpoint is written every args.every steps and at Ctrl-C; a run resumed from it takes the very steps that
     the unbroken run would have taken.
@@ -113,7 +114,6 @@ def edit(scene, groups, prior, loss_name, args, out):
     Raises:
         FloatingPointError: the loss is no longer finite.
     """
-    source = copy.deepcopy(scene)
     y_src, y_tgt = prior.embed(args.source), prior.embed(args.target)
     prior.guidance = args.guidance if args.guidance is not None else prior.defaults["guidance"][loss_name]
     options = {"stride": args.stride, "coefficients": COEFFICIENTS[args.coefficients]} if loss_name == "pds" else {}
@@ -226,7 +226,7 @@ def run_one(prior, loss_name, args, out):
         KeyboardInterrupt: after Ctrl-C, when what was there has been written.
         ValueError, OSError: bad input; nothing has been written then.
     """
-    scene, groups = LOAD[args.mode](args, prior)
+    scene, groups, source = LOAD[args.mode](args, prior)
     before = snapshot(scene, 512)
     out.mkdir(parents=True, exist_ok=True)
     config = settings(args, prior, loss_name)
@@ -240,7 +240,7 @@ def run_one(prior, loss_name, args, out):
     write(out / "config.json", json.dumps(config, indent=1) + "\n")
     write(out / f"source{args.input.suffix.lower()}", args.input.read_bytes())
     write(out / "source.png", before)
-    frames, interrupted = edit(scene, groups, prior, loss_name, args, out)
+    frames, interrupted = edit(scene, groups, source, prior, loss_name, args, out)
     after = snapshot(scene, 512)
     write(out / "result.png", after)
     scene.save(out / f"result{SUFFIX[args.mode]}")
