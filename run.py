@@ -25,7 +25,7 @@ from svg_raster import SVG
 HERE = Path(__file__).resolve().parent
 LOSSES = {"sds": pds.sds_loss, "dds": pds.dds_loss, "pds": pds.pds_loss}
 COEFFICIENTS = {"official": "official", "consistent": "consistent", "dreamcatalyst": pds.dreamcatalyst}
-EXAMPLE = {"svg": ("grinning-face.svg", "grinning face", "smiling face with sunglasses"),
+EXAMPLE = {"svg": ("smiling-face.svg", "slightly smiling face", "smiling face with sunglasses"),
            "image": ("red-apple.png", "red apple", "green apple")}
 FRAMES, FRAME_SIZE = 40, 192  # of progress.gif
 
@@ -284,7 +284,7 @@ def parse(argv=None):
     a("--out", type=Path, help="output folder (default: out/<file>-<loss>)")
     a("--resume", action="store_true", help="go on from the checkpoint in the output folder")
     a("--every", type=positive, default=50, help="steps between checkpoints (default: 50)")
-    a("--t-min", type=share, help="lowest timestep as a share of T (default: 0.1 for svg, else 0.02)")
+    a("--t-min", type=share, default=0.1, help="lowest timestep as a share of T (default: 0.1, the paper's for SVGs)")
     a("--t-max", type=share, default=0.98, help="highest timestep as a share of T (default: 0.98)")
     a("--schedule", choices=["uniform", "decreasing"], default="uniform", help="of the timesteps (default: uniform)")
     a("--stride", type=positive, default=2, help="t - s of the PDS posterior (default: 2)")
@@ -312,10 +312,9 @@ def number(kind, low, high=None):
 
 
 def complete(args, prior):
-    """Fill in what depends on the mode and on the model."""
+    """Fill in what depends on the model, and check what belongs together."""
     args.steps = args.steps or prior.defaults.get("steps", 1000)
     args.points = args.points if args.points is not None else prior.defaults.get("points", 0.8)
-    args.t_min = args.t_min if args.t_min is not None else 0.1 if args.mode == "svg" else 0.02
     lowest = pds.sample_timesteps(1, len(prior.abar), args.t_min, args.t_max, progress=1.0).item()
     if lowest < args.stride:
         raise ValueError(f"--stride {args.stride} is longer than the lowest timestep, {lowest}: raise --t-min")
