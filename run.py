@@ -327,12 +327,13 @@ def main(argv=None):
         if args.input is None:
             name, source, target = EXAMPLE[args.mode]
             args.input = HERE / "examples" / name
-            args.source, args.target = args.source or source, args.target or target
+            args.source = source if args.source is None else args.source
+            args.target = target if args.target is None else args.target
+        if not args.input.is_file():
+            raise ValueError(f"{args.input}: no such file")
         for prompt in ("source", "target"):
             if not (getattr(args, prompt) or "").strip():
                 raise ValueError(f"--{prompt} is missing or empty: say in a few words what the {prompt} shows")
-        if not args.input.is_file():
-            raise ValueError(f"{args.input}: no such file")
         prior = Prior.from_pretrained(args.model, args.device)
         complete(args, prior)
         if not args.compare:

@@ -768,8 +768,9 @@ def pipelines(tmp_path_factory):
                  projection_class_embeddings_input_dim=8 + 6 * 4)
     for kind in ("sd", "v", "xl"):
         torch.manual_seed(0)
-        schedule = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
-                                           clip_sample=False, prediction_type="v_prediction" if kind == "v" else "epsilon")
+        schedule = diffusers.DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False,
+            prediction_type="v_prediction" if kind == "v" else "epsilon")
         if kind == "v":
             vae = diffusers.AutoencoderTiny(encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8],
                                             num_encoder_blocks=[1, 1], num_decoder_blocks=[1, 1], scaling_factor=1.0)
@@ -829,7 +830,8 @@ def test_encode_takes_the_mean_and_is_differentiable(pipelines, kind):
         out = prior.vae.encode(picture * 2 - 1)
         expected = out.latents if kind == "v" else (out.latent_dist.mode() - 0.1) * 0.7
         assert_close(x0, expected)
-        assert_close(prior.decode(x0), (prior.vae.decode(x0 / prior.scaling + prior.shift).sample / 2 + .5).clamp(0, 1))
+        decoded = prior.vae.decode(x0 / prior.scaling + prior.shift).sample
+        assert_close(prior.decode(x0), (decoded / 2 + 0.5).clamp(0, 1))
     x0.square().sum().backward()
     assert picture.grad.abs().sum() > 0 and all(p.grad is None for p in prior.vae.parameters())
     with pytest.raises(ValueError, match="picture must be"):
@@ -856,6 +858,25 @@ def test_models_that_cannot_be_used(pipelines, tmp_path, monkeypatch):
         with pytest.raises(PriorError, match=message) as e:
             Prior.from_pretrained(name)
         assert str(name) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_the_shipped_prior_tells_the_example_drawings_apart():
+    """Diffusion classifier (arXiv 2303.16203): the right caption predicts the noise best, in styles never trained on."""
+    folder = HERE / "models" / "emoji"
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 25e6
+    prior = Prior.from_pretrained(folder)
+    prior.guidance = 1.0
+    captions = {"smiling-face": "slightly smiling face", "red-heart": "red heart", "red-apple": "red apple",
+                "dog-face": "dog face", "automobile": "red car"}
+    t = torch.tensor([200, 300, 400, 500, 600, 700, 800, 900])
+    y = [tuple(part.expand(8, -1, -1) for part in prior.embed(c)) for c in captions.values()]
+    for row, name in enumerate(captions):
+        with torch.no_grad():
+            x0 = prior.encode(SVG.load(HERE / "examples" / f"{name}.svg", size=prior.size).render())
+        noise = rand(8, *x0.shape[1:], seed=row, dtype=torch.float32)
+        x_t = pds.add_noise(x0.expand(8, -1, -1, -1), noise, prior.abar, t)
+        errors = torch.stack([(prior.eps(x_t, t, c) - noise).square().mean() for c in y])
+        assert errors.argmin() == row, (name, errors)
 
 
 # ---- run.py -------------------------------------------------------------------------------------------
@@ -957,6 +978,11 @@ def test_bad_input_gets_one_line_and_overwrites_nothing(command, tmp_path, monke
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and error[0].startswith("run.py: error: ") and message in error[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_prompt_is_refused_for_the_shipped_example_too(tmp_path, capsys):
+    assert run.main(["--target", "", "--out", str(tmp_path / "out")]) == 2
+    assert "--target is missing or empty" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flags", [["--steps", "0"], ["--guidance", "nan"], ["--seed", "x"], ["--mode", "video"]])
