@@ -1,10 +1,13 @@
-"""Edit an SVG or a picture towards a prompt with Posterior Distillation Sampling, or with its rivals SDS and DDS.
+"""Edit an SVG, a picture or a NeRF towards a prompt with Posterior Distillation Sampling, or with SDS and DDS.
 
     python run.py --mode svg                                  # the shipped example
     python run.py --mode svg --svg cat.svg --source "a cat face" --target "a dog face" --compare
     python run.py --mode image --image cat.png --source "a cat face" --target "a dog face"
+    python run.py --mode nerf --scene examples/apple --source "red apple" --target "green apple"
+    python run.py --mode nerf --scene DIR --fit-only --fit-seconds 60     # fit, and measure the test views
 
-The output folder gets source.*, result.*, progress.gif, sheet.png (before and after, labelled) and config.json.
+The output folder gets source.*, result.*, progress.gif, sheet.png (before and after, labelled) and config.json; of a
+NeRF also turntable.gif and views.png, before and after from several sides.
 """
 import argparse
 import copy
@@ -19,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import pds
+from nerf import NeRF, evaluate, load_scene, turntable
 from prior import Prior
 from svg_raster import SVG
 
@@ -26,8 +30,9 @@ HERE = Path(__file__).resolve().parent
 LOSSES = {"sds": pds.sds_loss, "dds": pds.dds_loss, "pds": pds.pds_loss}
 COEFFICIENTS = {"official": "official", "consistent": "consistent", "dreamcatalyst": pds.dreamcatalyst}
 EXAMPLE = {"svg": ("smiling-face.svg", "slightly smiling face", "smiling face with sunglasses"),
-           "image": ("red-apple.png", "red apple", "green apple")}
-FRAMES, FRAME_SIZE = 40, 192  # of progress.gif
+           "image": ("red-apple.png", "red apple", "green apple"),
+           "nerf": ("apple", "red apple", "green apple")}
+FRAMES, FRAME_SIZE, SHEET_SIZE, VIEWS = 40, 192, 512, 24  # of progress.gif, of sheet.png, views of turntable.gif
 
 
 # ---- what can be edited -------------------------------------------------------------------------------
@@ -97,8 +102,29 @@ def load_image(args, prior):
     return scene, scene.param_groups(args.colours if args.pixels else args.latent), copy.deepcopy(scene)
 
 
-LOAD = {"svg": load_svg, "image": load_image}
-SUFFIX = {"svg": ".svg", "image": ".png"}  # of what save() writes
+class Photographs:
+    """What a NeRF is edited from: its scene's own pictures."""
+
+    def __init__(self, nerf):
+        self.render = nerf.photograph
+
+
+def fit(args):
+    """The NeRF of the scene; its fit is kept beside the output, so that a second edit starts at once."""
+    scene = load_scene(args.input, args.downscale)
+    args.fit.parent.mkdir(parents=True, exist_ok=True)
+    return NeRF.fit(scene, args.fit_seconds, checkpoint=args.fit, device=args.device)
+
+
+def load_nerf(args, prior):
+    nerf = fit(args)
+    return nerf, nerf.param_groups(args.table), Photographs(nerf)
+
+
+LOAD = {"svg": load_svg, "image": load_image, "nerf": load_nerf}
+SUFFIX = {"svg": ".svg", "image": ".png", "nerf": ".safetensors"}  # of what save() writes
+HOLD = {"svg": 1, "image": 1, "nerf": 10}  # steps that a view is kept, as in the paper
+AROUND = {"nerf": turntable}  # what can be seen from more than one side
 
 
 # ---- the one loop -------------------------------------------------------------------------------------
@@ -120,26 +146,28 @@ def edit(scene, groups, source, prior, loss_name, args, out):
     optimiser = torch.optim.Adam(groups)
     rates = [group["lr"] for group in groups]
     generator = torch.Generator().manual_seed(args.seed)
-    start, frames, checkpoint = 0, [snapshot(scene)], out / "checkpoint.pt"
+    start, frames, checkpoint, view, x0_src = 0, [snapshot(scene)], out / "checkpoint.pt", None, None
     if args.resume and checkpoint.exists():
         state = torch.load(checkpoint)
         scene.load_state_dict(state["scene"])
         optimiser.load_state_dict(state["optimiser"])
         generator.set_state(state["generator"])
-        start, frames = state["step"], [Image.fromarray(f.numpy()) for f in state["frames"]]
+        start, view, frames = state["step"], state["view"], [Image.fromarray(f.numpy()) for f in state["frames"]]
 
     def keep(step):
         pixels = [torch.frombuffer(bytearray(f.tobytes()), dtype=torch.uint8).reshape(f.height, f.width, 3)
                   for f in frames]
         write(checkpoint, dict(scene=scene.state_dict(), optimiser=optimiser.state_dict(),
-                               generator=generator.get_state(), step=step, frames=pixels))
+                               generator=generator.get_state(), step=step, view=view, frames=pixels))
 
     with DelayedInterrupt() as interrupt, tqdm(total=args.steps, initial=start, desc=loss_name, unit="step") as bar:
         for step in range(start, args.steps):
-            view = scene.sample_view(generator)
-            with torch.no_grad():
-                x0_src = prior.encode(source.render(view))
-            x0_tgt = prior.encode(scene.render(view))
+            if step % HOLD[args.mode] == 0:
+                view, x0_src = scene.sample_view(generator), None
+            if x0_src is None:
+                with torch.no_grad():
+                    x0_src = prior.encode(source.render(view, prior.size))
+            x0_tgt = prior.encode(scene.render(view, prior.size))
             progress = step / args.steps if args.schedule == "decreasing" else None
             t = pds.sample_timesteps(1, len(prior.abar), args.t_min, args.t_max, progress, generator)
             loss = LOSSES[loss_name](prior, x0_tgt, x0_src, y_tgt, y_src, t, generator=generator, **options)
@@ -187,9 +215,17 @@ def to_pil(picture):
     return Image.fromarray((picture[0].detach().permute(1, 2, 0) * 255).round().byte().cpu().numpy())
 
 
-def snapshot(scene, size=FRAME_SIZE):
+def snapshot(scene, size=None, view=None):
     with torch.no_grad():
-        return to_pil(scene.render(size=size))
+        return to_pil(scene.render(view, size or FRAME_SIZE))
+
+
+def beside(pictures):
+    """Pictures of one size in a row."""
+    page = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
+    for i, picture in enumerate(pictures):
+        page.paste(picture, (i * picture.width, 0))
+    return page
 
 
 def write(path, what):
@@ -227,7 +263,8 @@ def run_one(prior, loss_name, args, out):
         ValueError, OSError: bad input; nothing has been written then.
     """
     scene, groups, source = LOAD[args.mode](args, prior)
-    before = snapshot(scene, 512)
+    cameras = AROUND[args.mode](scene, VIEWS, FRAME_SIZE) if args.mode in AROUND else []
+    before, turn = snapshot(scene, SHEET_SIZE), [snapshot(scene, view=camera) for camera in cameras]
     out.mkdir(parents=True, exist_ok=True)
     config = settings(args, prior, loss_name)
     if args.resume and (out / "config.json").exists():
@@ -238,14 +275,19 @@ def run_one(prior, loss_name, args, out):
     elif (out / "checkpoint.pt").exists():
         (out / "checkpoint.pt").unlink()  # of an earlier run: a --resume must never mix the two
     write(out / "config.json", json.dumps(config, indent=1) + "\n")
-    write(out / f"source{args.input.suffix.lower()}", args.input.read_bytes())
+    if args.input.is_file():
+        write(out / f"source{args.input.suffix.lower()}", args.input.read_bytes())
     write(out / "source.png", before)
     frames, interrupted = edit(scene, groups, source, prior, loss_name, args, out)
-    after = snapshot(scene, 512)
+    after = snapshot(scene, SHEET_SIZE)
     write(out / "result.png", after)
     scene.save(out / f"result{SUFFIX[args.mode]}")
     write(out / "progress.gif", frames)
     write(out / "sheet.png", sheet([before, after], [("source", args.source), (loss_name.upper(), args.target)]))
+    if turn:
+        pairs = [beside([a, snapshot(scene, view=camera)]) for a, camera in zip(turn, cameras)]
+        write(out / "turntable.gif", pairs)
+        write(out / "views.png", beside(pairs[::6]))
     if interrupted:
         print(f"interrupted: what is there is in {out}; the same command with --resume goes on", file=sys.stderr)
         raise KeyboardInterrupt
@@ -254,11 +296,13 @@ def run_one(prior, loss_name, args, out):
 
 def settings(args, prior, loss_name):
     """Everything that a result depends on, for config.json."""
-    skip = {"out", "resume", "compare", "every", "device"}
+    skip = {"out", "resume", "compare", "every", "device", "fit", "fit_only"}
+    files = [args.input] if args.input.is_file() else sorted(p for p in args.input.rglob("*") if p.is_file())
+    content = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in skip}
     guidance = args.guidance if args.guidance is not None else prior.defaults["guidance"][loss_name]
     config |= {"loss": loss_name, "guidance": guidance, "size": prior.size, "device": str(prior.device),
-               "sha256": hashlib.sha256(args.input.read_bytes()).hexdigest(), "versions": {"torch": torch.__version__}}
+               "sha256": content, "versions": {"torch": torch.__version__}}
     return config
 
 
@@ -270,7 +314,8 @@ def parse(argv=None):
     positive, share = number(int, 1), number(float, 0, 1)
     rate = number(float, 0)
     a("--mode", choices=LOAD, default="svg", help="what is edited (default: svg)")
-    a("--svg", "--image", dest="input", type=Path, help="the file to edit (default: a shipped example)")
+    a("--svg", "--image", "--scene", dest="input", type=Path,
+      help="the file, or folder with a transforms.json, to edit (default: a shipped example)")
     a("--source", help="prompt that describes the file")
     a("--target", help="prompt that describes the edit")
     a("--loss", choices=LOSSES, default="pds", help="the method (default: pds)")
@@ -297,7 +342,14 @@ def parse(argv=None):
     a("--skip-unsupported", action="store_true", help="svg: drop mask, filter, text and image with a warning")
     a("--pixels", action="store_true", help="image: optimise the pixels instead of the latent")
     a("--latent", type=rate, default=0.02, help="image: rate of the latent (default: 0.02)")
-    return p.parse_args(argv)
+    a("--fit-seconds", type=rate, default=60.0, help="nerf: time of the fit, process CPU time on a CPU (default: 60)")
+    a("--fit-only", action="store_true", help="nerf: fit, print the PSNR of the test views, and stop")
+    a("--downscale", type=number(int, 1), default=1, help="nerf: reduce the photographs by this factor (default: 1)")
+    a("--table", type=rate, default=0.01, help="nerf: rate of the hash grid (default: 0.01)")
+    args = p.parse_args(argv)
+    if args.fit_only and args.mode != "nerf":
+        p.error("--fit-only: only with --mode nerf")
+    return args
 
 
 def number(kind, low, high=None):
@@ -318,7 +370,6 @@ def complete(args, prior):
     lowest = pds.sample_timesteps(1, len(prior.abar), args.t_min, args.t_max, progress=1.0).item()
     if lowest < args.stride:
         raise ValueError(f"--stride {args.stride} is longer than the lowest timestep, {lowest}: raise --t-min")
-    args.out = args.out or Path("out") / f"{args.input.stem}-{'compare' if args.compare else args.loss}"
 
 
 def main(argv=None):
@@ -329,8 +380,17 @@ def main(argv=None):
             args.input = HERE / "examples" / name
             args.source = source if args.source is None else args.source
             args.target = target if args.target is None else args.target
-        if not args.input.is_file():
+        if not args.input.exists() or args.input.is_dir() and args.mode not in AROUND:
             raise ValueError(f"{args.input}: no such file")
+        name = f"{args.input.stem}-{'compare' if args.compare else args.loss}"
+        args.out = args.out or Path("out") / name
+        args.fit = args.out.parent / f"{args.input.stem}-fit.pt"
+        if args.fit_only:
+            nerf = fit(args)
+            psnr, views = evaluate(nerf, nerf.scene)
+            done = nerf.fitted
+            print(f"test PSNR {psnr:.1f} dB, {views} views, {done['steps']} steps, {done['seconds']:.1f} s")
+            return 0
         for prompt in ("source", "target"):
             if not (getattr(args, prompt) or "").strip():
                 raise ValueError(f"--{prompt} is missing or empty: say in a few words what the {prompt} shows")

@@ -1,10 +1,12 @@
 """The tests of the whole repository: `pytest -q`. No network, no GPU, nothing random that is not seeded."""
+import copy
 import io
 import json
 import math
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,12 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+import nerf as nerf_module
 import pds
 import run
 import svg_raster
+from nerf import (Camera, HashGrid, NeRF, SceneError, contract, depth_picture, directions, evaluate, export, input_path,
+                  load_scene, turntable, uncontract, volume_weights)
 from prior import Prior, PriorError
 from svg_raster import SVG, SVGError
 
@@ -744,6 +749,482 @@ def test_svg_command_line_reports_failures_and_goes_on(tmp_path):
     assert svg_raster.main([str(good), "--out", str(out)]) == 0
 
 
+# ---- nerf.py -----------------------------------------------------------------------------------------
+
+NERF_SIZES = dict(levels=6, table=2 ** 14, width=16)
+
+
+def nerf_pose(azimuth, elevation=0.3, distance=4.0):
+    """Camera-to-world [4,4] that looks at the origin from an azimuth around z."""
+    back = torch.tensor([math.cos(azimuth) * math.cos(elevation), math.sin(azimuth) * math.cos(elevation),
+                         math.sin(elevation)], dtype=torch.float64)
+    right = torch.linalg.cross(torch.tensor([0, 0, 1.0], dtype=torch.float64), back)
+    right /= right.norm()
+    pose = torch.eye(4, dtype=torch.float64)
+    pose[:3] = torch.stack((right, torch.linalg.cross(back, right), back, distance * back), 1)
+    return pose
+
+
+def nerf_scene(folder, views=12, size=24, radius=0.8, alpha=True, split=True, **keys):
+    """A sphere around the origin whose colour is its normal, written as Blender's files or as one transforms.json."""
+    angle, frames = 0.6, {"train": [], "test": []}
+    for i in range(views):
+        pose = nerf_pose(i * 2.4, 0.1 + 0.06 * i)
+        fine = 4 * size
+        v, u = torch.meshgrid(torch.arange(fine), torch.arange(fine), indexing="ij")
+        focal = fine / 2 / math.tan(angle / 2)
+        d = torch.stack(((u + 0.5 - fine / 2) / focal, -(v + 0.5 - fine / 2) / focal, -torch.ones(fine, fine)), -1)
+        d = (d / d.norm(dim=-1, keepdim=True)).double() @ pose[:3, :3].T
+        along = d @ pose[:3, 3]
+        root = along ** 2 - pose[:3, 3].square().sum() + radius ** 2
+        hit = root > 0
+        normal = (pose[:3, 3] + (-along - root.clamp_min(0).sqrt())[..., None] * d) / radius
+        rgba = torch.cat((normal / 2 + 0.5, torch.ones(fine, fine, 1)), -1) * hit[..., None]
+        rgba = rgba.view(size, 4, size, 4, 4).mean((1, 3))
+        rgba[..., :3] /= rgba[..., 3:].clamp_min(1e-6)
+        if not alpha:
+            rgba = rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]
+        part = "test" if split and i % 4 == 3 else "train"
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        Image.fromarray((rgba * 255).round().byte().numpy()).save(folder / part / f"{i}.png")
+        frames[part].append({"file_path": f"{part}/{i}" + ("" if split else ".png"), "transform_matrix": pose.tolist()})
+    for part in ("train", "test") if split else ("train",):
+        name = f"transforms_{part}.json" if split else "transforms.json"
+        (folder / name).write_text(json.dumps({"camera_angle_x": angle, "frames": frames[part]} | keys))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nerf_sphere(tmp_path_factory):
+    return load_scene(nerf_scene(tmp_path_factory.mktemp("sphere")))
+
+
+@pytest.fixture(scope="module")
+def nerf_fitted(nerf_sphere):
+    return NeRF.fit(nerf_sphere, steps=300, progress=False, **NERF_SIZES)
+
+
+class SolidBall(NeRF):
+    """A field in closed form: an opaque ball of a given colour in the middle of the box."""
+    radius = 0.8
+
+    class Identity(torch.nn.Module):
+        def forward(self, x, known=None):
+            return x
+
+    @classmethod
+    def of(cls, scene):
+        ball = cls(scene, **NERF_SIZES)
+        ball.grid = cls.Identity()
+        ball.occupied.fill_(True)
+        ball.bounds.copy_(torch.tensor([[-1.0] * 3, [1.0] * 3]) * ball.extent)
+        ball.step = 1 / 256
+        return ball
+
+    def density(self, x):
+        place = (x * 2 - 1) * self.extent * self.scene.half + self.centre[:, None]
+        return 1e5 * (place.norm(dim=0) < self.radius), torch.zeros(16, x.shape[1])
+
+    def colour(self, out, sh):
+        return torch.tensor([[0.2], [0.4], [0.6]]).expand(-1, out.shape[1])
+
+
+# ---- nerf.py: the grid -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [2 ** 4, 2 ** 12])  # all but the first level hashed; all levels dense
+def test_grid_against_a_loop_over_corners(size):
+    torch.manual_seed(0)
+    grid = HashGrid(3, size, 1, 9).double()
+    grid.table.data.normal_()
+    x = torch.rand(3, 7, dtype=torch.float64)
+    out = grid(x)
+    for level, cells in enumerate(grid.cells):
+        for n in range(7):
+            place = [float(c) * cells for c in x[:, n]]
+            wanted = torch.zeros(2, dtype=torch.float64)
+            for corner in range(8):
+                at = [int(p) + (corner >> k & 1) for k, p in enumerate(place)]
+                weight = math.prod(1 - abs(p - a) for p, a in zip(place, at))
+                if (cells + 1) ** 3 <= size:
+                    entry = at[0] + (cells + 1) * (at[1] + (cells + 1) * at[2])
+                else:
+                    entry = sum(a * s for a, s in zip(at, HashGrid.STRIDES)) % size
+                wanted += weight * grid.table[grid.start[level] + entry].detach()
+            torch.testing.assert_close(out[[level, 3 + level], n], wanted)
+
+
+def test_grid_gradcheck_and_known_features():
+    torch.manual_seed(0)
+    grid = HashGrid(2, 2 ** 5, 2, 6).double()
+    x = torch.rand(3, 11, dtype=torch.float64)
+    table = torch.randn_like(grid.table).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: nerf_module._Interpolate.apply(t, x, grid, None), table)
+    grid.table.data.copy_(table)
+    grid(x).square().sum().backward()
+    once = grid.table.grad.clone()
+    grid.table.grad = None
+    grid(x, grid(x).detach()).square().sum().backward()
+    assert torch.equal(once, grid.table.grad)
+
+
+def test_grid_at_the_upper_face_and_without_points():
+    grid = HashGrid(2, 2 ** 10, 2, 4)
+    grid.table.data.fill_(1.0)
+    torch.testing.assert_close(grid(torch.ones(3, 2)), torch.ones(4, 2))
+    grid(torch.empty(3, 0)).sum().backward()
+    assert grid.table.grad.abs().sum() == 0
+    with pytest.raises(ValueError, match="power of two"):
+        HashGrid(2, 1000, 2, 4)
+
+
+# ---- nerf.py: rendering ------------------------------------------------------------------------------
+
+def test_volume_weights_against_a_loop():
+    torch.manual_seed(0)
+    ray = torch.tensor([0, 0, 0, 2, 2, 5])  # rays 1, 3 and 4 have no samples
+    tau = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    weights, light = [], {}
+    for t, r in zip(tau, ray.tolist()):
+        weights.append(light.get(r, 1.0) * (1 - torch.exp(-t)))
+        light[r] = light.get(r, 1.0) * torch.exp(-t)
+    wanted, ours = torch.stack(weights), volume_weights(tau, ray, 6)
+    torch.testing.assert_close(ours, wanted)
+    factor = torch.randn(6, dtype=torch.float64)
+    torch.testing.assert_close(torch.autograd.grad((ours * factor).sum(), tau)[0],
+                               torch.autograd.grad((wanted * factor).sum(), tau)[0])
+
+
+def test_volume_weights_keep_their_precision_behind_many_opaque_rays():
+    count, each = 4000, 8
+    tau = torch.full((count * each,), 500.0)
+    tau[-each:] = torch.linspace(0.01, 0.3, each)
+    weights = volume_weights(tau, torch.arange(count).repeat_interleave(each), count)
+    last = tau[-each:].double()
+    wanted = torch.exp(last - last.cumsum(0)) * (1 - torch.exp(-last))
+    torch.testing.assert_close(weights[-each:].double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_a_ball_covers_its_area_and_lies_at_its_depth(nerf_sphere):
+    ball = SolidBall.of(nerf_sphere)
+    camera = ball.camera(0, 96)
+    with torch.no_grad():
+        picture, depth = ball.render(camera), ball.depth(camera)
+    inside = (picture[0, 2] < 0.8).float()
+    distance, focal = 4.0, camera.lens[0]
+    disc = math.pi * focal ** 2 * ball.radius ** 2 / (distance ** 2 - ball.radius ** 2)  # of the tangent cone
+    assert inside.sum().item() == pytest.approx(disc, rel=0.02)
+    torch.testing.assert_close(picture[0, :, 48, 48], torch.tensor([0.2, 0.4, 0.6]))
+    assert (picture[0, :, 0, 0] == 1).all() and depth[0, 0, 0, 0] == 0
+    assert depth[0, 0, 48, 48].item() == pytest.approx(distance - ball.radius, abs=0.02)
+    assert (depth_picture(depth)[0, :, 48, 48] > 0.9).all()
+
+
+def test_a_ball_lies_where_the_photographs_show_it(nerf_sphere):
+    ball = SolidBall.of(nerf_sphere)
+    for view in (0, 4):
+        with torch.no_grad():
+            drawn = (ball.render(view, 48) < 0.9).any(1)
+        shown = (ball.photograph(view, 48) < 0.9).any(1)
+        assert (drawn != shown).float().mean() < 0.05
+
+
+def test_hull_holds_the_object_and_little_else(nerf_sphere):
+    nerf = NeRF(nerf_sphere, **NERF_SIZES)
+    place = (nerf_module.cell_points(torch.arange(64 ** 3), 64) * 2 - 1) * nerf_sphere.half + nerf_sphere.centre[:, None]
+    ball = place.norm(dim=0) < 0.8
+    assert nerf.occupied[ball].all() and nerf.occupied.sum() < 2.5 * ball.sum() and nerf.seen.sum() > nerf.occupied.sum()
+
+
+def test_contract_keeps_the_box_and_is_inverted():
+    x = torch.randn(3, 500, dtype=torch.float64) * 20
+    assert contract(x).abs().max() < 2
+    torch.testing.assert_close(uncontract(contract(x)), x)
+    near = torch.rand(3, 50) * 2 - 1
+    assert torch.equal(contract(near), near)
+
+
+# ---- nerf.py: gradients of pictures ------------------------------------------------------------------
+
+def test_deferred_gradients_equal_direct_ones(nerf_fitted, monkeypatch):
+    nerf = copy.deepcopy(nerf_fitted)
+    weighting = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def gradient(chunk):
+        monkeypatch.setattr(NeRF, "chunk", chunk)
+        nerf.zero_grad()
+        picture = nerf.render(1, 32)
+        (picture * weighting).sum().backward()
+        return picture.detach(), torch.cat([p.grad.flatten() for p in nerf.parameters()])
+    (a, direct), (b, deferred) = gradient(10 ** 6), gradient(100)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert (direct - deferred).norm() <= 1e-5 * direct.norm()
+    assert direct.norm() > 0
+
+
+def test_deferred_gradients_keep_the_occupancy_they_were_drawn_with(nerf_fitted, monkeypatch):
+    monkeypatch.setattr(NeRF, "chunk", 100)
+    nerf = copy.deepcopy(nerf_fitted)
+    (wanted,) = torch.autograd.grad(nerf.render(1, 32).sum(), [nerf.rgb_out])
+    picture = nerf.render(1, 32)
+    nerf.occupied = torch.zeros_like(nerf.occupied)
+    assert torch.equal(torch.autograd.grad(picture.sum(), [nerf.rgb_out])[0], wanted)
+    assert not nerf.occupied.any()
+
+
+def test_deferred_gradients_of_changed_parameters_raise(nerf_fitted, monkeypatch):
+    monkeypatch.setattr(NeRF, "chunk", 100)
+    nerf = copy.deepcopy(nerf_fitted)
+    picture = nerf.render(1, 32)
+    with torch.no_grad():
+        nerf.rgb_out.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        picture.sum().backward()
+
+
+@pytest.mark.parametrize("chunk", [100, 10 ** 6])
+def test_nothing_to_see_is_the_background(nerf_sphere, monkeypatch, chunk):
+    monkeypatch.setattr(NeRF, "chunk", chunk)
+    nerf = NeRF(nerf_sphere, **NERF_SIZES)
+    nerf.occupied = torch.zeros_like(nerf.occupied)
+    nerf.bounds = nerf._bounds()
+    picture = nerf.render(0, 16)
+    assert (picture == 1).all()
+    picture.sum().backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in nerf.parameters())
+
+
+def test_render_has_no_side_effects(nerf_fitted):
+    before = copy.deepcopy(nerf_fitted.state_dict())
+    a = nerf_fitted.render(2, 32)
+    b = nerf_fitted.render(2, 32)
+    assert torch.equal(a, b) and a.shape == (1, 3, 32, 32) and a.min() >= 0 and a.max() <= 1
+    assert nerf_fitted.render(2).shape == (1, 3, 24, 24)
+    after = nerf_fitted.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_an_edit_can_grow_geometry(nerf_fitted):
+    """Towards pictures of a larger ball: what is added lies outside of all that was occupied."""
+    nerf, scene = copy.deepcopy(nerf_fitted), nerf_fitted.scene
+    larger = SolidBall.of(scene)
+    larger.radius = 0.95
+    with torch.no_grad():
+        wanted = [larger.render(view, 24) for view in range(len(scene.train))]
+        error = [(nerf.render(v, 24) - w).square().mean() for v, w in enumerate(wanted)]
+    optimiser, generator = torch.optim.Adam(nerf.param_groups(1e-2)), torch.Generator().manual_seed(0)
+    for _ in range(120):
+        view = nerf.sample_view(generator)
+        optimiser.zero_grad()
+        (nerf.render(view, 24) - wanted[view]).square().mean().backward()
+        optimiser.step()
+        nerf.project_()
+    with torch.no_grad():
+        now = [(nerf.render(v, 24) - w).square().mean() for v, w in enumerate(wanted)]
+    assert sum(now) < 0.1 * sum(error)
+
+
+# ---- nerf.py: the fit and its files ------------------------------------------------------------------
+
+def test_fit_reaches_the_test_views(nerf_fitted):
+    psnr, views = evaluate(nerf_fitted, nerf_fitted.scene)
+    assert views == 3 and psnr > 22 and nerf_fitted.fitted["steps"] == 300
+
+
+def test_fit_of_a_capture_without_alpha(tmp_path):
+    scene = load_scene(nerf_scene(tmp_path, alpha=False, split=False, aabb_scale=2))
+    assert not scene.bounded and len(scene.test) == 2 and len(scene.train) == 10
+    nerf = NeRF.fit(scene, steps=250, progress=False, **NERF_SIZES)
+    views = [(nerf.render(i, 24).detach() - nerf.photograph(i, 24)).square().mean() for i in range(10)]
+    assert sum(views) / 10 < 0.02  # white walls say little about where they are: training views only
+    nerf.render(0, 24).sum().backward()
+    assert nerf.sky_out.grad.abs().sum() > 0
+
+
+def test_a_killed_fit_resumes_bit_identically(nerf_sphere, tmp_path, monkeypatch):
+    whole = NeRF.fit(nerf_sphere, steps=120, progress=False, **NERF_SIZES)
+    ticks = iter(range(0, 10 ** 6, 20))
+    monkeypatch.setattr(nerf_module.time, "monotonic", lambda: next(ticks))  # a checkpoint after each step
+    step, calls = NeRF._fit_step, []
+
+    def killed(self, *args):
+        calls.append(1)
+        if len(calls) == 101:
+            raise KeyboardInterrupt
+        return step(self, *args)
+    monkeypatch.setattr(NeRF, "_fit_step", killed)
+    file = tmp_path / "fit.pt"
+    with pytest.raises(KeyboardInterrupt):
+        NeRF.fit(nerf_sphere, steps=120, checkpoint=file, progress=False, **NERF_SIZES)
+    resumed = NeRF.fit(nerf_sphere, steps=120, checkpoint=file, progress=False, **NERF_SIZES)
+    assert len(calls) == 101 + 20 and resumed.fitted["steps"] == 120
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()):
+        assert torch.equal(a, b), name
+    cached = NeRF.fit(nerf_sphere, steps=120, checkpoint=file, progress=False, **NERF_SIZES)
+    assert len(calls) == 121 and torch.equal(cached.grid.table, whole.grid.table)
+
+
+def test_checkpoints_that_are_refused(nerf_fitted, nerf_sphere, tmp_path):
+    other = load_scene(nerf_scene(tmp_path / "other", views=4, radius=0.5))
+    saved, fitted = tmp_path / "nerf.safetensors", tmp_path / "fit.pt"
+    nerf_fitted.save(saved)
+    NeRF.fit(nerf_sphere, steps=1, checkpoint=fitted, progress=False, **NERF_SIZES)
+    contents = fitted.read_bytes()
+    with pytest.raises(SceneError, match="nerf.safetensors: was fitted to another scene"):
+        NeRF.load(saved, other)
+    with pytest.raises(SceneError, match="fit.pt: is the fit of another scene"):
+        NeRF.fit(other, steps=2, checkpoint=fitted, progress=False, **NERF_SIZES)
+    with pytest.raises(SceneError, match="fit.pt: has other sizes"):
+        NeRF.fit(nerf_sphere, steps=2, checkpoint=fitted, progress=False, **NERF_SIZES | dict(width=32))
+    assert fitted.read_bytes() == contents
+    for damaged, message in ((saved, "no readable NeRF"), (fitted, "no readable checkpoint")):
+        damaged.write_bytes(damaged.read_bytes()[:1000])
+        with pytest.raises(SceneError, match=f"{damaged.name}: {message}"):
+            NeRF.load(saved, nerf_sphere) if damaged is saved else NeRF.fit(
+                nerf_sphere, steps=2, checkpoint=fitted, progress=False, **NERF_SIZES)
+
+
+def test_saved_copied_and_restored_nerfs_draw_the_same(nerf_fitted, tmp_path):
+    nerf_fitted.save(tmp_path / "a.safetensors")
+    loaded = NeRF.load(tmp_path / "a.safetensors", nerf_fitted.scene)
+    twin = copy.deepcopy(nerf_fitted)
+    assert twin.scene is nerf_fitted.scene and twin.grid.table is not nerf_fitted.grid.table
+    fresh = NeRF(nerf_fitted.scene, **NERF_SIZES)
+    fresh.load_state_dict(nerf_fitted.state_dict())
+    for other in (loaded, twin, fresh):
+        assert torch.equal(other.render(3, 40), nerf_fitted.render(3, 40))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_turntable_input_path_and_export(nerf_fitted, tmp_path):
+    cameras = turntable(nerf_fitted, 8, 20)
+    for camera in cameras:  # they look at the middle, upright, from where the training cameras are
+        position, back = camera.pose[:, 3], camera.pose[:, 2]
+        toward = position - nerf_fitted.scene.centre
+        assert torch.dot(toward / toward.norm(), back) > 0.99 and camera.pose[2, 1] > 0.5
+        torch.testing.assert_close(camera.pose[:, :3] @ camera.pose[:, :3].T, torch.eye(3), atol=1e-5, rtol=0)
+    spread = torch.stack([c.pose[:, 3] for c in cameras])
+    assert (spread - spread.mean(0)).norm(dim=1).min() > 2  # all the way round
+    path = input_path(nerf_fitted, 17, 20)
+    torch.testing.assert_close(path[0].pose, nerf_fitted.scene.train[0].camera.pose, atol=1e-5, rtol=0)
+    torch.testing.assert_close(path[-1].pose, nerf_fitted.scene.train[-1].camera.pose, atol=1e-5, rtol=0)
+    export(nerf_fitted, tmp_path, cameras)
+    again = load_scene(tmp_path)
+    assert len(again.train) == 7 and len(again.test) == 1
+    view = again.train[0]  # the frame with number 1
+    torch.testing.assert_close(view.camera.pose, cameras[1].pose)
+    torch.testing.assert_close(torch.tensor(view.camera.lens), torch.tensor(cameras[1].lens))
+    with torch.no_grad():
+        wanted = nerf_fitted.render(cameras[1])[0].permute(1, 2, 0)
+    assert (view.pixels.float() / 255 - wanted).abs().max() <= 0.5 / 255 + 1e-6
+    depth = np.array(Image.open(tmp_path / "depth" / "00001.png")).astype(float) / 1000
+    assert depth[10, 10] == pytest.approx(4 - 0.8, abs=0.25)
+
+
+# ---- nerf.py: cameras and scenes ---------------------------------------------------------------------
+
+def test_directions_follow_opengl_and_invert_opencv():
+    lens = torch.tensor([50.0, 60, 32, 24, 0, 0, 0, 0, 0, 0])[:, None]
+    d = directions(lens, torch.tensor([32.0, 82]), torch.tensor([24.0, 24]))
+    torch.testing.assert_close(d, torch.tensor([[0, 2 ** -0.5], [0, 0], [-1, -2 ** -0.5]]))
+    k1, k2, k3, k4, p1, p2 = 0.06, -0.08, 0.02, -0.01, -0.003, 0.002
+    u, v = torch.meshgrid(torch.linspace(0, 64, 9).double(), torch.linspace(0, 48, 9).double(), indexing="xy")
+    lens = torch.tensor([50.0, 60, 32, 24, k1, k2, k3, k4, p1, p2], dtype=torch.float64)[:, None]
+    d = directions(lens, u.flatten(), v.flatten())
+    x, y = d[0] / -d[2], -d[1] / -d[2]  # OpenCV: y down, looking along +z
+    r2 = x * x + y * y
+    radial = 1 + k1 * r2 + k2 * r2 ** 2 + k3 * r2 ** 3 + k4 * r2 ** 4
+    torch.testing.assert_close(50 * (x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x)) + 32, u.flatten())
+    torch.testing.assert_close(60 * (y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y) + 24, v.flatten())
+
+
+def test_square_is_the_central_crop():
+    camera = Camera(torch.eye(4)[:3], (50.0, 50, 33, 25, 0, 0, 0, 0, 0, 0), 64, 48)
+    square = camera.square(96)
+    full = camera.directions().view(3, 48, 64)
+    ours = torch.nn.functional.avg_pool2d(square.directions().view(1, 3, 96, 96), 2)[0]
+    torch.testing.assert_close(ours / ours.norm(dim=0), full[:, :, 8:56], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("keys, focal", [
+    ({"x_fov": 90, "fl_x": 99.0, "camera_angle_x": 1.0}, 12.0), ({"fl_x": 99.0, "camera_angle_x": 1.0}, 99.0),
+    ({"camera_angle_x": math.pi / 2}, 12.0), ({"fl_x": 198.0, "w": 48.0, "h": 48.0}, 99.0)])
+def test_focal_precedence(tmp_path, keys, focal):
+    scene = load_scene(nerf_scene(tmp_path, views=4, split=False, **keys))
+    assert scene.train[0].camera.lens[:2] == pytest.approx((focal, focal))
+
+
+def test_intrinsics_of_frames_downscale_and_missing_frames(tmp_path):
+    folder = nerf_scene(tmp_path, views=10, split=False, fl_x=30.0, fl_y=31.0, cx=11.0, k1=0.1, p2=0.01)
+    file = json.loads((folder / "transforms.json").read_text())
+    file["frames"][1] |= {"fl_x": 60.0, "cy": 9.0, "k1": 0.2}
+    file["frames"][2]["file_path"] = "train/gone.png"
+    (folder / "transforms.json").write_text(json.dumps(file))
+    with pytest.warns(UserWarning, match="1 of 10 pictures are missing, e.g. .*gone.png"):
+        scene = load_scene(folder, downscale=2)
+    assert len(scene.test) == 2 and len(scene.train) == 7 and scene.train[0].pixels.shape == (12, 12, 4)
+    assert scene.train[0].camera.lens == pytest.approx((30, 15.5, 5.5, 4.5, 0.2, 0, 0, 0, 0, 0.01))
+    assert scene.train[1].camera.lens == pytest.approx((15, 15.5, 5.5, 6, 0.1, 0, 0, 0, 0, 0.01))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert load_scene(folder / "transforms.json", 2).fingerprint == scene.fingerprint
+        assert load_scene(folder).fingerprint != scene.fingerprint
+
+
+def test_bounds_hold_the_object_and_honour_aabb_scale(tmp_path):
+    scene = load_scene(nerf_scene(tmp_path / "a"))
+    assert scene.centre.norm() < 0.15 and 0.8 < scene.half < 1.4
+    capture = load_scene(nerf_scene(tmp_path / "b", alpha=False, split=False))
+    assert capture.half == pytest.approx(4, rel=0.05)
+    assert load_scene(nerf_scene(tmp_path / "c", alpha=False, split=False, aabb_scale=1)).half < 1.6
+
+
+def nerf_broken(change):
+    """A function that damages frame 1 of a scene's file."""
+    def damage(folder):
+        file = json.loads((folder / "transforms.json").read_text())
+        change(file)
+        (folder / "transforms.json").write_text(json.dumps(file))
+    return damage
+
+
+def nerf_matrix(file, value):
+    file["frames"][1]["transform_matrix"] = value
+
+
+@pytest.mark.parametrize("damage, message", [
+    (nerf_broken(lambda f: f.update(frames=[])), "transforms.json: no frames in it"),
+    (nerf_broken(lambda f: f.update(frames=[3])), "frame 0 has no file_path"),
+    (nerf_broken(lambda f: nerf_matrix(f, [[math.nan] * 4] * 4)), "the transform_matrix of frame 1 is not finite"),
+    (nerf_broken(lambda f: nerf_matrix(f, [[1, 0, 0, 0]] * 4)), "the transform_matrix of frame 1 is singular"),
+    (nerf_broken(lambda f: nerf_matrix(f, [[1, 0], [0, 1]])), "frame 1 has no 4 x 4 transform_matrix"),
+    (nerf_broken(lambda f: nerf_matrix(f, "no")), "frame 1 has no 4 x 4 transform_matrix"),
+    (nerf_broken(lambda f: f.pop("camera_angle_x")), "frame 0 has no focal length"),
+    (nerf_broken(lambda f: f.update(fl_x="wide")), "frame 0 has an intrinsic that is no number"),
+    (nerf_broken(lambda f: f.update(fl_x=-3)), "not finite and positive"),
+    (nerf_broken(lambda f: f.update(w=10, h=90)), "frame 0 is 24 x 24 pixels, the file says 10 x 90"),
+    (nerf_broken(lambda f: f.update(camera_model="OPENCV_FISHEYE")), "camera model OPENCV_FISHEYE is not supported"),
+    (nerf_broken(lambda f: f.update(aabb_scale="big")), "aabb_scale is no number"),
+    (nerf_broken(lambda f: [x.update(file_path="gone.png") for x in f["frames"]]), "none of its 4 pictures is there"),
+    (lambda p: (p / "transforms.json").write_text("{ nonsense"), "transforms.json: no readable JSON"),
+    (lambda p: (p / "transforms.json").unlink(), "no transforms.json or transforms_train.json in it"),
+    (lambda p: (p / "train" / "1.png").write_bytes(b"x"), "1.png: no readable picture"),
+    (lambda p: Image.new("RGBA", (30, 20)).save(p / "train" / "1.png"), "1.png: 30 x 20 pixels, those before it have"),
+])
+def test_bad_scenes_are_one_line(tmp_path, damage, message):
+    folder = nerf_scene(tmp_path, views=4, split=False, alpha="aabb" not in message)
+    damage(folder)
+    with pytest.raises(SceneError) as error:
+        load_scene(folder)
+    assert message in str(error.value) and "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_no_scene_at_all(tmp_path):
+    with pytest.raises(SceneError, match="no such scene"):
+        load_scene(tmp_path / "nowhere")
+    with pytest.raises(SceneError, match="downscale must be at least 1, got 0"):
+        load_scene(nerf_scene(tmp_path), downscale=0)
+
+
 # ---- prior.py -----------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
@@ -962,6 +1443,23 @@ def test_compare_lays_the_three_side_by_side(command, tmp_path):
     assert Image.open(tmp_path / "out" / "sheet.png").width > 4 * 512
     results = [(tmp_path / "out" / name / "result.png").read_bytes() for name in ("sds", "dds", "pds")]
     assert len(set(results)) == 3
+
+
+def test_a_nerf_is_fitted_measured_and_edited(pipelines, tmp_path, capsys, monkeypatch):
+    for name, value in {"FRAMES": 2, "FRAME_SIZE": 24, "SHEET_SIZE": 32, "VIEWS": 6}.items():
+        monkeypatch.setattr(run, name, value)
+    nerf_scene(tmp_path / "scene")
+    flags = ["--mode", "nerf", "--scene", str(tmp_path / "scene"), "--fit-seconds", "1", "--device", "cpu",
+             "--out", str(tmp_path / "out" / "edit")]
+    assert run.main([*flags, "--fit-only"]) == 0
+    assert "test PSNR" in capsys.readouterr().out and [p.name for p in (tmp_path / "out").iterdir()] == ["scene-fit.pt"]
+    edit = [*flags, "--source", "a", "--target", "b", "--model", str(pipelines["sd"]), "--steps", "4", "--every", "2"]
+    assert run.main(edit) == 0
+    first = outputs(tmp_path / "out" / "edit")
+    assert {"result.safetensors", "turntable.gif", "views.png", "sheet.png"} <= set(first)
+    assert run.main(edit) == 0 and outputs(tmp_path / "out" / "edit") == first  # the fit is kept, the edit repeats
+    assert run.main([*flags[:3], str(tmp_path), *flags[4:-1], str(tmp_path / "no" / "out"), "--fit-only"]) == 2
+    assert "no transforms.json" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("flags, message", [
