@@ -69,8 +69,7 @@ class Camera:
 
 
 def directions(lens, u, v):
-    """Directions [3,N] of length 1, in the camera's axes, of pixels u, v [N] through lenses [10,N] or
-    [10,1]."""
+    """Directions [3,N] of length 1, in the camera's axes, of pixels u, v [N]; lens [10,N] or [10,1]."""
     fx, fy, cx, cy, k1, k2, k3, k4, p1, p2 = lens
     x = x_d = (u - cx) / fx
     y = y_d = (v - cy) / fy
@@ -205,7 +204,8 @@ def _read_views(path, file, downscale):
             raise SceneError(f"{picture}: no readable picture: {str(e).splitlines()[0]}") from e
         size = size or own
         if own != size and not ("w" in frame and "h" in frame):
-            raise SceneError(f"{picture}: {own[0]} x {own[1]} pixels, those before it {size[0]} x {size[1]}")
+            raise SceneError(f"{picture}: {own[0]} x {own[1]} pixels, those before it have "
+                             f"{size[0]} x {size[1]}")
         lens = _lens(path, i, file | frame, own, pixels.shape)
         views.append(View(Camera(pose, lens, pixels.shape[1], pixels.shape[0]), pixels, frame["file_path"]))
     if not views:
@@ -222,8 +222,7 @@ def _pixels(image, downscale):
     image = image.convert("RGBA" if alpha else "RGB")
     if downscale != 1:
         size = [max(1, round(side / downscale)) for side in image.size]
-        # premultiplied while it is averaged, or the colour under transparent pixels would bleed into the
-        # edges
+        # averaged premultiplied, or the colour under transparent pixels would bleed into the edges
         image = image.convert("RGBa" if alpha else "RGB").resize(size, Image.BOX).convert(image.mode)
     return torch.from_numpy(np.array(image))
 
@@ -241,8 +240,7 @@ def _pose(path, i, frame):
 
 
 def _lens(path, i, keys, own, shape):
-    """fx, fy, cx, cy, k1, k2, k3, k4, p1, p2 in pixels of `shape` [H,W,...]; `own` is the file's picture
-    size."""
+    """Camera.lens for pixels of `shape` [H,W,...]; `own` is the (width, height) of the picture's file."""
     model = keys.get("camera_model", "OPENCV")
     if model not in ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):
         raise SceneError(f"{path}: camera model {model} is not supported, undistort the pictures first")
@@ -273,7 +271,8 @@ def _lens(path, i, keys, own, shape):
     lens = (fx * zx, fy * zy, get.get("cx", w / 2) * zx, get.get("cy", h / 2) * zy,
             *(get.get(k, 0.0) for k in ("k1", "k2", "k3", "k4", "p1", "p2")))
     if not all(map(math.isfinite, lens)) or min(lens[:2]) <= 0:
-        raise SceneError(f"{path}: frame {i} has an intrinsic that is not finite, or a focal length below 0")
+        raise SceneError(f"{path}: frame {i} has a focal length or another intrinsic that is not finite "
+                         "and positive")
     return lens
 
 
@@ -299,7 +298,8 @@ def _bounds(views, bounded, file, path):
     centre = torch.linalg.solve(A + 1e-3 * torch.eye(3, dtype=A.dtype), b + 1e-3 * ahead)
     distance = (position - centre).norm(dim=1)
     if bounded:
-        reach = [max(v.camera.width / v.camera.lens[0], v.camera.height / v.camera.lens[1]) / 2 for v in views]
+        cameras = [v.camera for v in views]
+        reach = [max(c.width / c.lens[0], c.height / c.lens[1]) / 2 for c in cameras]
         half = 1.05 * (distance * torch.tensor(reach, dtype=torch.float64)).median().item()
         _, hull = visual_hull(views, centre.float(), half, 1, 48)
         if hull.any():  # closer around what is there, with room for an edit to grow into
@@ -349,15 +349,15 @@ class HashGrid(torch.nn.Module):
         start = np.cumsum([0] + [(n + 1) ** 3 if dense else size for n, dense in zip(self.cells, self.dense)])
         self.start = start.tolist()
         self.table = torch.nn.Parameter(torch.empty(self.start[-1], 2).uniform_(-1e-4, 1e-4))
-        strides = [(1, n + 1, (n + 1) ** 2) if dense else self.STRIDES for n, dense in zip(self.cells, self.dense)]
+        strides = [(1, n + 1, (n + 1) ** 2) if d else self.STRIDES for n, d in zip(self.cells, self.dense)]
         strides = torch.tensor(strides, dtype=torch.int32)  # [L,3]
-        corner = torch.tensor([(i & 1, i >> 1 & 1, i >> 2) for i in range(8)], dtype=torch.int32)  # x changes first
+        corner = torch.tensor([(i & 1, i >> 1 & 1, i >> 2) for i in range(8)], dtype=torch.int32)
+        offsets = (strides[:, None] * corner).sum(-1, dtype=torch.int32)  # [L,8], x changes first
         self.register_buffer("strides", strides, persistent=False)
-        self.register_buffer("offsets", (strides[:, None] * corner).sum(-1, dtype=torch.int32), persistent=False)
+        self.register_buffer("offsets", offsets, persistent=False)
 
     def corners(self, x, level):
-        """Entries int32 [8,N] of the corners around x [3,N] in [0,1], and the weights [3,2N] of the upper
-        ones.
+        """Entries int32 [8,N] of the corners around x [3,N] in [0,1], weights [3,2N] of the upper ones.
 
         A weight stands twice, once for each feature, to multiply the complex entries as plain pairs.
         """
@@ -449,8 +449,7 @@ class NeRF(torch.nn.Module):
     """
 
     def __init__(self, scene, levels=8, table=2 ** 15, width=32):
-        """scene: a Scene, kept for its cameras, box and pictures; the rest are the sizes of hash grid and
-        MLPs."""
+        """scene: a Scene, which is kept; levels and table: of the hash grid; width: of the MLPs."""
         super().__init__()
         self.scene, self.config = scene, dict(levels=levels, table=table, width=width)
         cameras = [v.camera for v in scene.train]
@@ -488,8 +487,7 @@ class NeRF(torch.nn.Module):
     # ---- the field
 
     def density(self, features):
-        """Features [2L,N] -> sigma [N] in 1 / half side of the box, and the 16 outputs [16,N] for the
-        colour."""
+        """Features [2L,N] -> sigma [N] per half side of the box, and all outputs [16,N] for the colour."""
         out = self.sigma_out @ leaky_relu(self.sigma_in @ features, LEAK)
         return out[0].clamp(max=11).exp(), out  # clamped before the exp; exp(11) is opaque in any step
 
@@ -499,8 +497,7 @@ class NeRF(torch.nn.Module):
         return torch.sigmoid(self.rgb_out @ leaky_relu(self.rgb_mid @ hidden, LEAK))
 
     def behind(self, rays_d):
-        """rgb [3,R] behind all samples: the scene's background, or of a capture a colour for each
-        direction."""
+        """rgb [3,R] behind all samples: the background, or in a capture a colour for each direction."""
         if self.scene.bounded:
             return self.background[:, None]
         return torch.sigmoid(self.sky_out @ leaky_relu(self.sky_in @ spherical_harmonics(rays_d), LEAK))
@@ -560,14 +557,14 @@ class NeRF(torch.nn.Module):
             features = self.grid(x, features)
         sigma, out = self.density(features)
         weights = volume_weights(sigma * dt, ray, count)
-        values = torch.cat((self.colour(out, sh) * weights, weights[None], (weights.detach() * t)[None]))  # [5,N]
+        values = self.colour(out, sh) * weights
+        values = torch.cat((values, weights[None], (weights.detach() * t)[None]))  # [5,N]
         index = ray + count * torch.arange(5, device=ray.device)[:, None]
         sums = values.new_zeros(5 * count).index_add(0, index.view(-1), values.reshape(-1)).view(5, count)
         return sums[:3], sums[3], sums[4], (weights, t, ray, marched)
 
     def camera(self, view=None, size=None):
-        """view: a training view's number, a Camera, or None for the view in the middle; with size, its
-        square."""
+        """view: a training view's number, a Camera, or None for the one in the middle; size: its square."""
         if view is None:
             position = torch.stack([v.camera.pose[:, 3] for v in self.scene.train])
             view = (position - position.mean(0)).norm(dim=1).argmin().item()
@@ -596,8 +593,7 @@ class NeRF(torch.nn.Module):
 
     @torch.no_grad()
     def depth(self, view=None, size=None):
-        """Expected depth [1,1,H,W] along the rays, in the units of the scene; 0 where nothing opaque is
-        met."""
+        """Expected depth [1,1,H,W] along the rays in units of the scene; 0 where nothing opaque is met."""
         camera = self.camera(view, size)
         parts = zip(*(rays.split(self.chunk, 1) for rays in camera.rays(self.centre.device)))
         depth = [torch.where(opacity > 0.5, depth / opacity.clamp_min(0.5), 0)
@@ -605,9 +601,9 @@ class NeRF(torch.nn.Module):
         return torch.cat(depth).view(1, 1, camera.height, camera.width) * self.scene.half
 
     def photograph(self, view, size):
-        """The training picture of view number `view`, its central square, on the background:
-        [1,3,size,size]."""
-        pixels = self.scene.train[view].pixels.to(self.centre.device).permute(2, 0, 1).float() / 255  # [C,H,W]
+        """The central square of training picture number `view`, on the background: [1,3,size,size]."""
+        pixels = self.scene.train[view].pixels.to(self.centre.device)
+        pixels = pixels.permute(2, 0, 1).float() / 255  # [C,H,W]
         side = min(pixels.shape[1:])
         top, left = ((n - side) // 2 for n in pixels.shape[1:])
         pixels = pixels[:, top:top + side, left:left + side]
@@ -620,8 +616,8 @@ class NeRF(torch.nn.Module):
     def update_occupancy(self, generator, share=0.25, decay=0.8, least=1.0, dilate=0):
         """Sample sigma in the occupied cells and in a random share of the others; decide what is occupied.
 
-        Occupied is where the decaying maximum exceeds min(least, its mean), and `dilate` cells around. sigma
-        = 1 makes 1 % of a hundredth of the box's half side opaque.
+        Occupied is where the decaying maximum exceeds min(least, its mean), and `dilate` cells around. At
+        sigma = 1 a hundredth of the half side of the box is 1 % opaque.
         """
         chosen = torch.rand(len(self.seen), generator=generator, device=self.seen.device) < share
         for cell in ((chosen | self.occupied) & self.seen).nonzero()[:, 0].split(2 ** 16):
@@ -673,7 +669,8 @@ class NeRF(torch.nn.Module):
         """Write everything as safetensors; never half a file."""
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         part = Path(path).with_name(f".{Path(path).name}.part")
-        save_file(state, part, {"config": json.dumps(self.config), "fingerprint": self.scene.fingerprint})
+        meta = {"config": self.config, "fingerprint": self.scene.fingerprint}
+        save_file(state, part, {"nerf": json.dumps(meta)})  # one entry: their order in the file is not fixed
         part.replace(path)
 
     @classmethod
@@ -681,9 +678,9 @@ class NeRF(torch.nn.Module):
         """What `save` wrote; raises SceneError for another scene's or a damaged file."""
         try:
             with safe_open(path, "pt") as file:
-                meta = file.metadata() or {}
+                meta = json.loads((file.metadata() or {})["nerf"])
                 state = {k: file.get_tensor(k) for k in file.keys()}
-            config = json.loads(meta["config"])
+            config = meta["config"]
         except (OSError, KeyError, ValueError, SafetensorError) as e:
             raise SceneError(f"{path}: no readable NeRF: {str(e).splitlines()[0]}") from e
         if meta.get("fingerprint") != scene.fingerprint:
@@ -695,20 +692,20 @@ class NeRF(torch.nn.Module):
     # ---- the fit
 
     @classmethod
-    def fit(cls, scene, seconds=None, steps=None, seed=0, checkpoint=None, device="cpu", progress=True, **sizes):
+    def fit(cls, scene, seconds=None, steps=None, seed=0, checkpoint=None, device="cpu", progress=True,
+            **sizes):
         """Fit a new NeRF to the training views of a scene.
 
         Batches of random pixels, Huber and distortion loss, Adam with a rate that decays tenfold. Objects are
-        fitted on random
-        backgrounds: only true opacity explains all of them, and nothing white hides before white.
+        fitted on random backgrounds: only true opacity explains all of them, and nothing
+        white hides before white.
 
         Args:
             seconds: process CPU time on a CPU, wall time elsewhere; 60 if neither it nor steps is given.
             steps: or optimiser steps. With both, what comes first.
             seed: of weights and batches. Fits of equal steps on one machine are bit-identical.
             checkpoint: a path. Its fit is resumed if it exists (one that had its time is returned at once),
-                and it is written every 15 seconds and at the end. A resumed fit takes the steps of an
-                unbroken one.
+                and it is written every 15 seconds and at the end. It then takes the steps of an unbroken one.
             sizes: levels, table, width, if not the device's default.
         Returns:
             The NeRF; its attribute `fitted` holds steps, seconds and rays of the fit.
@@ -766,7 +763,8 @@ class NeRF(torch.nn.Module):
                 if step % 20 == 0:
                     if not torch.isfinite(loss):
                         raise FloatingPointError(f"{scene.path}: the loss is {loss.item()} at step {step}")
-                    bar.set_postfix(psnr=f"{-10 * math.log10(2 * colour.item() + 1e-12):.1f} dB", refresh=False)
+                    psnr = -10 * math.log10(2 * colour.item() + 1e-12)  # Huber is half the square near 0
+                    bar.set_postfix(psnr=f"{psnr:.1f} dB", refresh=False)
                 bar.update()
                 state["spent"] = clock() - started
                 if checkpoint and time.monotonic() - written > 15:
@@ -792,8 +790,7 @@ class NeRF(torch.nn.Module):
 
 
 class _Batches:
-    """Random pixels of the training views; rays are made when drawn, so memory is that of the 8-bit
-    pictures."""
+    """Random pixels of the training views. Rays are made when drawn: memory is the 8-bit pictures'."""
 
     def __init__(self, scene, device):
         views = scene.train
@@ -816,8 +813,7 @@ class _Batches:
 
 
 class _Deferred(torch.autograd.Function):
-    """Render in chunks without gradient; in the backward render each chunk again and push its gradient
-    through.
+    """Render in chunks without gradient; in the backward draw each again and push its gradient through.
 
     The same samples both times: the jitter is fixed, and the occupancy is kept as it was. A step thus costs a
     second forward pass, and its memory does not grow with the picture (ARF, Zhang et al., arXiv 2206.06360).
@@ -919,7 +915,8 @@ def distortion(weights, s, ds, ray, count):
     a ray, so that the double sum is one of differences to what came before.
     """
     before, before_s = _sum_before(weights, ray, count), _sum_before(weights * s, ray, count)
-    return (2 * (weights * (s * before - before_s)).sum() + (weights * weights).sum() * ds / 3).to(s.dtype) / count
+    pairs, own = 2 * (weights * (s * before - before_s)).sum(), (weights * weights).sum() * ds / 3
+    return (pairs + own).to(s.dtype) / count
 
 
 def _sum_before(values, ray, count):
@@ -968,7 +965,7 @@ def turntable(nerf, frames, size):
     up = up / up.norm()
     offset = pose[:, :, 3] - centre
     height, distance = offset @ up, offset.norm(dim=1)
-    forward = offset.mean(0) - offset.mean(0) @ up * up  # the middle of the arc; anything across `up` for a circle
+    forward = offset.mean(0) - offset.mean(0) @ up * up  # the middle of the arc; for a circle the first view
     if forward.norm() < 0.1 * distance.mean():
         forward = offset[0] - height[0] * up
     forward = forward / forward.norm()
