@@ -4,6 +4,9 @@
     python bench.py svg-gradients                   # against finite differences
     python bench.py svg-speed                       # against plain autograd; memory; cost table; fits
     python bench.py svg-roundtrip ICONS.json...     # save, then resvg, against the own render
+    python bench.py nerf-grid                       # the hash grid against nn.Embedding
+    python bench.py nerf-fit SCENE --at 10 30 60    # PSNR over time, rays/s, memory
+    python bench.py nerf-deferred SCENE             # deferred image gradients against direct ones; memory
     python bench.py step                            # a PDS step: the network, and everything else
 
 Set OMP_NUM_THREADS=1 for figures of one core.
@@ -13,6 +16,8 @@ import io
 import json
 import math
 import random
+import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +29,7 @@ from PIL import Image
 
 import run
 import svg_raster
+from nerf import HashGrid, NeRF, evaluate, load_scene
 from prior import Prior
 from svg_raster import SVG, SVGError
 
@@ -262,15 +268,19 @@ def svg_coverage_time(svg, kind, repeats=10):
     return best
 
 
-def svg_peak_memory(svg):
-    """MiB by which forward plus backward raise the resident memory at most (Linux)."""
+def peak_memory(call):
+    """MiB by which a call raises the resident memory at most (Linux)."""
     def status(key):
         return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
-    svg_load(random_drawing(3, 20), size=256).render().sum().backward()        # what is loaded only once
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    svg.render().square().sum().backward()
+    call()
     return status("VmHWM") - before
+
+
+def svg_peak_memory(svg):
+    svg_load(random_drawing(3, 20), size=256).render().sum().backward()        # what is loaded only once
+    return peak_memory(lambda: svg.render().square().sum().backward())
 
 
 FITS = {                                  # name: (bar of the mean squared error, drawing on 128 px)
@@ -393,6 +403,136 @@ def svg_roundtrip(args):
         missed += table(f"{path}: saved, resvg against the own render, {len(edited)} icons", rows)
     return missed
 
+
+# ---- nerf.py --------------------------------------------------------------------------------------------
+
+def cpu_time(call, repeats=9):
+    """Median process CPU seconds of a call, after a first one."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return sorted(times)[repeats // 2]
+
+
+class EmbeddingGrid(torch.nn.Module):
+    """The formulation that most PyTorch ports use: an nn.Embedding a level, int64 entries, autograd's
+    backward."""
+
+    def __init__(self, grid):
+        super().__init__()
+        self.cells, self.dense, self.size = grid.cells, grid.dense, grid.size
+        self.tables = torch.nn.ModuleList(
+            torch.nn.Embedding.from_pretrained(grid.table.detach()[a:b].clone(), freeze=False)
+            for a, b in zip(grid.start, grid.start[1:]))
+        self.corner = torch.tensor([(i & 1, i >> 1 & 1, i >> 2) for i in range(8)])
+
+    def forward(self, x):
+        """x [N,3] in [0,1] -> [N,2L]."""
+        levels = []
+        for cells, dense, entries in zip(self.cells, self.dense, self.tables):
+            low = (x * cells).floor().long().clamp(max=cells - 1)
+            share = (x * cells - low)[:, None]  # [N,1,3]
+            corner = low[:, None] + self.corner  # [N,8,3]
+            stride = (1, cells + 1, (cells + 1) ** 2) if dense else HashGrid.STRIDES
+            entry = (corner * torch.tensor(stride)).sum(-1)
+            entry = entry if dense else entry % self.size
+            weight = torch.where(self.corner.bool(), share, 1 - share).prod(-1)  # [N,8]
+            levels.append((entries(entry) * weight[..., None]).sum(1))
+        return torch.stack(levels, 2).flatten(1)
+
+
+def nerf_grid(args):
+    rows = []
+    for size in (2 ** 15, 2 ** 19):
+        torch.manual_seed(0)
+        ours = HashGrid(16, size, 16, 2048)
+        ours.table.data.normal_()
+        plain = EmbeddingGrid(ours)
+        x = torch.rand(args.points, 3)
+        x_ours, out_grad = x.T.contiguous(), torch.randn(32, args.points)
+
+        def step(module, x, grad):
+            module.zero_grad()
+            out = module(x)
+            out.backward(grad)
+            return out.detach()
+        a, b = step(ours, x_ours, out_grad), step(plain, x, out_grad.T)
+        wanted = torch.cat([t.weight.grad for t in plain.tables])
+        t_ours = cpu_time(lambda: step(ours, x_ours, out_grad))
+        t_plain = cpu_time(lambda: step(plain, x, out_grad.T))
+        error = ((ours.table.grad - wanted).norm() / wanted.norm()).item()
+        name = f"T = 2^{size.bit_length() - 1}:"
+        rows += [(f"{name} nn.Embedding, forward + backward", f"{t_plain * 1e3:.1f} ms", "", None),
+                 (f"{name} HashGrid, forward + backward", f"{t_ours * 1e3:.1f} ms", "", None),
+                 (f"{name} times faster", f"{t_plain / t_ours:.1f}", ">= 4", t_plain >= 4 * t_ours),
+                 (f"{name} features differ by (relative)", f"{((a - b.T).norm() / b.norm()).item():.1e}", "<= 1e-6",
+                  (a - b.T).norm() <= 1e-6 * b.norm()),
+                 (f"{name} gradients differ by (relative)", f"{error:.1e}", "<= 1e-6", error <= 1e-6)]
+    return table(f"hash grid, {args.points} points, 16 levels", rows)
+
+
+def nerf_fit(args):
+    scene, rows = load_scene(args.scene, args.downscale), []
+    bars = dict(zip(args.at, args.bars or []))
+    for seconds in args.at:
+        nerf = NeRF.fit(scene, seconds=seconds, seed=args.seed, device=args.device)
+        psnr, views = evaluate(nerf, scene)
+        done = nerf.fitted
+        bar = bars.get(seconds)
+        print(f"test PSNR {psnr:.1f} dB, {views} views, {done['steps']} steps, {done['seconds']:.1f} s")
+        rows.append((f"{seconds:g} s: test PSNR", f"{psnr:.2f} dB", f">= {bar}" if bar else "",
+                     psnr >= bar if bar else None))
+        rows.append((f"{seconds:g} s: training rays/s", f"{done['rays'] / done['seconds']:.0f}", "", None))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    rows.append(("peak memory of the process", f"{peak:.0f} MB", "<= 1024 MB", peak <= 1024))
+    return table(f"fits of {args.scene}, {len(scene.train)} training views", rows)
+
+
+def gradients(nerf, size, deferred):
+    """The gradient of a fixed random weighting of a picture, as one vector."""
+    NeRF.chunk = 2048 if deferred else 10 ** 9
+    weighting = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    nerf.zero_grad()
+    (nerf.render(0, size) * weighting).mean().backward()
+    return torch.cat([p.grad.flatten() for p in nerf.parameters()])
+
+
+def nerf_deferred(args):
+    scene = load_scene(args.scene)
+    if args.only:  # in a process of its own, as an allocator keeps what it once had
+        nerf = NeRF.load(args.nerf, scene)
+        gradients(nerf, 32, True)  # what the first backward allocates once
+        start = time.process_time()
+        print(peak_memory(lambda: gradients(nerf, args.only, args.how == "deferred")), time.process_time() - start)
+        return 0
+    rows, peaks = [], {}
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        nerf = NeRF.fit(scene, seconds=args.seconds, progress=False)
+        nerf.save(file.name)
+        for size in (96, 128, 192):
+            a, b = gradients(nerf, size, True), gradients(nerf, size, False)
+            error = ((a - b).norm() / b.norm()).item()
+            rows.append((f"{size} x {size}: gradients differ by (relative)", f"{error:.1e}", "<= 1e-5", error <= 1e-5))
+        for how in ("direct", "deferred"):
+            for size in (128, 256, 512):
+                command = [sys.executable, __file__, "nerf-deferred", args.scene, "--only", str(size), "--how", how]
+                out = subprocess.run([*command, "--nerf", file.name], stdout=subprocess.PIPE, text=True, check=True)
+                peaks[how, size], spent = map(float, out.stdout.split()[-2:])
+                figure = f"{peaks[how, size]:.0f} MiB, {spent:.2f} s"
+                rows.append((f"{how} {size} x {size}: step adds, CPU time", figure, "", None))
+    # float32: the picture, its weighting, their product and the gradient, 3 channels each; and the rays, 6
+    pictures = (4 * 3 + 6) * 4 * (512 ** 2 - 128 ** 2) / 2 ** 20
+    limit = 1.2 * peaks["deferred", 128] + pictures
+    rows.append(("deferred: 512 x 512 against 128 x 128", f"{peaks['deferred', 512]:.0f} MiB", f"<= {limit:.0f} MiB",
+                 peaks["deferred", 512] <= limit))
+    return table(f"deferred against direct image gradients, {args.scene}", rows)
+
+
+# ---- run.py ---------------------------------------------------------------------------------------------
+
 def pds_step(_):
     """A PDS step of run.py taken apart: the network's forward, and everything else. Medians over 200 steps."""
     options = run.parse(["--mode", "svg", "--steps", "200"])
@@ -408,7 +548,8 @@ def pds_step(_):
         return out
     prior.eps = timed
     with tempfile.TemporaryDirectory() as folder:
-        run.edit(*run.LOAD["svg"](options, prior), prior, "pds", options, Path(folder))
+        scene, groups, source = run.LOAD["svg"](options, prior)
+        run.edit(scene, groups, [run.Distillation(scene, source, prior, "pds", options)], prior, options, Path(folder))
     whole = np.median(np.diff(entered))
     network = np.median(np.subtract(left, entered))
     rest = np.median(np.subtract(entered[1:], left[:-1]))
@@ -420,19 +561,35 @@ def pds_step(_):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, measure, help_line, icons in (
-            ("svg-fidelity", svg_fidelity, "PSNR of renders against resvg", True),
-            ("svg-gradients", svg_gradients, "gradients against finite differences", False),
-            ("svg-speed", svg_speed, "time, memory, cost table, fits", False),
-            ("svg-roundtrip", svg_roundtrip, "save, render with resvg, compare", True),
-            ("step", pds_step, "a PDS step of run.py", False)):
-        command = commands.add_parser(name, help=help_line)
-        command.set_defaults(measure=measure)
-        if icons:
-            command.add_argument("icons", nargs="+", help="icons.json of an iconify set")
-            command.add_argument("--count", type=int, default=200, help="icons of each set (default 200)")
+
+    def command(name, measure, help_line):
+        added = commands.add_parser(name, help=help_line)
+        added.set_defaults(measure=measure)
+        return added.add_argument
+    for name, measure, help_line in (("svg-fidelity", svg_fidelity, "PSNR of renders against resvg"),
+                                     ("svg-roundtrip", svg_roundtrip, "save, render with resvg, compare")):
+        a = command(name, measure, help_line)
+        a("icons", nargs="+", help="icons.json of an iconify set")
+        a("--count", type=int, default=200, help="icons of each set (default 200)")
+    command("svg-gradients", svg_gradients, "gradients against finite differences")
+    command("svg-speed", svg_speed, "time, memory, cost table, fits")
+    a = command("nerf-grid", nerf_grid, "the hash grid against nn.Embedding")
+    a("--points", type=int, default=20000)
+    a = command("nerf-fit", nerf_fit, "PSNR over time, rays/s, memory of fits")
+    a("scene")
+    a("--at", type=float, nargs="+", default=[10, 30, 60], help="seconds of process CPU time, a fit each")
+    a("--bars", type=float, nargs="+", help="PSNR that each must reach")
+    a("--downscale", type=int, default=1)
+    a("--seed", type=int, default=0)
+    a("--device", default="cpu")
+    a = command("nerf-deferred", nerf_deferred, "deferred image gradients against direct ones; memory")
+    a("scene")
+    a("--seconds", type=float, default=10, help="of the fit")
+    for hidden, kind in (("--only", int), ("--how", str), ("--nerf", str)):
+        a(hidden, type=kind, help=argparse.SUPPRESS)
+    command("step", pds_step, "a PDS step of run.py")
     args = parser.parse_args(argv)
     return 1 if args.measure(args) else 0
 

@@ -55,6 +55,11 @@ class Camera:
         lens = (fx * zoom, fy * zoom, cx * zoom, cy * zoom, *distortion)
         return replace(self, lens=lens, width=size, height=size)
 
+    def shifted(self, right, down):
+        """The camera whose pixel centres lie `right` and `down` pixels further."""
+        fx, fy, cx, cy, *distortion = self.lens
+        return replace(self, lens=(fx, fy, cx - right, cy - down, *distortion))
+
     def rays(self, device="cpu"):
         """rays_o, rays_d [3,H*W] of the pixel centres, row by row; rays_d of length 1."""
         pose = self.pose.to(device)
@@ -355,6 +360,7 @@ class HashGrid(torch.nn.Module):
         offsets = (strides[:, None] * corner).sum(-1, dtype=torch.int32)  # [L,8], x changes first
         self.register_buffer("strides", strides, persistent=False)
         self.register_buffer("offsets", offsets, persistent=False)
+        self.learning = levels  # of the levels, coarse to fine, that get a gradient
 
     def corners(self, x, level):
         """Entries int32 [8,N] of the corners around x [3,N] in [0,1], weights [3,2N] of the upper ones.
@@ -407,7 +413,7 @@ class _Interpolate(torch.autograd.Function):
         out = grad.new_zeros(ctx.shape)
         entries = torch.view_as_complex(out)
         v = grad.new_empty(8, 2 * x.shape[1])
-        for level in range(len(grid.cells)):
+        for level in range(grid.learning):
             entry, weight = grid.corners(x, level)  # cheaper again than kept
             v[0].view(-1, 2).copy_(grad[:, level].T)
             for axis in range(3):  # each axis splits what there is into an upper and a lower share
@@ -459,7 +465,8 @@ class NeRF(torch.nn.Module):
         # Samples about as dense as the pixels: evenly in an object's box, else growing with the distance.
         self.step = min(max(1.5 * pixel, 1 / 512), 1 / 32)
         self.growth = min(max(1.5 / focal.median().item(), 1 / 256), 1 / 32)
-        self.near, self.far = 0.1 * distance.median().item(), 30 * distance.median().item()
+        self.distance = distance.median().item()  # of the cameras, in half sides of the box
+        self.near, self.far = 0.1 * self.distance, 30 * self.distance
         self.extent = 1.0 if scene.bounded else 2.0  # the grids span [-extent, extent]^3
         self.grid = HashGrid(levels, table, 16, min(max(4 / pixel, 64), 2048))
         self.cells = 64 if levels <= 8 else 128
@@ -576,13 +583,16 @@ class NeRF(torch.nn.Module):
         rgb, opacity, _, _ = self.shade(rays_o, rays_d)
         return rgb + self.behind(rays_d) * (1 - opacity)
 
-    def render(self, view=None, size=None):
+    def render(self, view=None, size=None, generator=None):
         """The picture [1,3,H,W] in [0,1] of a view (see `camera`), differentiable in all parameters.
 
-        With gradients and more than 2 `chunk` rays, they are deferred: see _Deferred. Memory is then that of
+        With a generator (a CPU's) the pixel centres are shifted by up to half a pixel: over many steps the whole
+        surface is seen, not only the points that the centres meet. With gradients and more than 2 `chunk` rays, they are deferred: see _Deferred. Memory is then that of
         one chunk and the picture, whatever its size.
         """
         camera = self.camera(view, size)
+        if generator is not None:
+            camera = camera.shifted(*(torch.rand(2, generator=generator) - 0.5).tolist())
         rays_o, rays_d = camera.rays(self.centre.device)
         if torch.is_grad_enabled() and rays_o.shape[1] <= 2 * self.chunk:
             rgb = self.draw(rays_o, rays_d)
@@ -641,13 +651,19 @@ class NeRF(torch.nn.Module):
 
     # ---- what the edit's loop asks for
 
-    def param_groups(self, rate=1e-2):
+    def param_groups(self, rate=1e-2, mlps=1e-3):
         """Table and MLPs for Adam. The table's entries get rare gradients, hence the small eps; the MLPs,
-        which every sample shares, a third of the rate."""
-        table, *mlps = self.grid.table, *(p for p in self.parameters() if p is not self.grid.table)
+        which every sample shares, a lower rate: an edit of one place must not tint all others."""
+        table, *others = self.grid.table, *(p for p in self.parameters() if p is not self.grid.table)
         adam = {"betas": (0.9, 0.99), "eps": 1e-15}
         return [{"name": "table", "params": [table], "lr": rate} | adam,
-                {"name": "mlps", "params": mlps, "lr": rate / 3} | adam]
+                {"name": "mlps", "params": others, "lr": mlps} | adam]
+
+    def learn_from(self, size):
+        """From now on, pictures of size x size pixels are all that is learnt from: the grid's levels finer than their
+        pixels keep what they have, as such pictures say nothing about them. At least one level goes on."""
+        pixels = 2 * self.camera(None, size).lens[0] / self.distance  # across the box
+        self.grid.learning = max(1, sum(cells <= pixels for cells in self.grid.cells))
 
     def sample_view(self, generator=None):
         """The number of a training view, drawn on the CPU."""
@@ -662,6 +678,19 @@ class NeRF(torch.nn.Module):
             generator = torch.Generator(self.centre.device).manual_seed(int(self.edits))
             self.update_occupancy(generator, dilate=1)
         self.edits += 1
+
+    def dataset(self, size):
+        """The training cameras' central squares with what they see now, as Pixels: to be replaced one by one."""
+        cameras = [self.camera(i, size) for i in range(len(self.scene.train))]
+        with torch.no_grad():
+            pictures = [(self.render(c)[0].permute(1, 2, 0) * 255).round().byte().cpu() for c in cameras]
+        return Pixels([View(c, p, str(i)) for i, (c, p) in enumerate(zip(cameras, pictures))], self.centre.device)
+
+    def data_loss(self, dataset, generator=None):
+        """One step of going on to fit a `dataset`: a scalar. The generator is a CPU's, as in sample_view."""
+        seed = int(torch.randint(2 ** 31, (), generator=generator))
+        rays = 1024 if self.centre.device.type == "cpu" else 4096
+        return self.fit_loss(dataset, rays, torch.Generator(self.centre.device).manual_seed(seed))[0]
 
     # ---- files
 
@@ -723,10 +752,10 @@ class NeRF(torch.nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             nerf = cls(scene, **sizes).to(device)
-        optimiser = torch.optim.Adam(nerf.param_groups(2e-2), fused=True)
+        optimiser = torch.optim.Adam(nerf.param_groups(2e-2, 7e-3), fused=True)
         generator = torch.Generator(device).manual_seed(seed)
         rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
-        batches = _Batches(scene, device)
+        pixels = Pixels(scene.train, device)
         # A batch holds as many rays as make these numbers of samples, in occupied cells and kept.
         marched, kept, rays = (2 ** 16, 2 ** 13, 512) if cpu else (2 ** 20, 2 ** 18, 4096)
         state = dict(step=0, spent=0.0, rays=rays, drawn=0)
@@ -750,7 +779,7 @@ class NeRF(torch.nn.Module):
                 step = state["step"]
                 for group in optimiser.param_groups:
                     group["lr"] = rates[group["name"]] * 0.1 ** share() * min(1, (step + 1) / 20)
-                loss, colour, samples = nerf._fit_step(batches, state["rays"], generator)
+                loss, colour, samples = nerf.fit_loss(pixels, state["rays"], generator)
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
@@ -775,13 +804,13 @@ class NeRF(torch.nn.Module):
         nerf.fitted = {"steps": state["step"], "seconds": state["spent"], "rays": state["drawn"]}
         return nerf
 
-    def _fit_step(self, batches, rays, generator):
+    def fit_loss(self, pixels, rays, generator):
         """Loss of one batch of random pixels, its colour part, and its numbers of samples (marched, kept)."""
-        rays_o, rays_d, pixels = batches(rays, generator)
+        rays_o, rays_d, wanted = pixels(rays, generator)
         random = torch.rand(4, rays, generator=generator, device=rays_o.device)
         rgb, opacity, _, (weights, t, ray, marched) = self.shade(rays_o, rays_d, random[:1].T)
-        behind = random[1:] if self.scene.bounded else self.behind(rays_d)
-        colour = huber_loss(rgb + behind * (1 - opacity), over(pixels, behind), delta=0.1)
+        behind = random[1:] if len(wanted) == 4 else self.behind(rays_d)
+        colour = huber_loss(rgb + behind * (1 - opacity), over(wanted, behind), delta=0.1)
         s, ds = t, self.step
         if not self.scene.bounded:  # the steps of a capture are even in log t
             whole = math.log(self.far / self.near)
@@ -789,21 +818,30 @@ class NeRF(torch.nn.Module):
         return colour + 3e-3 * distortion(weights, s, ds, ray, rays), colour.detach(), (marched, len(t))
 
 
-class _Batches:
-    """Random pixels of the training views. Rays are made when drawn: memory is the 8-bit pictures'."""
+class Pixels:
+    """All pixels of some views, to draw rays from. Rays are made when drawn: memory is the 8-bit pictures'.
 
-    def __init__(self, scene, device):
-        views = scene.train
-        channels = views[0].pixels.shape[-1]
-        self.pixels = torch.cat([v.pixels.reshape(-1, channels) for v in views]).to(device)  # [M,C]
-        counts = torch.tensor([0] + [v.camera.width * v.camera.height for v in views])
+    Attributes:
+        cameras: of the views, a list.
+        pixels: [M,C] uint8, view after view, row after row.
+    """
+
+    def __init__(self, views, device):
+        self.cameras, channels = [v.camera for v in views], views[0].pixels.shape[-1]
+        self.pixels = torch.cat([v.pixels.reshape(-1, channels) for v in views]).to(device)
+        counts = torch.tensor([0] + [c.width * c.height for c in self.cameras])
         self.start = counts.cumsum(0).to(device)  # [V+1], the first pixel of each view
-        self.width = torch.tensor([v.camera.width for v in views], device=device)
-        self.lens = torch.tensor([v.camera.lens for v in views], device=device).T.contiguous()  # [10,V]
-        self.pose = torch.stack([v.camera.pose for v in views], 2).to(device)  # [3,4,V]
+        self.width = torch.tensor([c.width for c in self.cameras], device=device)
+        self.lens = torch.tensor([c.lens for c in self.cameras], device=device).T.contiguous()  # [10,V]
+        self.pose = torch.stack([c.pose for c in self.cameras], 2).to(device)  # [3,4,V]
+
+    def replace(self, view, picture):
+        """Put another picture [1,3,H,W] in [0,1] in the place of a view's."""
+        rows = (picture[0].permute(1, 2, 0) * 255).round().byte()
+        self.pixels[self.start[view]:self.start[view + 1]] = rows.reshape(-1, 3).to(self.pixels)
 
     def __call__(self, count, generator):
-        """rays_o, rays_d [3,count], pixels [C,count] in [0,1]."""
+        """rays_o, rays_d [3,count], pixels [C,count] in [0,1], drawn at random."""
         at = torch.randint(len(self.pixels), (count,), generator=generator, device=self.pixels.device)
         view = torch.searchsorted(self.start, at, right=True) - 1
         at_view, width = at - self.start[view], self.width[view]
@@ -817,13 +855,18 @@ class _Deferred(torch.autograd.Function):
 
     The same samples both times: the jitter is fixed, and the occupancy is kept as it was. A step thus costs a
     second forward pass, and its memory does not grow with the picture (ARF, Zhang et al., arXiv 2206.06360).
+    Each of n chunks takes every n-th ray: all have their share of the object, and none needs more than another.
     """
 
     @staticmethod
     def forward(ctx, nerf, rays_o, rays_d, *parameters):
         ctx.nerf, ctx.rays, ctx.grids = nerf, (rays_o, rays_d), (nerf.occupied, nerf.bounds)
         ctx.save_for_backward(*parameters)  # raises in the backward if a step has changed them in between
-        return torch.cat([nerf.draw(*part) for part in zip(*(r.split(nerf.chunk, 1) for r in ctx.rays))], 1)
+        ctx.chunks = math.ceil(rays_o.shape[1] / nerf.chunk)
+        rgb = torch.empty_like(rays_d)
+        for i in range(ctx.chunks):
+            rgb[:, i::ctx.chunks] = nerf.draw(*(rays[:, i::ctx.chunks] for rays in ctx.rays))
+        return rgb
 
     @staticmethod
     def backward(ctx, grad):
@@ -832,7 +875,8 @@ class _Deferred(torch.autograd.Function):
         totals = [torch.zeros_like(p) for p in wanted]
         nerf.occupied, nerf.bounds = ctx.grids
         try:
-            for rays_o, rays_d, part in zip(*(r.split(nerf.chunk, 1) for r in (*ctx.rays, grad))):
+            for i in range(ctx.chunks):
+                rays_o, rays_d, part = (x[:, i::ctx.chunks] for x in (*ctx.rays, grad))
                 with torch.enable_grad():
                     rgb = nerf.draw(rays_o, rays_d)
                 for total, g in zip(totals, torch.autograd.grad(rgb, wanted, part, allow_unused=True)):
@@ -955,9 +999,23 @@ def evaluate(nerf, scene):
 
 
 def turntable(nerf, frames, size):
-    """`frames` square Cameras around the scene, at the training cameras' median distance and height.
+    """`frames` square Cameras around the scene: a full turn where the training cameras surround it, else there
+    and back over the arc that they cover."""
+    at, full = _orbit(nerf, size)
+    turn = [i / frames for i in range(frames)]
+    return [at(u if full else 0.5 + 0.5 * math.sin(2 * math.pi * u)) for u in turn]
 
-    A full turn where they surround it; else there and back over the arc that they cover.
+
+def sides(nerf, count, size):
+    """`count` square Cameras spread over the turn, or over the arc from one end to the other."""
+    at, full = _orbit(nerf, size)
+    return [at(i / count if full else i / max(count - 1, 1)) for i in range(count)]
+
+
+def _orbit(nerf, size):
+    """(share of the way in 0..1 -> square Camera, whether the way is a full turn).
+
+    The way leads around the scene's centre at the training cameras' median distance and height.
     """
     pose = torch.stack([v.camera.pose for v in nerf.scene.train])  # [V,3,4]
     centre = nerf.scene.centre
@@ -973,17 +1031,16 @@ def turntable(nerf, frames, size):
     angle = torch.atan2(offset @ right, offset @ forward)
     ordered = angle.sort().values
     gap = torch.cat((ordered.diff(), ordered[:1] + 2 * math.pi - ordered[-1:])).max()
-    turn = torch.arange(frames) / frames * 2 * math.pi
-    if gap > math.pi / 3:
-        low, high = angle.quantile(0.02), angle.quantile(0.98)
-        turn = (low + high) / 2 + (high - low) / 2 * turn.sin()
+    full = bool(gap <= math.pi / 3)
+    low, high = (0.0, 2 * math.pi) if full else (angle.quantile(0.02).item(), angle.quantile(0.98).item())
     elevation = torch.asin((height / distance).clamp(-1, 1)).median()
     lens = nerf.camera(None, size)
-    cameras = []
-    for a in turn:
+
+    def at(share):
+        a = torch.tensor(low + (high - low) * share)
         back = elevation.cos() * (a.cos() * forward + a.sin() * right) + elevation.sin() * up
-        cameras.append(replace(lens, pose=_look(centre + distance.median() * back, back, up)))
-    return cameras
+        return replace(lens, pose=_look(centre + distance.median() * back, back, up))
+    return at, full
 
 
 def input_path(nerf, frames, size):

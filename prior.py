@@ -7,8 +7,11 @@
 
 Guidance, number format, prediction type, latent scaling and shift end here; pds.py sees `abar` and `eps` only.
 """
+import difflib
 import json
 import logging
+import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,6 +33,7 @@ class Prior:
         size: side in pixels of the square pictures that the model was trained on.
         guidance: scale s in uncond + s (cond - uncond); 1 is the plain conditional prediction.
         defaults: settings that suit this model: {"guidance": {"pds": ..., "dds": ..., "sds": ...}, ...}.
+        captions: all that a small model was taught to draw, a list of strings; empty where nothing says so.
     """
 
     def __init__(self, pipe, guidance=7.5, defaults=DEFAULTS):
@@ -38,7 +42,7 @@ class Prior:
         if missing or not hasattr(pipe, "encode_prompt"):
             raise PriorError(f"{type(pipe).__name__} is not shaped like Stable Diffusion: no {', '.join(missing)}")
         self.pipe, self.unet, self.vae = pipe, pipe.unet.eval(), pipe.vae.eval()
-        self.guidance, self.defaults, self._embedded = guidance, defaults, {}
+        self.guidance, self.defaults, self.captions, self._embedded = guidance, defaults, [], {}
         for module in pipe.components.values():
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False)
@@ -96,9 +100,12 @@ class Prior:
         own = folder / "pds.json"
         defaults = DEFAULTS | (json.loads(own.read_text()) if own.is_file() else {})
         try:
-            return cls(pipe.to(device), guidance, defaults)
+            prior = cls(pipe.to(device), guidance, defaults)
         except PriorError as e:
             raise PriorError(f"{name}: {e}") from e
+        if (folder / "captions.txt").is_file():
+            prior.captions = read_captions((folder / "captions.txt").read_text())
+        return prior
 
     def encode(self, picture):
         """[B,3,H,W] in [0,1] -> scaled latent [B,C,h,w] float32: the posterior's MEAN, differentiable."""
@@ -116,13 +123,30 @@ class Prior:
 
     @torch.no_grad()
     def embed(self, prompt):
-        """Prompt -> what `eps` takes as y: (embeddings [1,L,D],), for SDXL (embeddings [1,L,D], pooled [1,P])."""
+        """Prompt -> what `eps` takes as y: (embeddings [1,L,D],), for SDXL (embeddings [1,L,D], pooled [1,P]).
+
+        Warns, once a prompt, where the model brings a list of its captions and the prompt is none of them.
+        """
         if prompt not in self._embedded:
+            close = self.nearest(prompt)
+            if close:
+                warnings.warn(f"the model was never taught {prompt!r}; nearest: {', '.join(close)}", stacklevel=2)
             out = self.pipe.encode_prompt(prompt=prompt, device=self.device, num_images_per_prompt=1,
                                           do_classifier_free_guidance=False)
             # Stable Diffusion returns (cond, uncond); SDXL (cond, uncond, pooled cond, pooled uncond)
             self._embedded[prompt] = (out[0],) if len(out) == 2 else (out[0], out[2])
         return self._embedded[prompt]
+
+    def nearest(self, prompt, count=4):
+        """The captions that are most like a prompt; none where it is one of them, or where there is no list."""
+        words = plain(prompt)
+        if not words or words in self.captions:
+            return []
+
+        def likeness(caption):
+            own, other = set(words.split()), set(caption.split())
+            return len(own & other) / len(own | other) + difflib.SequenceMatcher(None, words, caption).ratio()
+        return sorted(self.captions, key=likeness, reverse=True)[:count]
 
     @torch.no_grad()
     def unconditional(self):
@@ -163,3 +187,21 @@ class Prior:
             added = {"text_embeds": pooled.to(dtype), "time_ids": ids}
         x_t = x_t.to(self.device, dtype)
         return self.unet(x_t, t.to(self.device), embeddings.to(dtype), added_cond_kwargs=added).sample.float()
+
+
+def read_captions(text):
+    """captions.txt -> list of captions: a line an object, its synonyms behind |, "COLOUR car" once for each colour."""
+    colours = re.search(r"^# COLOUR is one of (.*)$", text, re.M)
+    captions = []
+    for line in text.splitlines():
+        for caption in line.split("|") if line[:1] not in "#" else []:
+            each = colours[1].split() if "COLOUR" in caption and colours else [""]
+            captions += [caption.strip().replace("COLOUR", colour) for colour in each]
+    return list(dict.fromkeys(captions))
+
+
+def plain(prompt):
+    """A prompt without capitals, articles and phrases such as "a picture of"."""
+    words = re.sub(r"[^a-z0-9 ]+", " ", prompt.lower())
+    words = re.sub(r"^ *((an?|the) +)?((picture|drawing|emoji|photo|image|icon) +of +)?((an?|the) +)?", "", words)
+    return " ".join(words.split())

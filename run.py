@@ -6,15 +6,17 @@
     python run.py --mode nerf --scene examples/apple --source "red apple" --target "green apple"
     python run.py --mode nerf --scene DIR --fit-only --fit-seconds 60     # fit, and measure the test views
 
-The output folder gets source.*, result.*, progress.gif, sheet.png (before and after, labelled) and config.json; of a
-NeRF also turntable.gif and views.png, before and after from several sides.
+The output folder gets source.*, result.*, progress.gif, sheet.png (before and after, labelled; of a scene from several
+sides) and config.json; of a scene also turntable.gif and depth.png, with --export every view as nerfstudio reads it.
 """
 import argparse
 import copy
 import hashlib
 import json
+import math
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,7 +24,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import pds
-from nerf import NeRF, evaluate, load_scene, turntable
+from edit2d import diffedit_mask, sdedit
+from nerf import NeRF, depth_picture, evaluate, export, input_path, load_scene, sides, turntable
 from prior import Prior
 from svg_raster import SVG
 
@@ -32,7 +35,8 @@ COEFFICIENTS = {"official": "official", "consistent": "consistent", "dreamcataly
 EXAMPLE = {"svg": ("smiling-face.svg", "slightly smiling face", "smiling face with sunglasses"),
            "image": ("red-apple.png", "red apple", "green apple"),
            "nerf": ("apple", "red apple", "green apple")}
-FRAMES, FRAME_SIZE, SHEET_SIZE, VIEWS = 40, 192, 512, 24  # of progress.gif, of sheet.png, views of turntable.gif
+FRAMES, FRAME_SIZE, SHEET_SIZE = 40, 192, 512  # of progress.gif, of sheet.png
+VIEWS, SIDES, SIDE_SIZE = 24, 5, 256  # of turntable.gif, of a scene's sheet.png
 
 
 # ---- what can be edited -------------------------------------------------------------------------------
@@ -118,19 +122,75 @@ def fit(args):
 
 def load_nerf(args, prior):
     nerf = fit(args)
+    nerf.learn_from(prior.size)
     return nerf, nerf.param_groups(args.table), Photographs(nerf)
 
 
 LOAD = {"svg": load_svg, "image": load_image, "nerf": load_nerf}
 SUFFIX = {"svg": ".svg", "image": ".png", "nerf": ".safetensors"}  # of what save() writes
 HOLD = {"svg": 1, "image": 1, "nerf": 10}  # steps that a view is kept, as in the paper
-AROUND = {"nerf": turntable}  # what can be seen from more than one side
+AROUND = {"nerf": {"turntable": turntable, "input": input_path}}  # modes with more than one view, ways around them
+
+
+# ---- the two stages -----------------------------------------------------------------------------------
+
+class Distillation:
+    """The edit: one of the three losses, at a view that is kept for HOLD steps."""
+
+    def __init__(self, scene, source, prior, loss_name, args):
+        self.scene, self.source, self.prior, self.args = scene, source, prior, args
+        self.name, self.steps = loss_name, args.steps
+        self.guidance = args.guidance if args.guidance is not None else prior.defaults["guidance"][loss_name]
+        self.options = dict(stride=args.stride, coefficients=COEFFICIENTS[args.coefficients]) if loss_name == "pds" else {}
+        self.y_src, self.y_tgt = prior.embed(args.source), prior.embed(args.target)
+        self.state, self.x0_src = {"view": None}, None
+
+    def loss(self, step, generator):
+        prior, args = self.prior, self.args
+        if step % HOLD[args.mode] == 0:
+            self.state["view"], self.x0_src = self.scene.sample_view(generator), None
+        view = self.state["view"]
+        if self.x0_src is None:
+            with torch.no_grad():
+                self.x0_src = prior.encode(self.source.render(view, prior.size))
+        shake = {"generator": generator} if args.mode in AROUND else {}  # an SVG's view has its shift in it
+        x0_tgt = prior.encode(self.scene.render(view, prior.size, **shake))
+        progress = step / self.steps if args.schedule == "decreasing" else None
+        t = pds.sample_timesteps(1, len(prior.abar), args.t_min, args.t_max, progress, generator)
+        return LOSSES[self.name](prior, x0_tgt, self.x0_src, self.y_tgt, self.y_src, t, generator=generator,
+                                 **self.options)
+
+
+class Refinement:
+    """The second stage, for scenes: every 10 steps one picture of the edited scene is replaced by its SDEdit towards
+    the target, while the scene goes on fitting all of them."""
+    EVERY, DDIM_STEPS, SKIP = 10, 20, (0.8, 0.9)  # the released code's
+
+    def __init__(self, scene, prior, args):
+        self.scene, self.prior, self.name, self.steps = scene, prior, "refine", args.refine
+        self.guidance = prior.defaults["guidance"].get("sdedit", 15.0)
+        self.y_tgt, self.dataset, self.state = prior.embed(args.target), None, {"pixels": None}
+
+    def loss(self, step, generator):
+        if self.dataset is None:
+            self.dataset = self.scene.dataset(self.prior.size)
+            if self.state["pixels"] is not None:  # a resumed run
+                self.dataset.pixels.copy_(self.state["pixels"])
+            self.state["pixels"] = self.dataset.pixels
+        if step % self.EVERY == 0:
+            view, (low, high) = self.scene.sample_view(generator), self.SKIP
+            skip = low + (high - low) * torch.rand((), generator=generator).item()
+            with torch.no_grad():
+                x0 = self.prior.encode(self.scene.render(view, self.prior.size))
+                x0 = sdedit(self.prior, x0, self.y_tgt, self.DDIM_STEPS, skip, generator)
+                self.dataset.replace(view, self.prior.decode(x0))
+        return self.scene.data_loss(self.dataset, generator)
 
 
 # ---- the one loop -------------------------------------------------------------------------------------
 
-def edit(scene, groups, source, prior, loss_name, args, out):
-    """Optimise the scene for args.steps steps of Adam; source.render(view) is what it looked like.
+def edit(scene, groups, stages, prior, args, out):
+    """Optimise the scene with Adam, one stage after the other.
 
     A checkpoint is written every args.every steps and at Ctrl-C; a run resumed from it takes the very steps that
     the unbroken run would have taken.
@@ -140,50 +200,46 @@ def edit(scene, groups, source, prior, loss_name, args, out):
     Raises:
         FloatingPointError: the loss is no longer finite.
     """
-    y_src, y_tgt = prior.embed(args.source), prior.embed(args.target)
-    prior.guidance = args.guidance if args.guidance is not None else prior.defaults["guidance"][loss_name]
-    options = {"stride": args.stride, "coefficients": COEFFICIENTS[args.coefficients]} if loss_name == "pds" else {}
     optimiser = torch.optim.Adam(groups)
     rates = [group["lr"] for group in groups]
     generator = torch.Generator().manual_seed(args.seed)
-    start, frames, checkpoint, view, x0_src = 0, [snapshot(scene)], out / "checkpoint.pt", None, None
+    start, frames, checkpoint = 0, [snapshot(scene)], out / "checkpoint.pt"
     if args.resume and checkpoint.exists():
         state = torch.load(checkpoint)
         scene.load_state_dict(state["scene"])
         optimiser.load_state_dict(state["optimiser"])
         generator.set_state(state["generator"])
-        start, view, frames = state["step"], state["view"], [Image.fromarray(f.numpy()) for f in state["frames"]]
+        for stage, own in zip(stages, state["stages"]):
+            stage.state = own
+        start, frames = state["step"], [Image.fromarray(f.numpy()) for f in state["frames"]]
 
     def keep(step):
         pixels = [torch.frombuffer(bytearray(f.tobytes()), dtype=torch.uint8).reshape(f.height, f.width, 3)
                   for f in frames]
         write(checkpoint, dict(scene=scene.state_dict(), optimiser=optimiser.state_dict(),
-                               generator=generator.get_state(), step=step, view=view, frames=pixels))
+                               generator=generator.get_state(), step=step, stages=[s.state for s in stages],
+                               frames=pixels))
 
-    with DelayedInterrupt() as interrupt, tqdm(total=args.steps, initial=start, desc=loss_name, unit="step") as bar:
-        for step in range(start, args.steps):
-            if step % HOLD[args.mode] == 0:
-                view, x0_src = scene.sample_view(generator), None
-            if x0_src is None:
-                with torch.no_grad():
-                    x0_src = prior.encode(source.render(view, prior.size))
-            x0_tgt = prior.encode(scene.render(view, prior.size))
-            progress = step / args.steps if args.schedule == "decreasing" else None
-            t = pds.sample_timesteps(1, len(prior.abar), args.t_min, args.t_max, progress, generator)
-            loss = LOSSES[loss_name](prior, x0_tgt, x0_src, y_tgt, y_src, t, generator=generator, **options)
+    plan = [(stage, at) for stage in stages for at in range(stage.steps)]
+    with DelayedInterrupt() as interrupt, tqdm(total=len(plan), initial=start, unit="step") as bar:
+        for step, (stage, at) in enumerate(plan[start:], start):
+            prior.guidance = stage.guidance
+            loss = stage.loss(at, generator)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"{loss_name}: the loss is {loss.item()} at step {step}; lower the rates")
+                raise FloatingPointError(f"{stage.name}: the loss is {loss.item()} at step {step}; lower the rates")
             for group, rate in zip(optimiser.param_groups, rates):
-                group["lr"] = rate * min(1.0, 2 - 2 * step / args.steps)  # the second half settles what is noise
+                # a short warm-up, as Adam's first steps know little; the second half settles what is noise
+                group["lr"] = rate * min(1.0, (at + 1) / 10, 2 - 2 * at / stage.steps)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             scene.project_()
             bar.update()
+            bar.set_description(stage.name, refresh=False)
             bar.set_postfix(loss=f"{loss.item():.4g}", refresh=False)
-            if (step + 1) * FRAMES // args.steps > step * FRAMES // args.steps:
+            if (step + 1) * FRAMES // len(plan) > step * FRAMES // len(plan):
                 frames.append(snapshot(scene))
-            if (step + 1) % args.every == 0 or step + 1 == args.steps or interrupt.seen:
+            if (step + 1) % args.every == 0 or step + 1 == len(plan) or interrupt.seen:
                 keep(step + 1)
             if interrupt.seen:
                 break
@@ -242,29 +298,41 @@ def write(path, what):
     part.replace(path)
 
 
-def sheet(pictures, captions):
-    """Pictures side by side, each with a title and a prompt under it."""
-    side, pad, text = pictures[0].width, 16, 56
-    page = Image.new("RGB", (len(pictures) * (side + pad) + pad, side + 2 * pad + text), "white")
-    draw, fonts = ImageDraw.Draw(page), [ImageFont.load_default(size) for size in (18, 14)]
-    for i, (picture, (title, prompt)) in enumerate(zip(pictures, captions)):
-        x = pad + i * (side + pad)
-        page.paste(picture, (x, pad))
-        draw.text((x + side / 2, pad + side + 14), title, fill="black", font=fonts[0], anchor="mm")
-        draw.text((x + side / 2, pad + side + 38), prompt[:side // 7], fill="#555", font=fonts[1], anchor="mm")
+def sheet(rows):
+    """Rows of (title, prompt, [pictures of several views]) as one labelled page.
+
+    With one view each, they stand side by side with their titles below; with more, each row is one under another.
+    """
+    side, pad, text = rows[0][2][0].width, 16, 56
+    fonts = [ImageFont.load_default(size) for size in (18, 14)]
+    several = len(rows[0][2]) > 1
+    wide, high = (len(rows[0][2]), len(rows)) if several else (len(rows), 1)
+    page = Image.new("RGB", (wide * (side + pad) + pad, high * (side + text + pad) + pad), "white")
+    draw = ImageDraw.Draw(page)
+    for i, (title, prompt, pictures) in enumerate(rows):
+        x, y = (pad, pad + i * (side + text + pad)) if several else (pad + i * (side + pad), pad)
+        for k, picture in enumerate(pictures):
+            page.paste(picture, (x + k * (side + pad), y))
+        middle, room = (page.width / 2, page.width) if several else (x + side / 2, side)
+        draw.text((middle, y + side + 14), title, fill="black", font=fonts[0], anchor="mm")
+        draw.text((middle, y + side + 38), prompt[:room // 7], fill="#555", font=fonts[1], anchor="mm")
     return page
 
 
 def run_one(prior, loss_name, args, out):
-    """One edit with its files in `out`; returns the pictures before and after.
+    """One edit with its files in `out`; returns the pictures before and after, a list of each.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, when what was there has been written.
         ValueError, OSError: bad input; nothing has been written then.
     """
     scene, groups, source = LOAD[args.mode](args, prior)
-    cameras = AROUND[args.mode](scene, VIEWS, FRAME_SIZE) if args.mode in AROUND else []
-    before, turn = snapshot(scene, SHEET_SIZE), [snapshot(scene, view=camera) for camera in cameras]
+    around = args.mode in AROUND
+    turn = AROUND[args.mode][args.path](scene, VIEWS, FRAME_SIZE) if around else []
+    views = sides(scene, SIDES, SIDE_SIZE) if around else [None]
+    look = lambda: [snapshot(scene, SIDE_SIZE if around else SHEET_SIZE, view) for view in views]
+    before, turned = look(), [snapshot(scene, view=camera) for camera in turn]
+    masks = subject_masks(scene, views, prior, args)
     out.mkdir(parents=True, exist_ok=True)
     config = settings(args, prior, loss_name)
     if args.resume and (out / "config.json").exists():
@@ -277,26 +345,53 @@ def run_one(prior, loss_name, args, out):
     write(out / "config.json", json.dumps(config, indent=1) + "\n")
     if args.input.is_file():
         write(out / f"source{args.input.suffix.lower()}", args.input.read_bytes())
-    write(out / "source.png", before)
-    frames, interrupted = edit(scene, groups, source, prior, loss_name, args, out)
-    after = snapshot(scene, SHEET_SIZE)
-    write(out / "result.png", after)
+    write(out / "source.png", beside(before))
+    stages = [Distillation(scene, source, prior, loss_name, args)]
+    stages += [Refinement(scene, prior, args)] if args.refine else []
+    frames, interrupted = edit(scene, groups, stages, prior, args, out)
+    after = look()
+    write(out / "result.png", beside(after))
     scene.save(out / f"result{SUFFIX[args.mode]}")
     write(out / "progress.gif", frames)
-    write(out / "sheet.png", sheet([before, after], [("source", args.source), (loss_name.upper(), args.target)]))
-    if turn:
-        pairs = [beside([a, snapshot(scene, view=camera)]) for a, camera in zip(turn, cameras)]
-        write(out / "turntable.gif", pairs)
-        write(out / "views.png", beside(pairs[::6]))
+    write(out / "sheet.png", sheet([("source", args.source, before), (loss_name.upper(), args.target, after)]))
+    if around:
+        write(out / "turntable.gif", [beside([a, snapshot(scene, view=camera)]) for a, camera in zip(turned, turn)])
+        write(out / "depth.png", beside([to_pil(depth_picture(scene.depth(view))) for view in views]))
+    if args.export:
+        export(scene, out / "export", [view.camera for view in scene.scene.train])
+    print(f"{loss_name}: {outside(before, after, masks)}")
     if interrupted:
         print(f"interrupted: what is there is in {out}; the same command with --resume goes on", file=sys.stderr)
         raise KeyboardInterrupt
     return before, after
 
 
+@torch.no_grad()
+def subject_masks(scene, views, prior, args):
+    """What the edit is about: for each view [1,1,H,W] bool, where the two prompts disagree and a latent pixel around."""
+    prior.guidance, generator, masks = 1.0, torch.Generator().manual_seed(0), []
+    for view in views:
+        x0 = prior.encode(scene.render(view, prior.size))
+        mask = diffedit_mask(prior, x0, prior.embed(args.target), prior.embed(args.source), generator=generator)
+        masks.append(torch.nn.functional.max_pool2d(mask.float(), 3, 1, 1) > 0)
+    return masks
+
+
+def outside(before, after, masks):
+    """One line: what changed outside of the masks, as PSNR in dB over all views."""
+    error, count, pixels = 0.0, 0, 0
+    for a, b, mask in zip(before, after, masks):
+        a, b = (torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).reshape(p.height, p.width, 3).double() / 255
+                for p in (a, b))
+        rest = ~(torch.nn.functional.interpolate(mask.float(), size=a.shape[:2])[0, 0] > 0).cpu()
+        error, count, pixels = error + (a - b)[rest].square().sum().item(), count + 3 * rest.sum().item(), pixels + rest.numel()
+    psnr = f"PSNR {-10 * math.log10(error / count + 1e-10):.1f} dB against the source" if count else "nothing"
+    return f"outside the subject, {100 * count / 3 / pixels:.0f} % of the picture: {psnr}"
+
+
 def settings(args, prior, loss_name):
     """Everything that a result depends on, for config.json."""
-    skip = {"out", "resume", "compare", "every", "device", "fit", "fit_only"}
+    skip = {"out", "resume", "compare", "every", "device", "fit", "fit_only", "export", "path"}
     files = [args.input] if args.input.is_file() else sorted(p for p in args.input.rglob("*") if p.is_file())
     content = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in skip}
@@ -346,9 +441,13 @@ def parse(argv=None):
     a("--fit-only", action="store_true", help="nerf: fit, print the PSNR of the test views, and stop")
     a("--downscale", type=number(int, 1), default=1, help="nerf: reduce the photographs by this factor (default: 1)")
     a("--table", type=rate, default=0.01, help="nerf: rate of the hash grid (default: 0.01)")
+    a("--refine", type=number(int, 0), default=0, metavar="N", help="nerf: N steps of the refining stage (default: 0)")
+    a("--path", choices=AROUND["nerf"], default="turntable", help="nerf: way of turntable.gif (default: turntable)")
+    a("--export", action="store_true", help="nerf: write every view, its depth, and a transforms.json")
     args = p.parse_args(argv)
-    if args.fit_only and args.mode != "nerf":
-        p.error("--fit-only: only with --mode nerf")
+    for flag in ("fit_only", "refine", "export"):
+        if getattr(args, flag) and args.mode not in AROUND:
+            p.error(f"--{flag.replace('_', '-')}: only with --mode nerf")
     return args
 
 
@@ -374,6 +473,7 @@ def complete(args, prior):
 
 def main(argv=None):
     args = parse(argv)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         if args.input is None:
             name, source, target = EXAMPLE[args.mode]
@@ -400,9 +500,8 @@ def main(argv=None):
             run_one(prior, args.loss, args, args.out)
         else:
             pairs = {name: run_one(prior, name, args, args.out / name) for name in LOSSES}
-            before = pairs["pds"][0]
-            write(args.out / "sheet.png", sheet([before] + [after for _, after in pairs.values()],
-                                                [("source", args.source)] + [(n.upper(), args.target) for n in pairs]))
+            rows = [("source", args.source, pairs["pds"][0])]
+            write(args.out / "sheet.png", sheet(rows + [(n.upper(), args.target, pairs[n][1]) for n in pairs]))
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as e:

@@ -3,6 +3,7 @@ import copy
 import io
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,10 @@ import nerf as nerf_module
 import pds
 import run
 import svg_raster
+from edit2d import ddim, ddim_timesteps, diffedit_mask, sdedit
 from nerf import (Camera, HashGrid, NeRF, SceneError, contract, depth_picture, directions, evaluate, export, input_path,
-                  load_scene, turntable, uncontract, volume_weights)
-from prior import Prior, PriorError
+                  load_scene, sides, turntable, uncontract, volume_weights)
+from prior import Prior, PriorError, plain, read_captions
 from svg_raster import SVG, SVGError
 
 torch.set_num_threads(1)
@@ -1044,14 +1046,14 @@ def test_a_killed_fit_resumes_bit_identically(nerf_sphere, tmp_path, monkeypatch
     whole = NeRF.fit(nerf_sphere, steps=120, progress=False, **NERF_SIZES)
     ticks = iter(range(0, 10 ** 6, 20))
     monkeypatch.setattr(nerf_module.time, "monotonic", lambda: next(ticks))  # a checkpoint after each step
-    step, calls = NeRF._fit_step, []
+    step, calls = NeRF.fit_loss, []
 
     def killed(self, *args):
         calls.append(1)
         if len(calls) == 101:
             raise KeyboardInterrupt
         return step(self, *args)
-    monkeypatch.setattr(NeRF, "_fit_step", killed)
+    monkeypatch.setattr(NeRF, "fit_loss", killed)
     file = tmp_path / "fit.pt"
     with pytest.raises(KeyboardInterrupt):
         NeRF.fit(nerf_sphere, steps=120, checkpoint=file, progress=False, **NERF_SIZES)
@@ -1104,6 +1106,8 @@ def test_turntable_input_path_and_export(nerf_fitted, tmp_path):
         torch.testing.assert_close(camera.pose[:, :3] @ camera.pose[:, :3].T, torch.eye(3), atol=1e-5, rtol=0)
     spread = torch.stack([c.pose[:, 3] for c in cameras])
     assert (spread - spread.mean(0)).norm(dim=1).min() > 2  # all the way round
+    around = torch.stack([c.pose[:, 3] for c in sides(nerf_fitted, 4, 20)])
+    assert_close(around.diff(dim=0).norm(dim=1), (around[1] - around[0]).norm().expand(3))  # evenly spaced
     path = input_path(nerf_fitted, 17, 20)
     torch.testing.assert_close(path[0].pose, nerf_fitted.scene.train[0].camera.pose, atol=1e-5, rtol=0)
     torch.testing.assert_close(path[-1].pose, nerf_fitted.scene.train[-1].camera.pose, atol=1e-5, rtol=0)
@@ -1118,6 +1122,44 @@ def test_turntable_input_path_and_export(nerf_fitted, tmp_path):
     assert (view.pixels.float() / 255 - wanted).abs().max() <= 0.5 / 255 + 1e-6
     depth = np.array(Image.open(tmp_path / "depth" / "00001.png")).astype(float) / 1000
     assert depth[10, 10] == pytest.approx(4 - 0.8, abs=0.25)
+
+
+def test_a_dataset_starts_as_the_renders_and_pictures_can_be_replaced(nerf_fitted):
+    nerf, generator = copy.deepcopy(nerf_fitted), torch.Generator().manual_seed(0)
+    dataset = nerf.dataset(16)
+    assert nerf.data_loss(dataset, generator).item() < 1e-3  # nothing to fit yet
+    camera = nerf.camera(2, 16)
+    with torch.no_grad():
+        dataset.replace(2, 1 - nerf.render(camera))
+    assert (dataset.pixels.view(-1, 16, 16, 3)[2].float() - 255 * (1 - nerf.render(camera)[0].detach()).permute(1, 2, 0)
+            ).abs().max() <= 0.5 + 1e-3
+    assert nerf.data_loss(dataset, generator).item() > 1e-3
+
+
+def test_levels_finer_than_the_pictures_keep_what_they_have(nerf_fitted):
+    nerf = copy.deepcopy(nerf_fitted)
+    grads = {}
+    for size in (8, 10 ** 6):
+        nerf.learn_from(size)
+        nerf.zero_grad()
+        nerf.render(0, 16).square().mean().backward()
+        grads[size] = [nerf.grid.table.grad[a:b].clone() for a, b in zip(nerf.grid.start, nerf.grid.start[1:])]
+    coarse = [cells <= 2 * nerf.camera(None, 8).lens[0] / nerf.distance for cells in nerf.grid.cells]
+    coarse[0] = True  # one level always goes on
+    assert not all(coarse)
+    for learns, some, all_ in zip(coarse, grads[8], grads[10 ** 6]):
+        assert_close(some, all_ if learns else torch.zeros_like(all_))
+        assert all_.any()
+
+
+def test_shifted_pixels_are_seen_from_the_same_place(nerf_fitted):
+    camera = nerf_fitted.camera(0, 16)
+    moved = camera.shifted(1, 2).directions().view(3, 16, 16)
+    assert_close(moved[:, :-2, :-1], camera.directions().view(3, 16, 16)[:, 2:, 1:])
+    with torch.no_grad():
+        pictures = [nerf_fitted.render(0, 16, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert_close(pictures[0], pictures[1], atol=0, rtol=0)
+    assert (pictures[0] - pictures[2]).abs().max() > 1e-3
 
 
 # ---- nerf.py: cameras and scenes ---------------------------------------------------------------------
@@ -1223,6 +1265,49 @@ def test_no_scene_at_all(tmp_path):
         load_scene(tmp_path / "nowhere")
     with pytest.raises(SceneError, match="downscale must be at least 1, got 0"):
         load_scene(nerf_scene(tmp_path), downscale=0)
+
+
+# ---- edit2d.py ---------------------------------------------------------------------------------------
+
+def test_ddim_takes_the_steps_of_diffusers_scheduler():
+    from diffusers import DDIMScheduler
+    prior, x = GaussianPrior(), rand(2, 1, 3, 3)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                              set_alpha_to_one=False, steps_offset=1)
+    scheduler.set_timesteps(20)
+    assert ddim_timesteps(1000, 20) == scheduler.timesteps.tolist()
+    wanted = x
+    for t in scheduler.timesteps:
+        wanted = scheduler.step(prior.eps(wanted, t.repeat(2), TGT), t, wanted).prev_sample
+    assert_close(ddim(prior, x, TGT, ddim_timesteps(1000, 20)), wanted, atol=1e-5, rtol=1e-5)  # its betas are float32
+
+
+def test_ddim_carries_the_noise_to_the_data():
+    """With the exact prediction for N(2, 0.3 I), noise at level T becomes mean + deviation * noise."""
+    x = rand(1, 1, 8, 8)
+    x0 = ddim(GaussianPrior(), x, TGT, ddim_timesteps(1000, 1000))
+    assert_close(x0, 2 + 0.3 ** 0.5 * x, atol=0.08, rtol=0)
+
+
+def test_sdedit_keeps_less_of_the_source_the_less_it_skips():
+    prior, x0 = GaussianPrior(), torch.full((1, 1, 8, 8), -1.0, dtype=torch.float64)
+    means = [sdedit(prior, x0, TGT, 20, skip, torch.Generator().manual_seed(0)).mean().item() for skip in (1, 0.85, 0.4, 0)]
+    assert means == sorted(means) and abs(means[0] + 1) < 0.1 and abs(means[-1] - 2) < 0.2
+    with pytest.raises(ValueError, match="skip must be in 0 .. 1, got 1.5"):
+        sdedit(prior, x0, TGT, skip=1.5)
+    with pytest.raises(ValueError, match="steps must be in 1 .. 1000, got 0"):
+        sdedit(prior, x0, TGT, steps=0)
+
+
+def test_the_mask_is_where_the_prompts_disagree():
+    class Local(GaussianPrior):
+        def eps(self, x_t, t, y):
+            left = super().eps(x_t, t, y)
+            right = super().eps(x_t, t, torch.zeros_like(y))
+            return torch.cat((left[..., :3], right[..., 3:]), -1)
+    mask = diffedit_mask(Local(), rand(2, 4, 8, 8), TGT, SRC, generator=torch.Generator().manual_seed(0))
+    assert mask.shape == (2, 1, 8, 8) and mask[..., :3].all() and not mask[..., 3:].any()
+    assert not diffedit_mask(GaussianPrior(), rand(1, 4, 8, 8), SRC, SRC).any()  # one prompt, no subject
 
 
 # ---- prior.py -----------------------------------------------------------------------------------------
@@ -1341,6 +1426,23 @@ def test_models_that_cannot_be_used(pipelines, tmp_path, monkeypatch):
         assert str(name) in str(e.value) and "\n" not in str(e.value)
 
 
+def test_a_prompt_outside_the_vocabulary_warns_and_names_the_nearest(pipelines, tmp_path):
+    text = "# a comment\n# COLOUR is one of red blue\nred apple | apple | COLOUR apple\ncat face | kitten\n"
+    assert read_captions(text) == ["red apple", "apple", "blue apple", "cat face", "kitten"]
+    assert plain("A picture of a Red Apple!") == "red apple" and plain("an apple") == "apple"
+    shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    (tmp_path / "sd" / "captions.txt").write_text(text)
+    prior = Prior.from_pretrained(tmp_path / "sd")
+    with pytest.warns(UserWarning, match="never taught 'a kitten face'; nearest: kitten, cat face"):
+        prior.embed("a kitten face")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prior.embed("a kitten face")  # once is enough
+        prior.embed("a drawing of a blue apple")
+        prior.embed("")
+        Prior.from_pretrained(pipelines["sd"]).embed("anything")  # a model without a list has nothing to say
+
+
 def test_the_shipped_prior_tells_the_example_drawings_apart():
     """Diffusion classifier (arXiv 2303.16203): the right caption predicts the noise best, in styles never trained on."""
     folder = HERE / "models" / "emoji"
@@ -1382,7 +1484,8 @@ def command(pipelines, tmp_path):
 
 def outputs(folder):
     """The bytes of every result; the checkpoint and config.json hold times or paths."""
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in ("checkpoint.pt", "config.json")}
+    skip = ("checkpoint.pt", "config.json", "export")
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in skip}
 
 
 @pytest.mark.parametrize("mode, flags", [("svg", ()), ("svg", ("--colours-only", "--loss", "dds")), ("image", ()),
@@ -1445,8 +1548,19 @@ def test_compare_lays_the_three_side_by_side(command, tmp_path):
     assert len(set(results)) == 3
 
 
+def test_what_changed_outside_of_the_subject():
+    before, after = Image.new("RGB", (8, 8), "white"), Image.new("RGB", (8, 8), "white")
+    after.paste((229, 229, 229), (4, 0, 8, 8))  # 0.102 darker on the right
+    after.paste((0, 0, 0), (0, 0, 4, 4))  # black in the upper left, which is the subject
+    mask = torch.zeros(1, 1, 2, 2, dtype=torch.bool)
+    mask[0, 0, 0, 0] = True
+    wanted = -10 * math.log10((26 / 255) ** 2 * 2 / 3)
+    assert run.outside([before], [after], [mask]) == (
+        f"outside the subject, 75 % of the picture: PSNR {wanted:.1f} dB against the source")
+
+
 def test_a_nerf_is_fitted_measured_and_edited(pipelines, tmp_path, capsys, monkeypatch):
-    for name, value in {"FRAMES": 2, "FRAME_SIZE": 24, "SHEET_SIZE": 32, "VIEWS": 6}.items():
+    for name, value in {"FRAMES": 2, "FRAME_SIZE": 24, "SIDE_SIZE": 24, "VIEWS": 6}.items():
         monkeypatch.setattr(run, name, value)
     nerf_scene(tmp_path / "scene")
     flags = ["--mode", "nerf", "--scene", str(tmp_path / "scene"), "--fit-seconds", "1", "--device", "cpu",
@@ -1456,8 +1570,30 @@ def test_a_nerf_is_fitted_measured_and_edited(pipelines, tmp_path, capsys, monke
     edit = [*flags, "--source", "a", "--target", "b", "--model", str(pipelines["sd"]), "--steps", "4", "--every", "2"]
     assert run.main(edit) == 0
     first = outputs(tmp_path / "out" / "edit")
-    assert {"result.safetensors", "turntable.gif", "views.png", "sheet.png"} <= set(first)
+    assert {"result.safetensors", "turntable.gif", "depth.png", "sheet.png"} <= set(first)
+    assert "outside the subject" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out" / "edit" / "result.png").size == (5 * 24, 24)
     assert run.main(edit) == 0 and outputs(tmp_path / "out" / "edit") == first  # the fit is kept, the edit repeats
+    # the refining stage: killed in its middle, resumed, and exported
+    edit[-3:] = ["2", "--every", "3", "--refine", "14", "--export"]
+    assert run.main([*edit, "--out", str(tmp_path / "out" / "whole")]) == 0
+    data_loss, calls = NeRF.data_loss, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 9:
+            raise MemoryError
+        return data_loss(*args)
+    monkeypatch.setattr(NeRF, "data_loss", killed)
+    with pytest.raises(MemoryError):
+        run.main(edit)
+    assert torch.load(tmp_path / "out" / "edit" / "checkpoint.pt")["step"] == 9
+    assert run.main([*edit, "--resume"]) == 0
+    export = load_scene(tmp_path / "out" / "edit" / "export")
+    assert len(export.train) + len(export.test) == 9
+    for name in ("result.safetensors", "sheet.png", "progress.gif", "depth.png", "turntable.gif"):
+        assert (tmp_path / "out" / "edit" / name).read_bytes() == (tmp_path / "out" / "whole" / name).read_bytes(), name
+    assert (tmp_path / "out" / "whole" / "result.safetensors").read_bytes() != first["result.safetensors"]
     assert run.main([*flags[:3], str(tmp_path), *flags[4:-1], str(tmp_path / "no" / "out"), "--fit-only"]) == 2
     assert "no transforms.json" in capsys.readouterr().err and not (tmp_path / "no").exists()
 

@@ -1,7 +1,7 @@
 """Make the example scenes of --mode nerf: examples/apple (all around) and examples/ball (a smiling face, the
 front).
 
-    python examples/make_scenes.py                # writes both folders beside this file; half a minute
+    python examples/make_scenes.py                # writes both folders beside this file; a minute
 
 Each is Blender's format: pictures of 128 x 128 pixels with alpha, transforms_train.json and
 transforms_test.json. Everything is a signed distance function, sphere-traced (Hart 1996), with light that is
@@ -32,7 +32,8 @@ def apple(p):
     bend = np.stack((0.16 * np.clip(z - 0.4, 0, 1) ** 2, 0 * z, 0 * z), 1)
     q = p + np.array([0, 0, 0.16]) - bend
     along = np.clip(q[:, 2], 0.4, 1.12)
-    stem = (np.linalg.norm(q - along[:, None] * np.array([0, 0, 1.0]), axis=1) - 0.05 - 0.035 * (along - 0.4)) * 0.8
+    axis = along[:, None] * np.array([0, 0, 1.0])
+    stem = (np.linalg.norm(q - axis, axis=1) - 0.05 - 0.035 * (along - 0.4)) * 0.8
     # the leaf: a lens (where two spheres overlap), flattened, rising from the stem to the right
     tilt, turn = math.radians(28), math.radians(-20)
     u = np.array([math.cos(tilt) * math.cos(turn), math.cos(tilt) * math.sin(turn), math.sin(tilt)])
@@ -47,7 +48,8 @@ def apple(p):
 
 def apple_colour(p, n, part):
     up = 0.5 + 0.5 * n[:, 2:]
-    glow = np.clip(n @ np.array([0.0, 0.0, 1.0]), 0, 1)[:, None] ** 3 * np.clip((np.hypot(p[:, :1], p[:, 1:2]) - 0.25) * 4, 0, 1)
+    rim = np.clip((np.hypot(p[:, :1], p[:, 1:2]) - 0.25) * 4, 0, 1)  # no light in the dimple
+    glow = rim * np.clip(n[:, 2:], 0, 1) ** 3
     red = mix(mix(DEEP_RED, RED, smooth(up * 1.5)), PALE, 0.55 * glow)
     green = mix(DEEP_GREEN, GREEN, smooth(0.25 + 0.75 * np.abs(n[:, 2:])))
     return np.choose(part[:, None], (red, mix(BROWN * 0.7, BROWN, up), green))
@@ -91,7 +93,8 @@ def trace(distance, colour, rays_o, rays_d, radius=1.6):
         hit = alive[d < 1e-3]
         if len(hit):
             p, e = rays_o + t[hit, None] * rays_d[hit], 1e-3
-            n = np.stack([distance(p + e * axis).min(1) - distance(p - e * axis).min(1) for axis in np.eye(3)], 1)
+            n = [distance(p + e * axis).min(1) - distance(p - e * axis).min(1) for axis in np.eye(3)]
+            n = np.stack(n, 1)
             n /= np.linalg.norm(n, axis=1, keepdims=True)
             out[hit, :3], out[hit, 3] = colour(p, n, part[d < 1e-3]), 1
         alive = alive[(d >= 1e-3) & (t[alive] < middle[alive] + radius)]
@@ -133,13 +136,16 @@ def in_front(count, shift):
             for i in range(count)]
 
 
-SCENES = {"apple": (apple, apple_colour, around, (0, 0, -0.02)), "ball": (ball, ball_colour, in_front, (0, 0, 0))}
+SCENES = {"apple": (apple, apple_colour, around, (0, 0, -0.02)),
+          "ball": (ball, ball_colour, in_front, (0, 0, 0))}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where (default: beside this file)")
-    parser.add_argument("--views", type=int, default=40, help="training views (default: 40), and a fifth for testing")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path(__file__).parent, help="where (default: beside this file)")
+    add("--views", type=int, default=40, help="training views (default: 40), and a fifth for testing")
     args = parser.parse_args()
     angle, distance = math.radians(28), 5.2
     focal = SIZE / 2 / math.tan(angle / 2)
@@ -151,7 +157,8 @@ def main():
                 pose = look_at(azimuth, elevation, distance, target)
                 Image.fromarray(picture(shape, colour, pose, focal)).save(
                     args.out / name / split / f"r_{i:02}.png", optimize=True)
-                frames.append({"file_path": f"./{split}/r_{i:02}", "transform_matrix": pose.round(9).tolist()})
+                matrix = pose.round(9).tolist()
+                frames.append({"file_path": f"./{split}/r_{i:02}", "transform_matrix": matrix})
             (args.out / name / f"transforms_{split}.json").write_text(
                 json.dumps({"camera_angle_x": angle, "frames": frames}, indent=1) + "\n")
 
