@@ -3,6 +3,7 @@
     python run.py --mode svg                                  # the shipped example
     python run.py --mode svg --svg cat.svg --source "a cat face" --target "a dog face" --compare
     python run.py --mode image --image cat.png --source "a cat face" --target "a dog face"
+    python run.py --mode toy                                  # SDS, DDS and PDS in the plane
     python run.py --mode nerf --scene examples/apple --source "red apple" --target "green apple"
     python run.py --mode nerf --scene DIR --fit-only --fit-seconds 60     # fit, and measure the test views
 
@@ -24,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import pds
+import toy
 from edit2d import diffedit_mask, sdedit
 from nerf import NeRF, depth_picture, evaluate, export, input_path, load_scene, sides, turntable
 from prior import Prior
@@ -408,7 +410,7 @@ def parse(argv=None):
     a = p.add_argument
     positive, share = number(int, 1), number(float, 0, 1)
     rate = number(float, 0)
-    a("--mode", choices=LOAD, default="svg", help="what is edited (default: svg)")
+    a("--mode", choices=[*LOAD, "toy"], default="svg", help="what is edited; toy: the method in the plane (default: svg)")
     a("--svg", "--image", "--scene", dest="input", type=Path,
       help="the file, or folder with a transforms.json, to edit (default: a shipped example)")
     a("--source", help="prompt that describes the file")
@@ -474,6 +476,8 @@ def complete(args, prior):
 def main(argv=None):
     args = parse(argv)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    if args.mode == "toy":
+        return toy.main(["--out", str(args.out or "out"), "--seed", str(args.seed)])
     try:
         if args.input is None:
             name, source, target = EXAMPLE[args.mode]
