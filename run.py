@@ -1,10 +1,11 @@
-"""Edit an SVG, a picture or a NeRF towards a prompt with Posterior Distillation Sampling, or with SDS and DDS.
+"""Edit an SVG, a picture, a NeRF or 3D Gaussians towards a prompt with Posterior Distillation Sampling, or with SDS and DDS.
 
     python run.py --mode svg                                  # the shipped example
     python run.py --mode svg --svg cat.svg --source "a cat face" --target "a dog face" --compare
     python run.py --mode image --image cat.png --source "a cat face" --target "a dog face"
     python run.py --mode toy                                  # SDS, DDS and PDS in the plane
     python run.py --mode nerf --scene examples/apple --source "red apple" --target "green apple"
+    python run.py --mode splat                                # the same scene as 3D Gaussians
     python run.py --mode nerf --scene DIR --fit-only --fit-seconds 60     # fit, and measure the test views
 
 The output folder gets source.*, result.*, progress.gif, sheet.png (before and after, labelled; of a scene from several
@@ -29,6 +30,7 @@ import toy
 from edit2d import diffedit_mask, sdedit
 from nerf import NeRF, depth_picture, evaluate, export, input_path, load_scene, sides, turntable
 from prior import Prior
+from splat import Splats
 from svg_raster import SVG
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +38,7 @@ LOSSES = {"sds": pds.sds_loss, "dds": pds.dds_loss, "pds": pds.pds_loss}
 COEFFICIENTS = {"official": "official", "consistent": "consistent", "dreamcatalyst": pds.dreamcatalyst}
 EXAMPLE = {"svg": ("smiling-face.svg", "slightly smiling face", "smiling face with sunglasses"),
            "image": ("red-apple.png", "red apple", "green apple"),
-           "nerf": ("apple", "red apple", "green apple")}
+           "nerf": ("apple", "red apple", "green apple"), "splat": ("apple", "red apple", "green apple")}
 FRAMES, FRAME_SIZE, SHEET_SIZE = 40, 192, 512  # of progress.gif, of sheet.png
 VIEWS, SIDES, SIDE_SIZE = 24, 5, 256  # of turntable.gif, of a scene's sheet.png
 
@@ -109,17 +111,17 @@ def load_image(args, prior):
 
 
 class Photographs:
-    """What a NeRF is edited from: its scene's own pictures."""
+    """What a scene is edited from: its own pictures."""
 
-    def __init__(self, nerf):
-        self.render = nerf.photograph
+    def __init__(self, scene):
+        self.render = scene.photograph
 
 
 def fit(args):
-    """The NeRF of the scene; its fit is kept beside the output, so that a second edit starts at once."""
+    """The scene as NeRF or splats; its fit is kept beside the output, so that a second edit starts at once."""
     scene = load_scene(args.input, args.downscale)
     args.fit.parent.mkdir(parents=True, exist_ok=True)
-    return NeRF.fit(scene, args.fit_seconds, checkpoint=args.fit, device=args.device)
+    return FITTED[args.mode].fit(scene, args.fit_seconds, checkpoint=args.fit, device=args.device)
 
 
 def load_nerf(args, prior):
@@ -128,10 +130,18 @@ def load_nerf(args, prior):
     return nerf, nerf.param_groups(args.table), Photographs(nerf)
 
 
-LOAD = {"svg": load_svg, "image": load_image, "nerf": load_nerf}
-SUFFIX = {"svg": ".svg", "image": ".png", "nerf": ".safetensors"}  # of what save() writes
-HOLD = {"svg": 1, "image": 1, "nerf": 10}  # steps that a view is kept, as in the paper
-AROUND = {"nerf": {"turntable": turntable, "input": input_path}}  # modes with more than one view, ways around them
+def load_splat(args, prior):
+    splats = fit(args)
+    # an edit must not move in hundreds of steps what a fit moves in tens of thousands: a fifth of its rates
+    groups = splats.param_groups(means=3e-5, log_scales=1e-3, quaternions=2e-4, opacities=1e-2, sh_dc=args.colours)
+    return splats, groups, Photographs(splats)
+
+
+LOAD = {"svg": load_svg, "image": load_image, "nerf": load_nerf, "splat": load_splat}
+SUFFIX = {"svg": ".svg", "image": ".png", "nerf": ".safetensors", "splat": ".ply"}  # of what save() writes
+HOLD = {"svg": 1, "image": 1, "nerf": 10, "splat": 10}  # steps that a view is kept, as in the paper
+FITTED = {"nerf": NeRF, "splat": Splats}  # modes with a scene of many views
+AROUND = {"turntable": turntable, "input": input_path}  # ways of its animation
 
 
 # ---- the two stages -----------------------------------------------------------------------------------
@@ -155,7 +165,7 @@ class Distillation:
         if self.x0_src is None:
             with torch.no_grad():
                 self.x0_src = prior.encode(self.source.render(view, prior.size))
-        shake = {"generator": generator} if args.mode in AROUND else {}  # an SVG's view has its shift in it
+        shake = {"generator": generator} if args.mode in FITTED else {}  # an SVG's view has its shift in it
         x0_tgt = prior.encode(self.scene.render(view, prior.size, **shake))
         progress = step / self.steps if args.schedule == "decreasing" else None
         t = pds.sample_timesteps(1, len(prior.abar), args.t_min, args.t_max, progress, generator)
@@ -329,8 +339,8 @@ def run_one(prior, loss_name, args, out):
         ValueError, OSError: bad input; nothing has been written then.
     """
     scene, groups, source = LOAD[args.mode](args, prior)
-    around = args.mode in AROUND
-    turn = AROUND[args.mode][args.path](scene, VIEWS, FRAME_SIZE) if around else []
+    around = args.mode in FITTED
+    turn = AROUND[args.path](scene, VIEWS, FRAME_SIZE) if around else []
     views = sides(scene, SIDES, SIDE_SIZE) if around else [None]
     look = lambda: [snapshot(scene, SIDE_SIZE if around else SHEET_SIZE, view) for view in views]
     before, turned = look(), [snapshot(scene, view=camera) for camera in turn]
@@ -439,17 +449,17 @@ def parse(argv=None):
     a("--skip-unsupported", action="store_true", help="svg: drop mask, filter, text and image with a warning")
     a("--pixels", action="store_true", help="image: optimise the pixels instead of the latent")
     a("--latent", type=rate, default=0.02, help="image: rate of the latent (default: 0.02)")
-    a("--fit-seconds", type=rate, default=60.0, help="nerf: time of the fit, process CPU time on a CPU (default: 60)")
-    a("--fit-only", action="store_true", help="nerf: fit, print the PSNR of the test views, and stop")
-    a("--downscale", type=number(int, 1), default=1, help="nerf: reduce the photographs by this factor (default: 1)")
+    a("--fit-seconds", type=rate, default=60.0, help="scenes: time of the fit, process CPU time on a CPU (default: 60)")
+    a("--fit-only", action="store_true", help="scenes: fit, print the PSNR of the test views, and stop")
+    a("--downscale", type=number(int, 1), default=1, help="scenes: reduce the photographs by this factor (default: 1)")
     a("--table", type=rate, default=0.01, help="nerf: rate of the hash grid (default: 0.01)")
-    a("--refine", type=number(int, 0), default=0, metavar="N", help="nerf: N steps of the refining stage (default: 0)")
-    a("--path", choices=AROUND["nerf"], default="turntable", help="nerf: way of turntable.gif (default: turntable)")
-    a("--export", action="store_true", help="nerf: write every view, its depth, and a transforms.json")
+    a("--refine", type=number(int, 0), default=0, metavar="N", help="scenes: N steps of the refining stage (default: 0)")
+    a("--path", choices=AROUND, default="turntable", help="scenes: way of turntable.gif (default: turntable)")
+    a("--export", action="store_true", help="scenes: write every view, its depth, and a transforms.json")
     args = p.parse_args(argv)
     for flag in ("fit_only", "refine", "export"):
-        if getattr(args, flag) and args.mode not in AROUND:
-            p.error(f"--{flag.replace('_', '-')}: only with --mode nerf")
+        if getattr(args, flag) and args.mode not in FITTED:
+            p.error(f"--{flag.replace('_', '-')}: only with --mode nerf and splat")
     return args
 
 
@@ -466,6 +476,7 @@ def number(kind, low, high=None):
 
 def complete(args, prior):
     """Fill in what depends on the model, and check what belongs together."""
+    prior.defaults = prior.defaults | prior.defaults.get(args.mode, {})
     args.steps = args.steps or prior.defaults.get("steps", 1000)
     args.points = args.points if args.points is not None else prior.defaults.get("points", 0.8)
     lowest = pds.sample_timesteps(1, len(prior.abar), args.t_min, args.t_max, progress=1.0).item()
@@ -484,15 +495,15 @@ def main(argv=None):
             args.input = HERE / "examples" / name
             args.source = source if args.source is None else args.source
             args.target = target if args.target is None else args.target
-        if not args.input.exists() or args.input.is_dir() and args.mode not in AROUND:
+        if not args.input.exists() or args.input.is_dir() and args.mode not in FITTED:
             raise ValueError(f"{args.input}: no such file")
         name = f"{args.input.stem}-{'compare' if args.compare else args.loss}"
         args.out = args.out or Path("out") / name
-        args.fit = args.out.parent / f"{args.input.stem}-fit.pt"
+        args.fit = args.out.parent / f"{args.input.stem}-{args.mode}-fit.pt"
         if args.fit_only:
-            nerf = fit(args)
-            psnr, views = evaluate(nerf, nerf.scene)
-            done = nerf.fitted
+            scene = fit(args)
+            psnr, views = evaluate(scene, scene.scene)
+            done = scene.fitted
             print(f"test PSNR {psnr:.1f} dB, {views} views, {done['steps']} steps, {done['seconds']:.1f} s")
             return 0
         for prompt in ("source", "target"):

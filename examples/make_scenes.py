@@ -131,8 +131,8 @@ def around(count, shift):
 
 
 def in_front(count, shift):
-    """Angles over the front, to 32 degrees to either side: a Halton-like pattern, the middle first."""
-    return [(64 * ((i * 0.618 + 0.5 + shift) % 1) - 32, 36 * ((i * 0.755 + 0.42 + shift) % 1) - 14)
+    """Angles over the front, to 26 degrees to either side: a Halton-like pattern, the middle first."""
+    return [(52 * ((i * 0.618 + 0.5 + shift) % 1) - 26, 26 * ((i * 0.755 + 0.42 + shift) % 1) - 11)
             for i in range(count)]
 
 

@@ -1,0 +1,618 @@
+"""3D Gaussian splatting in plain PyTorch: tiled rendering, its gradients, fitting, and the files of viewers.
+
+    scene = load_scene("examples/apple")           # the scenes of nerf.py
+    splats = Splats.fit(scene, seconds=60)         # process CPU time on a CPU, wall time on a GPU
+    psnr, views = evaluate(splats, scene)          # on the held-out views
+    picture = splats.render(view=3, size=64)       # [1,3,64,64] in [0,1], differentiable
+    splats.save("apple.ply")                       # for any viewer of 3DGS; or .splat
+
+The method is Kerbl et al.'s (arXiv 2308.04079), its projection EWA splatting (Zwicker et al., 2001).
+"""
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import avg_pool3d, logsigmoid, threshold_
+from tqdm import tqdm
+
+from nerf import NeRF, SceneError, cell_points, over, spherical_harmonics, uncontract, visual_hull
+
+ATTRIBUTES = ("means", "log_scales", "quaternions", "opacities", "sh_dc", "sh_rest")
+SEEN = 1 / 255  # an alpha below this is not drawn
+OPAQUE = 0.99  # none is above this: each layer lets some gradient through
+SPENT = 1e-4  # of the light left in a tile: what lies behind is not drawn
+SH_DC = 0.28209479  # the harmonic of degree 0
+
+
+# ---- projection ---------------------------------------------------------------------------------------
+
+def project(means, log_scales, quaternions, camera, near):
+    """Gaussians seen by a pinhole camera: the EWA approximation (Kerbl et al., eq. 5).
+
+    Args:
+        means [N,3] in units of the scene, log_scales [N,3], quaternions [N,4] as wxyz, of any length.
+        camera: a Camera; its distortion is ignored.
+        near: what is nearer to the camera is culled.
+    Returns:
+        uv [2,N] in pixels; depth [N] along the optical axis; cov [3,N], the xx, xy, yy of the covariance in
+        square pixels, low-pass filter included. Finite also for what is culled.
+    """
+    fx, fy, cx, cy, *_ = camera.lens
+    pose = camera.pose.to(means)
+    world = torch.linalg.inv(pose[:, :3]) * pose.new_tensor([[1.0], [-1.0], [-1.0]])  # to OpenCV's axes
+    x, y, z = world @ (means - pose[:, 3]).T
+    depth = z.detach()
+    z = z.clamp_min(near)
+    x, y = x / z, y / z
+    uv = torch.stack((cx + fx * x, cy + fy * y))
+    # the linearisation is used no further than 0.3 of the half picture beyond the edge: it grows without limit
+    room_x, room_y = 0.15 * camera.width / fx, 0.15 * camera.height / fy
+    x = x.clamp(-cx / fx - room_x, (camera.width - cx) / fx + room_x)
+    y = y.clamp(-cy / fy - room_y, (camera.height - cy) / fy + room_y)
+    axes = (world @ rotations(quaternions).view(3, -1)).view(3, 3, -1) * log_scales.T.exp()  # [camera's, own axis, N]
+    du, dv = fx / z * (axes[0] - x * axes[2]), fy / z * (axes[1] - y * axes[2])  # [3,N]
+    cov = torch.stack(((du * du).sum(0) + 0.3, (du * dv).sum(0), (dv * dv).sum(0) + 0.3))
+    return uv, depth, cov
+
+
+def rotations(quaternions):
+    """[N,4] as wxyz, of any length -> [3,3,N], the columns are a Gaussian's own axes."""
+    w, i, j, k = (quaternions / quaternions.norm(dim=1, keepdim=True).clamp_min(1e-12)).T
+    return torch.stack((
+        1 - 2 * (j * j + k * k), 2 * (i * j - w * k), 2 * (i * k + w * j),
+        2 * (i * j + w * k), 1 - 2 * (i * i + k * k), 2 * (j * k - w * i),
+        2 * (i * k - w * j), 2 * (j * k + w * i), 1 - 2 * (i * i + j * j))).view(3, 3, -1)
+
+
+def quadratics(uv, cov, opacity_logits):
+    """[N,6] float64: log alpha = q . (1, x, y, x^2, xy, y^2) at the point (x, y) of the picture.
+
+    A polynomial makes a tile's alphas one product of matrices. It must be moved to the tile before it is rounded
+    to float32: its terms are large and cancel.
+    """
+    (u, v), (xx, xy, yy) = uv.double(), cov.double()
+    det = xx * yy - xy * xy
+    a, b, c = yy / det, -xy / det, xx / det
+    p, q = a * u + b * v, b * u + c * v
+    peak = logsigmoid(opacity_logits.double())
+    return torch.stack((peak - (p * u + q * v) / 2, p, q, -a / 2, -b, -c / 2), 1)
+
+
+# ---- tiles --------------------------------------------------------------------------------------------
+
+class Tiles:
+    """Which Gaussians each tile of a picture draws, from front to back.
+
+    Attributes:
+        side: of a tile in pixels; across, down: how many there are.
+        index [M]: numbers of Gaussians, tile after tile; those of tile t are index[start[t]:][:count[t]].
+        moved [tiles,6,6]: q @ moved[t] is the polynomial q of `quadratics` about the centre of tile t.
+    """
+
+    def __init__(self, uv, depth, cov, opacity, camera, near):
+        """uv [2,N], depth [N], cov [3,N] of `project`; opacity [N] in [0,1]."""
+        # alpha falls below SEEN at this Mahalanobis distance; the ellipse there reaches so far along x and y
+        reach = (2 * (opacity / SEEN).log()).clamp_min(0).sqrt() * cov[::2].sqrt()  # [2,N]
+        low, high = uv - reach, uv + reach
+        edge = uv.new_tensor([[camera.width], [camera.height]])
+        seen = (depth > near) & (opacity > SEEN) & ((high > 0) & (low < edge)).all(0)
+        near_first = seen.nonzero()[:, 0]
+        near_first = near_first[depth[near_first].argsort(stable=True)]
+        low, high = low[:, near_first], high[:, near_first]
+        for side in (16, 8, 4):
+            size = edge.div(side).ceil()
+            first = (low / side).floor().clamp_min(0).int()
+            boxes = torch.minimum((high / side).ceil(), size).int() - first  # [2,V] tiles
+            cost = boxes.prod(0).sum() * (side * side + 12)  # a pair costs its pixels and about 12 more
+            if side == 16 or cost < best:
+                best, chosen = cost, (side, size, first, boxes)
+        self.side, size, (x, y), (wide, high) = chosen
+        self.across, self.down = (int(n) for n in size[:, 0])
+        each = wide * high  # from here on a row for every pair of a Gaussian and a tile
+        rank = torch.repeat_interleave(torch.arange(len(each), device=uv.device), each)
+        within = torch.arange(len(rank), device=uv.device, dtype=torch.int32)
+        within -= (each.cumsum(0) - each).int()[rank]
+        wide = wide[rank]
+        row = within.div(wide, rounding_mode="floor")
+        tile = (y[rank] + row) * self.across + x[rank] + within - row * wide
+        tile, order = tile.sort(stable=True)  # stable: each list stays ordered by depth
+        self.index = near_first[rank[order]]
+        self.count = torch.bincount(tile, minlength=self.across * self.down)
+        self.start = self.count.cumsum(0) - self.count
+        row, column = (torch.arange(n, device=uv.device, dtype=torch.float64) for n in (self.down, self.across))
+        x, y = column.repeat(self.down), row.repeat_interleave(self.across)
+        x, y = (x + 0.5) * self.side, (y + 0.5) * self.side  # the tiles' centres
+        self.moved = torch.eye(6, dtype=torch.float64, device=x.device).repeat(len(x), 1, 1)
+        self.moved[:, 1, 0] = self.moved[:, 4, 2] = x
+        self.moved[:, 2, 0] = self.moved[:, 4, 1] = y
+        self.moved[:, 3, 0], self.moved[:, 4, 0], self.moved[:, 5, 0] = x * x, x * y, y * y
+        self.moved[:, 3, 1], self.moved[:, 5, 2] = 2 * x, 2 * y
+
+    def basis(self, dtype):
+        """[6,P]: 1, x, y, xx, xy, yy of a tile's pixels about its centre."""
+        pixel = torch.arange(self.side, device=self.index.device, dtype=dtype) + 0.5 - self.side / 2
+        x, y = pixel.repeat(self.side), pixel.repeat_interleave(self.side)
+        return torch.stack((torch.ones_like(x), x, y, x * x, x * y, y * y))
+
+    def alphas(self, quadratic, dtype, part, first, depth):
+        """Of the tiles part [A] the Gaussians first .. first + depth: their numbers [A,K], their alphas [A,K,P].
+
+        quadratic [N+1,6] of `quadratics`; N is the number that fills up lists which end before.
+        """
+        layer = torch.arange(first, first + depth, device=part.device)
+        at = (self.start[part][:, None] + layer).clamp_max_(len(self.index) - 1)
+        index = torch.where(layer < self.count[part][:, None], self.index[at], len(quadratic) - 1)
+        local = quadratic.index_select(0, index.view(-1)).view(*index.shape, 6) @ self.moved[part]
+        # clamped, as exp is slow where it underflows
+        alpha = (local.view(-1, 6).to(dtype) @ self.basis(dtype)).clamp_(min=-20).exp_()
+        return index, threshold_(alpha, SEEN, 0).clamp_(max=OPAQUE).view(*index.shape, -1)
+
+    def picture(self, tiles, camera):
+        """[tiles,C,side^2] -> [C,H,W]."""
+        channels = tiles.shape[1]
+        tiles = tiles.view(self.down, self.across, channels, self.side, self.side).permute(2, 0, 3, 1, 4)
+        return tiles.reshape(channels, self.down * self.side, -1)[:, :camera.height, :camera.width]
+
+
+class _Composite(torch.autograd.Function):
+    """Alpha compositing from front to back (Kerbl et al., eq. 3) in every tile: rgb and transmittance.
+
+    Blocks of K Gaussians of A tiles are [A,K,P] arrays with P pixels of a tile. The backward draws each block
+    again; kept are only the transmittances in front of the blocks.
+    """
+    ELEMENTS, DEPTH = 2 ** 18, 64  # of a block on a CPU: what fits its cache; the most K
+
+    @staticmethod
+    def forward(ctx, quadratic, colour, tiles):
+        """quadratic [N,6] float64, colour [N,3], a Tiles -> [tiles,4,P]: rgb in front of nothing, transmittance."""
+        # number N stands for the end of a list: never seen
+        quadratic = torch.cat((quadratic, quadratic.new_tensor([[-20.0, 0, 0, 0, 0, 0]])))
+        colour = torch.cat((colour, colour.new_zeros(1, 3)))
+        ctx.save_for_backward(quadratic, colour)
+        ctx.tiles, ctx.blocks = tiles, []
+        out = colour.new_zeros(len(tiles.count), 4, tiles.side ** 2)
+        out[:, 3] = 1
+        layers = (_Composite.ELEMENTS if colour.device.type == "cpu" else 2 ** 24) // tiles.side ** 2  # of a block
+        # tiles with lists of similar lengths go together; those that are done leave room for longer blocks
+        for part in tiles.count.argsort(descending=True, stable=True).split(max(1, layers // 32)):
+            first, longest = 0, int(tiles.count[part[0]])
+            while first < longest:
+                part = part[(tiles.count[part] > first) & (out[part, 3].amax(1) > SPENT)]
+                if not len(part):
+                    break
+                depth = min(max(1, layers // len(part)), _Composite.DEPTH, longest - first)
+                index, alpha = tiles.alphas(quadratic, colour.dtype, part, first, depth)
+                before = out[part, 3]
+                ctx.blocks.append((part, first, depth, before))
+                light = _transmittance(alpha, before)
+                out[part, 3] = light[:, -1]
+                weight = light[:, :-1].mul_(alpha)
+                rgb = colour.index_select(0, index.view(-1)).view(*index.shape, 3)
+                out[part, :3] += torch.bmm(rgb.transpose(1, 2), weight)
+                first += depth
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        quadratic, colour = ctx.saved_tensors
+        tiles = ctx.tiles
+        behind = grad[:, 3].clone()  # d loss / d transmittance of what is behind the block at hand
+        grad_q, grad_c = torch.zeros_like(quadratic), torch.zeros_like(colour)
+        for part, first, depth, before in reversed(ctx.blocks):
+            index, alpha = tiles.alphas(quadratic, colour.dtype, part, first, depth)
+            out_grad, entry = grad[part, :3], index.view(-1)
+            light = _transmittance(alpha, before)
+            # w_k = alpha_k times the light in front of k; v_k = colour_k . d loss / d rgb
+            last = light[:, -1] * behind[part]
+            weight = light[:, :-1].mul_(alpha)
+            share = torch.bmm(weight, out_grad.transpose(1, 2))  # [A,K,3]
+            grad_c.index_add_(0, entry, share.view(-1, 3))
+            # d loss / d log alpha_k = w_k v_k - alpha_k / (1 - alpha_k) * (sum of w_j v_j behind k, and what is last)
+            value = torch.bmm(colour.index_select(0, entry).view(*index.shape, 3), out_grad).mul_(weight)
+            sums = value.cumsum(1)
+            total = sums[:, -1] + last
+            behind[part] = total / before.clamp_min(1e-30)  # it is 0 behind twenty opaque ones
+            value.addcmul_(alpha / (1 - alpha), torch.sub(total[:, None], sums, out=sums), value=-1)
+            value = torch.ops.aten.hardtanh_backward(value, alpha, 0, OPAQUE)  # none where alpha is clamped
+            local = (value.view(-1, tiles.side ** 2) @ tiles.basis(colour.dtype).T).double().view(*index.shape, 6)
+            grad_q.index_add_(0, entry, (local @ tiles.moved[part].transpose(1, 2)).view(-1, 6))
+        return grad_q[:-1], grad_c[:-1], None
+
+
+def _transmittance(alpha, before):
+    """[A,K+1,P]: what is left of `before` [A,P] in front of each of K alphas [A,K,P], and behind the last."""
+    light = alpha.new_empty(len(alpha), alpha.shape[1] + 1, alpha.shape[2])
+    light[:, 0] = before
+    torch.sub(1, alpha, out=light[:, 1:])
+    return light.cumprod_(1)
+
+
+# ---- the splats ---------------------------------------------------------------------------------------
+
+class Splats(torch.nn.Module):
+    """N Gaussians, and how to draw, fit and edit them.
+
+    Attributes:
+        means [N,3] in units of the scene, log_scales [N,3], quaternions [N,4] as wxyz, opacities [N] as logits.
+        sh_dc [N,3], sh_rest [N,K,3] with K = 0, 3, 8 or 15: the colour is 0.5 + their sum with the harmonics.
+    """
+
+    def __init__(self, scene, means, log_scales, quaternions, opacities, sh_dc, sh_rest):
+        """scene: a Scene, which is kept; the others: tensors of the shapes above."""
+        super().__init__()
+        self.scene = scene
+        for name, value in zip(ATTRIBUTES, (means, log_scales, quaternions, opacities, sh_dc, sh_rest)):
+            setattr(self, name, torch.nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format)))
+        self.register_buffer("centre", scene.centre.clone())
+        self.register_buffer("background", scene.background.clone())
+        position = torch.stack([v.camera.pose[:, 3] for v in scene.train])
+        # the unit of the rates, as in the paper's code
+        self.extent = 1.1 * (position - position.mean(0)).norm(dim=1).max().clamp_min(0.1 * scene.half).item()
+        self.near = 0.05 * scene.half
+
+    # they ask for a Scene and for render only
+    camera, photograph, sample_view, dataset = NeRF.camera, NeRF.photograph, NeRF.sample_view, NeRF.dataset
+
+    def colours(self, camera):
+        """rgb [N,3] of the Gaussians as seen by a Camera."""
+        rgb = 0.5 + SH_DC * self.sh_dc
+        if self.sh_rest.shape[1]:
+            d = (self.means - camera.pose[:, 3].to(self.means)).T
+            harmonics = spherical_harmonics(d / d.norm(dim=0).clamp_min(1e-12))[1:self.sh_rest.shape[1] + 1]
+            rgb = rgb + (harmonics.T[:, :, None] * self.sh_rest).sum(1)
+        return rgb.clamp_min(0)
+
+    def draw(self, camera):
+        """The picture [4,H,W], rgb in front of nothing and transmittance; and uv [2,N], the means in pixels."""
+        uv, depth, cov = project(self.means, self.log_scales, self.quaternions, camera, self.near)
+        with torch.no_grad():
+            tiles = Tiles(uv, depth, cov, self.opacities.sigmoid(), camera, self.near)
+        drawn = _Composite.apply(quadratics(uv, cov, self.opacities), self.colours(camera), tiles)
+        return tiles.picture(drawn, camera), uv
+
+    def render(self, view=None, size=None, generator=None):
+        """The picture [1,3,H,W] in [0,1] of a view (see NeRF.camera), differentiable in all parameters.
+
+        A pinhole's picture: distortion of the lens is ignored. With a generator (a CPU's) the pixel centres are
+        shifted by up to half a pixel, as in NeRF.render.
+        """
+        camera = self.camera(view, size)
+        if generator is not None:
+            camera = camera.shifted(*(torch.rand(2, generator=generator) - 0.5).tolist())
+        picture = self.draw(camera)[0]
+        rgb = picture[:3] + picture[3:] * self.background[:, None, None]
+        return (rgb + (rgb.clamp(0, 1) - rgb).detach())[None]  # the gradient goes through
+
+    @torch.no_grad()
+    def depth(self, view=None, size=None):
+        """Expected depth [1,1,H,W] along the rays in units of the scene; 0 where nothing opaque is met."""
+        camera = self.camera(view, size)
+        uv, depth, cov = project(self.means, self.log_scales, self.quaternions, camera, self.near)
+        tiles = Tiles(uv, depth, cov, self.opacities.sigmoid(), camera, self.near)
+        drawn = _Composite.apply(quadratics(uv, cov, self.opacities), depth[:, None].expand(-1, 3).contiguous(), tiles)
+        total, _, _, left = tiles.picture(drawn, camera)
+        axis = camera.directions(left.device)[2].abs().view_as(left)  # the cosine between ray and optical axis
+        return torch.where(left < 0.5, total / (1 - left).clamp_min(0.5) / axis, 0)[None, None]
+
+    # ---- what the edit's loop asks for
+
+    def data_loss(self, dataset, generator=None):
+        """One step of going on to fit a `dataset`: the L1 loss of one of its pictures."""
+        view = int(torch.randint(len(dataset.cameras), (), generator=generator))
+        camera = dataset.cameras[view]
+        wanted = dataset.pixels[dataset.start[view]:dataset.start[view + 1]].T.float() / 255
+        return (self.render(camera)[0] - wanted.view(3, camera.height, camera.width)).abs().mean()
+
+    def param_groups(self, means=1.6e-4, log_scales=5e-3, quaternions=1e-3, opacities=5e-2, sh_dc=2.5e-3):
+        """Adam's rates, the paper's code's: that of the means in extents of the cameras; sh_rest a 20th of sh_dc."""
+        rates = (means * self.extent, log_scales, quaternions, opacities, sh_dc, sh_dc / 20)
+        return [{"name": name, "params": [getattr(self, name)], "lr": rate, "eps": 1e-15}
+                for name, rate in zip(ATTRIBUTES, rates)]
+
+    @torch.no_grad()
+    def project_(self):
+        """After a step: quaternions of length 1, opacities where their gradient is not lost; N stays."""
+        self.quaternions /= self.quaternions.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        self.opacities.clamp_(-10, 10)
+
+    # ---- files
+
+    def save(self, path):
+        """Write a .ply of 3DGS or, without sh_rest and rounded to 8 bits, a .splat; never half a file."""
+        path = Path(path)
+        values = {name: getattr(self, name).detach().cpu().float() for name in ATTRIBUTES}
+        part = path.with_name(f".{path.name}.part")
+        part.write_bytes(FILES[_suffix(path)][1](**values))
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path, scene, device="cpu"):
+        """The Gaussians of a .ply of 3DGS or a .splat in front of a scene's cameras; SceneError if it is neither."""
+        path = Path(path)
+        read = FILES[_suffix(path)][0]
+        try:
+            data = path.read_bytes()
+        except OSError as e:
+            raise SceneError(f"{path}: cannot be read: {e.strerror}") from e
+        values = read(path, data)
+        wrong = ~torch.isfinite(torch.stack([v.flatten(1).sum(1) if v.ndim > 1 else v for v in values])).all(0)
+        if wrong.any():
+            raise SceneError(f"{path}: {int(wrong.sum())} of its {len(wrong)} Gaussians are not finite")
+        return cls(scene, *values).to(device)
+
+    # ---- the fit
+
+    @classmethod
+    def start(cls, scene, count, degree, generator):
+        """`count` Gaussians on the surface of the visual hull; in a capture, wherever a view may see one."""
+        extent, cells = (1, 64) if scene.bounded else (2, 32)
+        _, hull = visual_hull(scene.train, scene.centre, scene.half, extent, cells)
+        if scene.bounded:  # what lies inside is never seen
+            hull &= avg_pool3d(hull.view(1, 1, cells, cells, cells).float(), 3, 1, 1).view(-1) < 0.999
+        at = hull.nonzero()[:, 0]
+        at = at if len(at) else torch.arange(cells ** 3)
+        # a capture's cameras look at its middle: half of them go into the box, and are smaller
+        weight = torch.ones(len(at)) if scene.bounded else (cell_points(at, cells) - 0.5).norm(dim=0).add(0.1) ** -4
+        pick = torch.multinomial(weight, count, True, generator=generator)
+        each = (count * weight / weight.sum())[pick]  # how many there are in a cell like its own
+        inner = (cell_points(at[pick], cells, torch.rand(3, count, generator=generator)) * 2 - 1) * extent
+        x = uncontract(inner)
+        # as large as its share of the surface, or of the volume, which the contraction has stretched
+        spacing = each ** (-1 / 2 if scene.bounded else -1 / 3) * 2 * extent / cells * scene.half
+        log_scales = (0.5 * spacing * x.norm(dim=0) / inner.norm(dim=0).clamp_min(1e-6)).log()[:, None].expand(-1, 3)
+        means, quaternions = x.T * scene.half + scene.centre, torch.tensor([1.0, 0, 0, 0]).expand(count, 4)
+        colour = torch.full((4, count), 1e-3)  # sums of rgb and of 1: the mean of what the views show in its place
+        for view in scene.train:
+            (u, v), depth, _ = project(means, log_scales, quaternions, view.camera, 1e-3 * scene.half)
+            inside = (depth > 0) & (u > 0) & (u < view.camera.width) & (v > 0) & (v < view.camera.height)
+            pixels = view.pixels[v[inside].long(), u[inside].long()].T.float() / 255
+            alpha = pixels[3] if len(pixels) == 4 else torch.ones_like(pixels[0])
+            colour[:, inside] += torch.cat((pixels[:3], torch.ones_like(pixels[:1]))) * alpha
+        return cls(scene, means, log_scales, quaternions, torch.full((count,), 0.0 if scene.bounded else -2.0),
+                   (colour[:3] / colour[3] - 0.5).T / SH_DC, torch.zeros(count, (degree + 1) ** 2 - 1, 3))
+
+    @classmethod
+    def fit(cls, scene, seconds=None, steps=None, seed=0, checkpoint=None, device="cpu", progress=True, **sizes):
+        """Fit new splats to the training views of a scene, one view a step.
+
+        Adam on the absolute difference. The paper's structural similarity is left out: with it a step on a CPU
+        took a third longer, and the test PSNR of the apple was no better. Objects are fitted on random backgrounds:
+        only true opacity explains all of them.
+
+        Args:
+            seconds: process CPU time on a CPU, wall time elsewhere; 60 if neither it nor steps is given.
+            steps: or optimiser steps. With both, what comes first.
+            seed: of the first Gaussians, views and backgrounds. Fits of equal steps on a CPU are bit-identical.
+            checkpoint: a path. Its fit is resumed if it exists (one that had its time is returned at once),
+                and it is written every 15 seconds and at the end. It then takes the steps of an unbroken one.
+            sizes: count of Gaussians at the start, limit on it, degree of the harmonics, if not the device's default.
+        Returns:
+            The Splats; the attribute `fitted` holds steps and seconds of the fit.
+        Raises:
+            SceneError: the checkpoint is damaged, of another scene or of other sizes.
+            FloatingPointError: the loss is no longer finite.
+        """
+        device = torch.device(device)
+        clock = time.process_time if device.type == "cpu" else time.perf_counter
+        started = clock()
+        seconds = 60 if seconds is None and steps is None else seconds
+        default = (dict(count=2000, limit=10000, degree=1) if device.type == "cpu" else
+                   dict(count=20000, limit=300000, degree=3))
+        sizes = default | sizes
+        checkpoint = Path(checkpoint) if checkpoint else None
+        generator = torch.Generator().manual_seed(seed)
+        saved = None
+        if checkpoint and checkpoint.exists():
+            saved = _read_checkpoint(checkpoint, scene, sizes, device)
+            splats = cls(scene, *(saved["splats"][name] for name in ATTRIBUTES))
+        else:
+            splats = cls.start(scene, sizes["count"], sizes["degree"], generator)
+        splats.to(device)
+        # several times the paper's rates: it takes 30 000 steps, a minute on a CPU has 2000
+        optimiser = torch.optim.Adam(splats.param_groups(4e-3, 4e-2, 2e-2, 1e-1, 4e-2), betas=(0.9, 0.99), fused=True)
+        rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
+        state = dict(step=0, spent=0.0, moved=torch.zeros(2, len(splats.means), device=device))
+        if saved:
+            optimiser.load_state_dict(saved.pop("optimiser"))
+            generator.set_state(saved.pop("generator").cpu())
+            state = {name: saved[name] for name in state}
+            started -= state["spent"]
+
+        def keep():
+            part = checkpoint.with_name(f".{checkpoint.name}.part")
+            torch.save(state | dict(splats=splats.state_dict(), optimiser=optimiser.state_dict(), sizes=sizes,
+                                    generator=generator.get_state(), fingerprint=scene.fingerprint), part)
+            part.replace(checkpoint)
+
+        def share():  # of the fit that is done
+            return max(state["step"] / steps if steps else 0.0, state["spent"] / seconds if seconds else 0.0)
+
+        written, first, views = time.monotonic(), state["step"], len(scene.train)
+        with tqdm(total=steps, initial=first, desc="fit", unit="step", disable=not progress) as bar:
+            while share() < 1:
+                step = state["step"]
+                for group in optimiser.param_groups:
+                    group["lr"] = rates[group["name"]] * (0.01 if group["name"] == "means" else 0.2) ** share()
+                # each view once before any comes again
+                order = torch.randperm(views, generator=torch.Generator().manual_seed(seed + step // views))
+                view = scene.train[order[step % views]]
+                loss, error, uv = splats._fit_step(view, generator)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                splats.project_()
+                half = uv.new_tensor([[view.camera.width], [view.camera.height]]) / 2
+                moved = (uv.grad * half).norm(dim=0)  # as if pictures of all sizes were one
+                state["moved"] += torch.stack((moved, (moved > 0).float()))
+                state["step"] += 1
+                if state["step"] % 100 == 0:
+                    grow = 0.15 if share() < 0.6 else 0
+                    splats._densify(optimiser, state["moved"][0] / state["moved"][1].clamp_min(1), sizes["limit"], grow,
+                                    generator)
+                    state["moved"] = state["moved"].new_zeros(2, len(splats.means))
+                if step % 20 == 0:
+                    if not torch.isfinite(loss):
+                        raise FloatingPointError(f"{scene.path}: the loss is {loss.item()} at step {step}")
+                    psnr = -10 * math.log10(error.item() + 1e-12)
+                    bar.set_postfix(psnr=f"{psnr:.1f} dB", splats=len(splats.means), refresh=False)
+                bar.update()
+                state["spent"] = clock() - started
+                if checkpoint and time.monotonic() - written > 15:
+                    keep()
+                    written = time.monotonic()
+        if checkpoint and (state["step"] > first or not checkpoint.exists()):
+            keep()
+        splats.fitted = {"steps": state["step"], "seconds": state["spent"]}
+        return splats
+
+    def _fit_step(self, view, generator):
+        """Loss for a View, its mean squared error, and uv [2,N] in pixels, which keeps its gradient."""
+        picture, uv = self.draw(view.camera)
+        uv.retain_grad()
+        behind = self.background
+        if self.scene.bounded:
+            behind = torch.rand(3, generator=generator).to(behind)
+        wanted = over(view.pixels.to(behind.device).permute(2, 0, 1).float() / 255, behind)
+        error = picture[:3] + picture[3:] * behind[:, None, None] - wanted
+        return error.abs().mean(), error.detach().square().mean(), uv
+
+    @torch.no_grad()
+    def _densify(self, optimiser, moved, limit, grow, generator):
+        """Drop what is transparent or huge, and double the share `grow` whose means are moved [N] most on the screen.
+
+        A small Gaussian is cloned, a large one split in two (Kerbl et al., 5.2). A share, where the paper has a
+        threshold: the number then grows as fast in a picture of any size. `limit`: of their number.
+        """
+        scales = self.log_scales.exp().amax(1)
+        keep = self.opacities.sigmoid() > 0.005
+        if self.scene.bounded:
+            keep &= scales < 0.5 * self.scene.half
+        keep = keep.nonzero()[:, 0]
+        keep = keep[moved[keep].argsort(descending=True, stable=True)]
+        room = max(0, min(limit - len(keep), int(grow * len(keep))))
+        source = torch.cat((keep, keep[:room]))
+        for group in optimiser.param_groups:
+            old = group["params"][0]
+            new = torch.nn.Parameter(old[source])
+            if old in optimiser.state:
+                state = optimiser.state[new] = optimiser.state.pop(old)
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state[moment] = state[moment][source]
+                    state[moment][len(keep):] = 0
+            group["params"] = [new]
+            setattr(self, group["name"], new)
+        twins = (scales[keep[:room]] > 0.01 * self.extent).nonzero()[:, 0]
+        twins = torch.cat((twins, twins + len(keep)))
+        offset = torch.randn(len(twins), 3, generator=generator).to(scales.device) * self.log_scales[twins].exp()
+        self.means[twins] += (rotations(self.quaternions[twins]) * offset.T).sum(1).T
+        self.log_scales[twins] -= math.log(1.6)
+
+
+def _read_checkpoint(path, scene, sizes, device):
+    """What Splats.fit keeps: a dict of step, spent, moved, splats, optimiser and generator."""
+    try:
+        state = torch.load(path, map_location=device)
+        fingerprint, made = state.pop("fingerprint"), state.pop("sizes")
+        state["splats"], state["moved"]
+    except Exception as e:  # torch.load raises a dozen kinds for a damaged file
+        reason = (str(e) or repr(e)).splitlines()[0][:200]
+        raise SceneError(f"{path}: no readable checkpoint of a fit: {reason}") from e
+    if fingerprint != scene.fingerprint:
+        raise SceneError(f"{path}: is the fit of another scene than {scene.path}")
+    if made != sizes:
+        raise SceneError(f"{path}: has other sizes, {made}, than {sizes}")
+    return state
+
+
+# ---- files --------------------------------------------------------------------------------------------
+
+PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "<i2", "ushort": "<u2", "int": "<i4", "uint": "<u4", "float": "<f4",
+             "double": "<f8", "int8": "i1", "uint8": "u1", "int16": "<i2", "uint16": "<u2", "int32": "<i4",
+             "uint32": "<u4", "float32": "<f4", "float64": "<f8"}
+
+
+def _ply_names(rest):
+    """The file's names of means, log_scales, quaternions, opacities, sh_dc and sh_rest; rest: numbers of the last."""
+    return (("x", "y", "z"), ("scale_0", "scale_1", "scale_2"), ("rot_0", "rot_1", "rot_2", "rot_3"), ("opacity",),
+            ("f_dc_0", "f_dc_1", "f_dc_2"), tuple(f"f_rest_{i}" for i in range(rest)))
+
+
+def _ply_bytes(means, log_scales, quaternions, opacities, sh_dc, sh_rest):
+    # the order of the paper's code, which some viewers rely on; theirs is channel-major
+    rest = sh_rest.transpose(1, 2).flatten(1)
+    xyz, scale, rot, opacity, dc, others = _ply_names(rest.shape[1])
+    names = (*xyz, "nx", "ny", "nz", *dc, *others, *opacity, *scale, *rot)
+    table = torch.cat((means, torch.zeros_like(means), sh_dc, rest, opacities[:, None], log_scales, quaternions), 1)
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(means)}",
+              *(f"property float {name}" for name in names), "end_header", ""]
+    return "\n".join(header).encode() + table.numpy().astype("<f4").tobytes()
+
+
+def _read_ply(path, data):
+    head, mark, body = data.partition(b"end_header\n")
+    lines = [line.split() for line in head.decode("ascii", "replace").splitlines()]
+    if not mark or lines[:1] != [["ply"]]:
+        raise SceneError(f"{path}: no .ply: it has no header")
+    if ["format", "binary_little_endian", "1.0"] not in lines:
+        raise SceneError(f"{path}: only binary_little_endian .ply can be read")
+    elements = [words[1:] for words in lines if words[:1] == ["element"]]
+    if any(words[:1] == ["chunk"] for words in elements) or b" packed_" in head:
+        raise SceneError(f"{path}: is a compressed .ply, export it uncompressed")
+    try:
+        first = next(i for i, words in enumerate(lines) if words[:1] == ["element"])
+        last = next((i for i, words in enumerate(lines) if i > first and words[:1] == ["element"]), len(lines))
+        count = int(elements[0][1])
+        assert elements[0][0] == "vertex" and count >= 0
+        kind = np.dtype([(w[2], PLY_TYPES[w[1]]) for w in lines[first + 1:last] if w[:1] == ["property"]])
+    except (StopIteration, AssertionError, KeyError, ValueError, IndexError) as e:
+        raise SceneError(f"{path}: a header that cannot be read, or that does not begin with the vertices") from e
+    rest = sum(name.startswith("f_rest_") for name in kind.names or ())
+    names = _ply_names(rest)
+    missing = [name for group in names for name in group if name not in (kind.names or ())]
+    if missing:
+        raise SceneError(f"{path}: no .ply of Gaussians: it has no {', '.join(missing)}")
+    if rest not in (0, 9, 24, 45):
+        raise SceneError(f"{path}: {rest} f_rest are no harmonics of degree 0 to 3")
+    if len(body) < count * kind.itemsize:
+        raise SceneError(f"{path}: is cut short: {len(body)} bytes of {count * kind.itemsize}")
+    table = np.frombuffer(body, kind, count)
+    columns = (np.array([table[name] for name in group], np.float32).reshape(len(group), count) for group in names)
+    mean, scale, rot, opacity, dc, others = (torch.from_numpy(c).T for c in columns)
+    return mean, scale, rot, opacity[:, 0], dc, others.reshape(count, 3, rest // 3).transpose(1, 2)
+
+
+SPLAT = np.dtype([("mean", "<f4", 3), ("scale", "<f4", 3), ("rgba", "u1", 4), ("rotation", "u1", 4)])
+
+
+def _splat_bytes(means, log_scales, quaternions, opacities, sh_dc, sh_rest):
+    alpha = opacities.sigmoid()
+    # most important first: viewers draw a file while it loads
+    order = (log_scales.sum(1).exp() * alpha).argsort(descending=True, stable=True)
+    table = np.empty(len(means), SPLAT)
+    table["mean"], table["scale"] = means[order], log_scales[order].exp()
+    rgba = torch.cat((0.5 + SH_DC * sh_dc, alpha[:, None]), 1)
+    table["rgba"] = (rgba[order] * 255).round().clamp(0, 255)
+    rotation = quaternions / quaternions.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    table["rotation"] = (rotation[order] * 128 + 128).round().clamp(0, 255)
+    return table.tobytes()
+
+
+def _read_splat(path, data):
+    if len(data) % SPLAT.itemsize:
+        raise SceneError(f"{path}: is cut short: {len(data)} bytes are no multiple of {SPLAT.itemsize}")
+    table = np.frombuffer(data, SPLAT)
+    mean, scale, rgba, rotation = (torch.from_numpy(table[name].astype(np.float32)) for name in SPLAT.names)
+    alpha = (rgba[:, 3] / 255).clamp(1e-3, 1 - 1e-3)  # 0 and 255 stand for what rounds to them
+    return (mean, scale.clamp_min(1e-12).log(), (rotation - 128) / 128, alpha.logit(),
+            (rgba[:, :3] / 255 - 0.5) / SH_DC, torch.zeros(len(mean), 0, 3))
+
+
+FILES = {".ply": (_read_ply, _ply_bytes), ".splat": (_read_splat, _splat_bytes)}
+
+
+def _suffix(path):
+    if path.suffix.lower() not in FILES:
+        raise SceneError(f"{path}: the name of a file of Gaussians ends in .ply or .splat")
+    return path.suffix.lower()
