@@ -1,13 +1,14 @@
 """Train the embedded prior: a small text-to-image latent diffusion model on openly licensed emoji.
 
     npm install --prefix /tmp/icons @iconify-json/noto @iconify-json/twemoji @iconify-json/fluent-emoji \
-        @iconify-json/fluent-emoji-flat @iconify-json/emojione @iconify-json/noto-v1
+        @iconify-json/fluent-emoji-flat @iconify-json/emojione @iconify-json/noto-v1 emojilib
     pip install resvg_py
     python models/emoji/train.py --icons /tmp/icons/node_modules/@iconify-json
 
 Renders the icons, trains the autoencoder, then the UNet together with its text encoder, writes a
 Stable Diffusion pipeline next to this file, and draws samples.png with it. Every stage resumes from
---work. The learning rate follows the minutes spent, so the same command suits any machine.
+--work; --start DIR goes on from a pipeline written before. The learning rate follows the minutes
+spent, so the same command suits any machine.
 """
 import argparse
 import copy
@@ -17,6 +18,7 @@ import math
 import random
 import re
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -34,32 +36,58 @@ TRAIN = ["noto", "twemoji", "fluent-emoji-flat", "fluent-emoji"]
 HELD_OUT = ["emojione", "noto-v1"]  # never trained on: the styles that the examples are edited in
 SIZE, RENDER, TOKENS = 64, 128, 20
 HUES = {"red": 0.0, "orange": 0.08, "yellow": 0.145, "green": 0.33, "blue": 0.6, "purple": 0.77, "pink": 0.91}
-RECOLOUR = {  # icon: the noun that a colour word is put before
-    "automobile": "car", "red-heart": "heart", "balloon": "balloon", "red-apple": "apple", "tulip": "tulip",
-    "butterfly": "butterfly", "umbrella": "umbrella", "t-shirt": "t shirt", "mushroom": "mushroom", "bird": "bird",
-    "closed-book": "book", "fish": "fish", "backpack": "backpack", "rose": "rose", "racing-car": "racing car",
-    "bell-pepper": "bell pepper", "wrapped-gift": "gift", "ribbon": "ribbon", "bus": "bus", "star": "star",
-    "motor-scooter": "scooter", "sailboat": "sailboat", "gem-stone": "gem", "cupcake": "cupcake", "house": "house"}
-SHEET = ["grinning face", "smiling face with sunglasses", "crying face", "angry face", "red heart", "blue heart",
-         "broken heart", "red apple", "green apple", "banana", "strawberry", "watermelon", "cat face", "dog face",
-         "panda", "penguin", "butterfly", "car", "taxi", "bus", "rocket", "sailboat", "sun", "pizza"]
 
 
 # ---- data ---------------------------------------------------------------------------------------------
 
+NOT_WANTED = re.compile(r"flag-(?!in-hole)|.*skin-tone|.*-tone\d|.*-(medium-)?(light|dark)$|.*-medium$")
+
+
+def write_vocabulary(icons):
+    """captions.txt: every name of the training sets but flags and skin tones, with its synonyms.
+
+    Synonyms are the sets' own aliases and those keywords of emojilib that at most two emoji share, three of
+    them; what the file holds already stays.
+    """
+    sheets = [json.loads((Path(icons) / s / "icons.json").read_text()) for s in TRAIN]
+    counts = Counter(n for sheet in sheets for n in {*sheet["icons"], *sheet.get("aliases", {})})
+    names = {n for sheet in sheets for n in sheet["icons"] if counts[n] == len(TRAIN) or not NOT_WANTED.match(n)}
+    names = {n for n in names if not re.match("flag-(?!in-hole)|unknown-flag", n)}
+    synonyms = {n: vocabulary().get(n, [n.replace("-", " ")])[1:] for n in names}
+    for sheet in sheets:
+        for alias, entry in sheet.get("aliases", {}).items():
+            if entry["parent"] in names and alias not in names and not NOT_WANTED.match(alias):
+                synonyms[entry["parent"]].append(alias.replace("-", " "))
+    keywords = json.loads((Path(icons).parent / "emojilib/dist/emoji-en-US.json").read_text())
+    owners = Counter(k for words in keywords.values() for k in words)
+    for style in ("noto", "twemoji"):
+        for code, name in json.loads((Path(icons) / style / "chars.json").read_text()).items():
+            words = keywords.get("".join(chr(int(c, 16)) for c in code.split("-")), [])
+            words = [w.replace("_", " ").replace("-", " ").lower() for w in words
+                     if owners[w] <= 2 and re.fullmatch("[A-Za-z][A-Za-z_ -]{3,}", w) and w not in names]
+            synonyms.get(name, []).extend(words[:3])
+    lines = ["# The vocabulary of the embedded prior: icon names of the training sets, synonyms behind |.",
+             "# COLOUR is one of " + " ".join(HUES)]
+    for name in sorted(names):
+        own = name.replace("-", " ")
+        coloured = [w for w in synonyms[name] if "COLOUR" in w]
+        plain = [own, *(w for w in synonyms[name] if w != own and w not in coloured)]
+        lines.append(" | ".join([*list(dict.fromkeys(plain))[:6], *coloured]))
+    (HERE / "captions.txt").write_text("\n".join(lines) + "\n")
+
+
 def vocabulary():
-    """captions.txt as {icon name: [caption, synonym, ...]}."""
+    """captions.txt as {icon name: [caption, synonym, ...]}; a synonym "COLOUR noun" asks for recoloured drawings."""
     lines = [line.split("|") for line in (HERE / "captions.txt").read_text().splitlines() if line[:1] not in "#"]
     return {names[0].strip().replace(" ", "-"): [n.strip() for n in names] for names in lines}
 
 
 def render_icons(icons, style, work):
-    """All drawings of one set but flags and skin tones: names [N], RGBA uint8 [N,4,128,128]; cached in work."""
+    """The drawings of one set that are in the vocabulary: names [N], RGBA uint8 [N,4,128,128]; cached in work."""
     cache = work / f"{style}.npz"
     if not cache.exists():
-        sheet = json.loads((Path(icons) / style / "icons.json").read_text())
-        names = [n for n in sheet["icons"] if not re.search(r"skin-tone|^flag-(?!in-hole)|light-skin|dark-skin", n)]
-        names += [n for n, alias in sheet.get("aliases", {}).items() if n in vocabulary() and n not in names]
+        sheet, vocab = json.loads((Path(icons) / style / "icons.json").read_text()), vocabulary()
+        names = [n for n in {**sheet["icons"], **sheet.get("aliases", {})} if n in vocab]
         kept, pictures = [], []
         for name in names:
             icon = sheet["icons"].get(name) or sheet["icons"].get(sheet["aliases"][name]["parent"])
@@ -78,20 +106,31 @@ def render_icons(icons, style, work):
     return data["names"].tolist(), torch.from_numpy(data["pictures"])
 
 
-def augment(rgba, rng, white=0.8, strength=1.0):
-    """uint8 [B,4,128,128] -> RGB [B,3,64,64] in [0,1]: rotated, scaled and shifted a little, on a flat background."""
+def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3):
+    """uint8 [B,4,128,128] -> RGB [B,3,64,64] in [0,1]: moved a little, a part shaded, on a flat background.
+
+    Rotation by up to 15 degrees, scale, shift and a slight perspective, all times `strength`; a share
+    1 - `white` of the backgrounds is a light colour.
+    """
     b = len(rgba)
     u = lambda *shape: torch.rand(*shape, generator=rng)
-    angle = (u(b) - 0.5) * math.radians(16) * strength
+    angle = (u(b) + u(b) - 1) * math.radians(15) * strength  # small angles are the more frequent ones
     scale = 1 / (1 + (u(b) * 0.24 - 0.16) * strength)
     shift = (u(b, 2) - 0.5) * 0.16 * strength
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
+    grid = F.affine_grid(theta, (b, 4, SIZE, SIZE), align_corners=False)
+    tilt = (u(b, 1, 1, 2) - 0.5) * 0.3 * strength
+    grid = grid / (1 + (grid * tilt).sum(-1, keepdim=True))
     x = rgba.float() / 255
     x = torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], 1)  # premultiplied, or transparent pixels bleed into the edges
-    x = F.grid_sample(x, F.affine_grid(theta, (b, 4, SIZE, SIZE), align_corners=False), align_corners=False)
+    x = F.grid_sample(x, grid, align_corners=False)
+    direction = 2 * math.pi * u(b)  # light from one side, as a render of a 3D scene has it
+    light = (grid * torch.stack([direction.cos(), direction.sin()], 1)[:, None, None]).sum(-1)
+    light = 1 - (u(b, 1, 1) * 0.35 * (1 + light) / 2 + u(b, 1, 1) * 0.2 * grid.square().sum(-1)).clamp(0, 0.6)
+    light = torch.where(u(b, 1, 1) < shaded * min(strength, 1), light, torch.ones(()))
     background = torch.where(u(b, 1) < white, torch.ones(b, 3), 1 - u(b, 3) * u(b, 1) * 0.6)
-    return x[:, :3] + (1 - x[:, 3:]) * background[:, :, None, None]
+    return x[:, :3] * light[:, None] + (1 - x[:, 3:]) * background[:, :, None, None]
 
 
 def recolour(rgba, hue):
@@ -109,13 +148,12 @@ def items(icons, styles, work, recoloured=True):
     for style in styles:
         names, rgba = render_icons(icons, style, work)
         for i, name in enumerate(names):
-            if name in vocab:
-                pictures.append(rgba[i])
-                captions.append(vocab[name])
-            if recoloured and name in RECOLOUR:
-                for colour, hue in HUES.items():
+            pictures.append(rgba[i])
+            captions.append([c for c in vocab[name] if "COLOUR" not in c])
+            for caption in vocab[name] if recoloured else []:
+                for colour, hue in HUES.items() if "COLOUR" in caption else []:
                     pictures.append(recolour(rgba[i], hue))
-                    captions.append([f"{colour} {RECOLOUR[name]}"])
+                    captions.append([caption.replace("COLOUR", colour)])
     return torch.stack(pictures), captions
 
 
@@ -186,6 +224,8 @@ def train_vae(args, device, log):
     vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
                         block_out_channels=[16, 32, 64], layers_per_block=1, norm_num_groups=8, latent_channels=4,
                         sample_size=SIZE, mid_block_add_attention=False).to(device, memory_format=torch.channels_last)
+    if args.start:
+        return AutoencoderKL.from_pretrained(args.start, subfolder="vae").to(device).eval()
     run = Run(args.work / "vae.pt", {"vae": vae}, 2e-3, args.vae_minutes)
     if run.spent < args.vae_minutes:
         rgba = torch.cat([render_icons(args.icons, s, args.work)[1] for s in TRAIN])
@@ -216,35 +256,56 @@ def train_vae(args, device, log):
 
 
 def make_tokenizer(captions, work):
-    """Byte-level BPE in CLIP's layout, trained on the captions; all 256 byte symbols are in it."""
+    """Byte-level BPE in CLIP's layout, trained on the captions; all 256 byte symbols are in it; kept in work."""
+    folder = work / "tokenizer"
+    if (folder / "merges.txt").exists():  # a second training would break ties in another order
+        return CLIPTokenizerFast.from_pretrained(folder, model_max_length=TOKENS)
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix=""))
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>",
+    trainer = trainers.BpeTrainer(vocab_size=3000, min_frequency=1, end_of_word_suffix="</w>",
                                   initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(captions, trainer)
     merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" "))
               for m in json.loads(bpe.to_str())["model"]["merges"]]
     symbols = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges]
     symbols = list(dict.fromkeys(symbols)) + ["<|startoftext|>", "<|endoftext|>"]
-    folder = work / "tokenizer"
     folder.mkdir(exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(symbols)}, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
     return CLIPTokenizerFast.from_pretrained(folder, model_max_length=TOKENS)
 
 
-PREFIXES = ["", "", "", "a ", "an emoji of ", "a picture of a ", "a drawing of a ", "the "]
+PREFIXES = ["", "", "", "a ", "an ", "an emoji of ", "a picture of ", "a picture of a ", "a drawing of a ", "the "]
+
+
+def phrase(names, picker):
+    """One way to say a caption: the name seven times of ten, else a synonym; now and then an article or "a picture of"."""
+    name = names[0] if len(names) == 1 or picker.random() < 0.7 else picker.choice(names[1:])
+    return picker.choice(PREFIXES) + name
+
+
+def go_on_from(folder, unet, text, tokenizer):
+    """Load UNet and text encoder of an earlier pipeline; a token that is new there is the mean of its old pieces."""
+    unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())
+    old = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").state_dict()
+    old_tokenizer = CLIPTokenizerFast.from_pretrained(folder, subfolder="tokenizer")
+    key = next(k for k in old if k.endswith("token_embedding.weight"))
+    rows, known = [], old_tokenizer.get_vocab()
+    for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        pieces = [known[token]] if token in known else old_tokenizer(
+            tokenizer.decode([tokenizer.convert_tokens_to_ids(token)]), add_special_tokens=False).input_ids
+        rows.append(old[key][pieces or [old_tokenizer.eos_token_id]].mean(0))
+    text.load_state_dict(old | {key: torch.stack(rows)})
 
 
 def train_unet(args, device, vae, log):
     """UNet and text encoder together: epsilon prediction on Stable Diffusion's schedule, 10 % empty captions."""
     rgba, captions = items(args.icons, TRAIN, args.work)
     tokenizer = make_tokenizer([p + c for names in captions for c in names for p in PREFIXES], args.work)
-    variants = [[p + c for c in names for p in PREFIXES] for names in captions]
-    tokens = {c: torch.tensor(tokenizer(c, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
-              for c in {""}.union(*variants)}
+    ids_of = lambda c: torch.tensor(tokenizer(c, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
+    tokens = {c: ids_of(c) for c in {""}.union(p + c for names in captions for c in names for p in PREFIXES)}
     encode = lambda x: vae.encode((x * 2 - 1).to(device)).latent_dist.mean
     cache = args.work / "latents.pt"
     if not cache.exists():  # the autoencoder is done, so a pool of augmented pictures is encoded once
@@ -274,16 +335,24 @@ def train_unet(args, device, vae, log):
     unet.set_attn_processor(AttnProcessor())  # the fused kernel is slower than this in bf16 on a CPU
     scheduler = DDIMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
                               beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    if args.start:
+        go_on_from(args.start, unet, text, tokenizer)
     run = Run(args.work / "unet.pt", {"unet": unet, "text": text}, 1e-3, args.minutes)
     run.ema["unet"].set_attn_processor(AttnProcessor())
     log(f"unet {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M, text "
         f"{sum(p.numel() for p in text.parameters()) / 1e6:.2f} M")
 
-    def loss_of(unet, text, x0, ids, noise, t):
+    def loss_of(unet, text, x0, ids, noise, t, weighted=False):
         with torch.autocast(device.type, torch.bfloat16):
             states = text(ids)[0]
             pred = unet(scheduler.add_noise(x0, noise, t), t, states).sample
-        return (pred.float() - noise).square().mean()
+        error = (pred.float() - noise).square().mean((1, 2, 3))
+        return (error * weight[t]).mean() if weighted else error.mean()
+
+    # min-SNR weights (Hang et al., arXiv 2303.09556): the steps of little noise say little about the caption
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    weight = (snr.clamp(max=5) / snr).to(device)
+    weight = weight / weight.mean()
 
     held, held_captions = items(args.icons, HELD_OUT, args.work, recoloured=False)
     rng = torch.Generator().manual_seed(5)
@@ -302,7 +371,7 @@ def train_unet(args, device, vae, log):
         half.to(dtype=torch.float16)
         half.save_pretrained(args.out, safe_serialization=True)
         (args.out / "pds.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n")
-        return pipe
+        (args.out / "captions.txt").write_text((HERE / "captions.txt").read_text())
 
     # recoloured drawings are many and easy: a third of the share of the others
     weights = torch.tensor([0.35 if c[0].split()[0] in HUES and len(c) == 1 else 1.0 for c in captions])
@@ -313,11 +382,11 @@ def train_unet(args, device, vae, log):
         rows = torch.multinomial(weights, args.batch, replacement=True, generator=rng)
         pool = torch.randint(len(latents), (args.batch,), generator=rng)
         x0 = (latents[pool, rows].float() * scaling).to(device, memory_format=torch.channels_last)
-        words = ["" if picker.random() < 0.1 else picker.choice(variants[i]) for i in rows.tolist()]
+        words = ["" if picker.random() < 0.1 else phrase(captions[i], picker) for i in rows.tolist()]
         ids = torch.stack([tokens[w] for w in words]).to(device)
         t = torch.randint(1000, (args.batch,), generator=rng).to(device)
         noise = torch.randn(x0.shape, generator=rng).to(device)
-        loss = loss_of(unet, text, x0, ids, noise, t)
+        loss = loss_of(unet, text, x0, ids, noise, t, weighted=True)
         more = run.update(loss)
         mean += 0.01 * (loss.item() - mean) if mean else loss.item()
         if run.step % 200 == 0 or not more:
@@ -328,19 +397,17 @@ def train_unet(args, device, vae, log):
             log(f"unet step {run.step} {run.spent:.1f} min held-out loss {val.item():.4f}")
             run.save()
             export()
-    return export()
 
 
-def sample_sheet(pipe, captions, path, guidance=5.0, seed=0, columns=6):
+# ---- what came of it ----------------------------------------------------------------------------------
+
+def sample_sheet(pipe, captions, path, guidance=5.0, seed=0, columns=8):
     """DDIM samples with their captions under them, one seed, none picked."""
     pipe.set_progress_bar_config(disable=True)
-    pipe = pipe.to(dtype=torch.float32)
-    rng = torch.Generator().manual_seed(seed)
-    pictures = []
+    rng, pictures = torch.Generator().manual_seed(seed), []
     for i in range(0, len(captions), 8):
-        out = pipe(captions[i:i + 8], num_inference_steps=30, guidance_scale=guidance, generator=rng,
-                   height=SIZE, width=SIZE)
-        pictures += out.images
+        pictures += pipe(captions[i:i + 8], num_inference_steps=30, guidance_scale=guidance, generator=rng,
+                         height=SIZE, width=SIZE).images
     rows = -(-len(captions) // columns)
     sheet = Image.new("RGB", (columns * 140, rows * 152), "white")
     draw = ImageDraw.Draw(sheet)
@@ -351,8 +418,53 @@ def sample_sheet(pipe, captions, path, guidance=5.0, seed=0, columns=6):
     sheet.save(path)
 
 
-# what suits this model, for prior.py and run.py: guidance by loss, optimiser steps, rate of an SVG's points in pixels
-DEFAULTS = {"guidance": {"pds": 10, "dds": 3, "sds": 5}, "steps": 300, "points": 0.08}
+@torch.no_grad()
+def classify(pipe, pictures, captions, count=200, others=15, noises=8):
+    """Share of pictures [N,3,64,64] whose own caption, of `others` + 1, leaves the smallest noise error.
+
+    A diffusion classifier (Li et al., arXiv 2303.16203): the same `noises` noises, at timesteps from 200 to 900, for
+    every caption; the other captions are drawn at random, once for each picture.
+    """
+    rng, picker = torch.Generator().manual_seed(5), random.Random(0)
+    names = sorted(set(captions))
+    noise = torch.randn(noises, 4, SIZE // 4, SIZE // 4, generator=rng)
+    t = torch.linspace(200, 900, noises).long()
+    abar = pipe.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    unet, hits = copy.deepcopy(pipe.unet).to(torch.bfloat16, memory_format=torch.channels_last), 0
+    chosen = torch.randperm(len(pictures), generator=rng)[:count].tolist()
+    for i in chosen:
+        x0 = pipe.vae.encode(pictures[i:i + 1] * 2 - 1).latent_dist.mean * pipe.vae.config.scaling_factor
+        each = [captions[i], *picker.sample([n for n in names if n != captions[i]], others)]
+        states = torch.cat([pipe.encode_prompt(c, "cpu", 1, False)[0] for c in each]).repeat_interleave(noises, 0)
+        x_t = (abar.sqrt() * x0 + (1 - abar).sqrt() * noise).repeat(len(each), 1, 1, 1)
+        eps = unet(x_t.bfloat16(), t.repeat(len(each)), states.bfloat16()).sample.float()
+        error = (eps - noise.repeat(len(each), 1, 1, 1)).square().mean((1, 2, 3)).view(len(each), noises).mean(1)
+        hits += error.argmin().item() == 0
+    return hits / len(chosen)
+
+
+def measure(args, log):
+    """The figures of the model card, of the pipeline in --out, and samples.png."""
+    pipe = StableDiffusionPipeline.from_pretrained(args.out).to(dtype=torch.float32)
+    pictures, captions = items(args.icons, HELD_OUT, args.work, recoloured=False)
+    pictures = torch.cat([augment(p, torch.Generator(), white=1.0, strength=0.0) for p in pictures.split(64)])
+    with torch.no_grad():
+        again = torch.cat([pipe.vae(p * 2 - 1).sample for p in pictures[::12].split(64)]) / 2 + 0.5
+    psnr = -10 * (again.clamp(0, 1) - pictures[::12]).square().mean((1, 2, 3)).log10()
+    log(f"autoencoder on the held-out styles: {psnr.mean():.2f} dB mean PSNR over {len(psnr)} drawings")
+    accuracy = classify(pipe, pictures, [c[0] for c in captions])
+    log(f"diffusion classifier on the held-out styles, 16 captions, 8 noises, 200 drawings: {accuracy:.1%}")
+    size = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file() and "work" not in p.parts)
+    log(f"on disk: {size / 1e6:.1f} MB")
+    names = sorted(c[0] for c in vocabulary().values())
+    sample_sheet(pipe, random.Random(0).sample(names, 64), args.out / "samples.png")
+
+
+# what suits this model, for prior.py and run.py: guidance by loss, optimiser steps, rate of an SVG's points in pixels;
+# of a mode what is different there
+DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, "sdedit": 5}, "steps": 300, "points": 0.08,
+            "nerf": {"guidance": {"pds": 10, "dds": 5, "sds": 7.5, "sdedit": 5}, "steps": 500},
+            "splat": {"guidance": {"pds": 15, "dds": 5, "sds": 7.5, "sdedit": 5}, "steps": 600}}
 
 
 def main():
@@ -360,15 +472,19 @@ def main():
     p.add_argument("--icons", required=True, help="folder that holds noto/icons.json, twemoji/icons.json, ...")
     p.add_argument("--work", type=Path, default=HERE / "work", help="checkpoints, caches and the log")
     p.add_argument("--out", type=Path, default=HERE, help="where the pipeline is written")
+    p.add_argument("--start", type=Path, help="go on from this pipeline; its autoencoder stays as it is")
     p.add_argument("--vae-minutes", type=float, default=17, help="training time of the autoencoder")
     p.add_argument("--minutes", type=float, default=95, help="training time of UNet and text encoder")
     p.add_argument("--batch", type=int, default=32, help="pictures in a UNet step")
     p.add_argument("--pool", type=int, default=16, help="augmented versions of each picture")
     p.add_argument("--threads", type=int, default=1, help="CPU threads; the steps are small, a second gains little")
-    p.add_argument("--stage", choices=["vae", "unet", "sheet"], default="sheet", help="stop after this stage")
+    p.add_argument("--stage", choices=["vocabulary", "vae", "all", "measure"], default="all",
+                   help="`vae` stops after it; `vocabulary` writes captions.txt, `measure` the figures of --out, only")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    if args.stage == "vocabulary":
+        return write_vocabulary(args.icons)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.work.mkdir(parents=True, exist_ok=True)
 
@@ -377,12 +493,13 @@ def main():
         with open(args.work / "log.txt", "a") as f:
             f.write(line + "\n")
 
+    if args.stage == "measure":
+        return measure(args, log)
     vae = train_vae(args, device, log)
     if args.stage == "vae":
         return
-    pipe = train_unet(args, device, vae, log)
-    if args.stage == "sheet":
-        sample_sheet(pipe, SHEET, args.out / "samples.png")
+    train_unet(args, device, vae, log)
+    measure(args, log)
 
 
 if __name__ == "__main__":
