@@ -1,13 +1,18 @@
 """Editors of pictures, on the latents of a prior: what a dataset of views is updated with, and where an edit belongs.
 
     x0_edit = sdedit(prior, x0, y_tgt, skip=0.85)          # SDEdit (Meng et al., arXiv 2108.01073)
+    x0_edit = ddpm_inversion(prior, x0, y_tgt, y_src)      # edit-friendly inversion (arXiv 2304.06140)
+    x0_edit = instruct_pix2pix(editor, picture, y)         # InstructPix2Pix (Brooks et al., arXiv 2211.09800)
     mask = diffedit_mask(prior, x0, y_tgt, y_src)          # DiffEdit (Couairon et al., arXiv 2210.11427)
 
-`prior` is what pds.py takes: abar [T] and eps(x_t, t, y), guidance included.
+`prior` is what pds.py takes: abar [T] and eps(x_t, t, y), guidance included, and for ddpm_inversion an attribute
+`guidance` to set on a copy of it. `editor` is an InstructPix2Pix of prior.py.
 """
+import copy
+
 import torch
 
-from pds import add_noise
+from pds import add_noise, posterior, stochastic_latent
 
 
 def ddim_timesteps(T, steps):
@@ -39,10 +44,56 @@ def sdedit(prior, x0, y, steps=20, skip=0.85, generator=None):
     if not 0 <= skip <= 1:
         raise ValueError(f"skip must be in 0 .. 1, got {skip}")
     timesteps = ddim_timesteps(len(prior.abar), steps)[min(round(steps * skip), steps - 1):]
-    device = generator.device if generator else "cpu"
-    noise = torch.randn(x0.shape, generator=generator, device=device).to(x0)
+    noise = _draw(x0, generator)
     x_t = add_noise(x0, noise, prior.abar, torch.full((len(x0),), timesteps[0]))
     return ddim(prior, x_t, y, timesteps)
+
+
+@torch.no_grad()
+def ddpm_inversion(prior, x0, y_tgt, y_src, steps=100, skip=0.36, guidance_src=3.5, guidance_tgt=15.0, start=None,
+                   generator=None):
+    """Edit-friendly DDPM inversion (Huberman-Spiegelglas et al., arXiv 2304.06140): the paper's Inv2N is built on it.
+
+    Every x_t of the way is x0 with a noise of its own; the z_t that lead from one to the next under y_src hold the
+    picture, and the same z_t are replayed under y_tgt. They are the stochastic latents that PDS matches.
+
+    Args:
+        x0: [B,C,h,w] latent of the picture; with y_tgt = y_src and equal guidance it comes back exactly.
+        skip: share of the steps that the replay leaves out: 0 edits most, near 1 returns x0.
+        guidance_src, guidance_tgt: of the inversion and of the replay.
+        start: [B,C,h,w] what the replay begins from, with x0's noise; None: x0. A scene's render, where x0 is its
+            photograph.
+    Raises:
+        ValueError: skip or steps out of range.
+    """
+    if not 0 <= skip <= 1:
+        raise ValueError(f"skip must be in 0 .. 1, got {skip}")
+    timesteps = ddim_timesteps(len(prior.abar), steps)
+    timesteps = timesteps[min(round(steps * skip), steps - 1):]
+    source, target = copy.copy(prior), copy.copy(prior)
+    source.guidance, target.guidance = guidance_src, guidance_tgt
+    rows = lambda t: torch.full((len(x0),), t, device=x0.device)
+    abar, noise = prior.abar.to(x0.device), _draw(x0, generator)
+    x_src, x_t = (add_noise(x, noise, abar, rows(timesteps[0])) for x in (x0, x0 if start is None else start))
+    for t, s in zip(timesteps, [*timesteps[1:], 0]):
+        last, t, s = s == 0, rows(t), rows(s)
+        x_s = x0 if last else add_noise(x0, _draw(x0, generator), abar, s)
+        z = stochastic_latent(x_s, x_src, source.eps(x_src, t, y_src), abar, t, s, "consistent")
+        # the step of the target with that z: x_s = mu + sigma z, where z = (x_s - mu) / sigma
+        to_mu = stochastic_latent(torch.zeros_like(x_t), x_t, target.eps(x_t, t, y_tgt), abar, t, s, "consistent")
+        sigma = posterior(abar, t, s, "consistent")[2].to(x_t).reshape(-1, 1, 1, 1)
+        x_src, x_t = x_s, sigma * (z - to_mu)
+    return x_t
+
+
+def instruct_pix2pix(editor, picture, y, x0=None, steps=20, skip=0.0, generator=None):
+    """Edit a picture [B,3,H,W] in [0,1] as the instruction y says -> x0 [B,C,h,w], by deterministic DDIM.
+
+    x0: the latent that is noised and denoised, None: the picture's own. With skip 0 it hardly counts; Instruct-NeRF2NeRF
+    (Haque et al., arXiv 2303.12789) gives a scene's render here, the photograph as the picture, and a skip of its own.
+    """
+    editor = editor.of(picture)
+    return sdedit(editor, editor.encode(picture) if x0 is None else x0, y, steps, skip, generator)
 
 
 @torch.no_grad()
@@ -53,10 +104,14 @@ def diffedit_mask(prior, x0, y_tgt, y_src, noises=16, level=0.5, generator=None)
     scaled so that its 98th percentile is 1 (a single extreme must not decide) and cut at one half.
     """
     t = torch.full((len(x0),), int(level * len(prior.abar)), device=x0.device)
-    device, total = generator.device if generator else "cpu", 0
+    total = 0
     for _ in range(noises):
-        noise = torch.randn(x0.shape, generator=generator, device=device).to(x0)
-        x_t = add_noise(x0, noise, prior.abar, t)
+        x_t = add_noise(x0, _draw(x0, generator), prior.abar, t)
         total = total + (prior.eps(x_t, t, y_tgt) - prior.eps(x_t, t, y_src)).abs().mean(1, keepdim=True)
     top = total.flatten(1).quantile(0.98, dim=1).clamp_min(1e-12)
     return total > 0.5 * top.reshape(-1, 1, 1, 1)
+
+
+def _draw(like, generator):
+    """Noise in the shape of `like`, drawn on the generator's device: a seed means the same on every machine."""
+    return torch.randn(like.shape, generator=generator, device=generator.device if generator else "cpu").to(like)

@@ -840,6 +840,11 @@ class Pixels:
         rows = (picture[0].permute(1, 2, 0) * 255).round().byte()
         self.pixels[self.start[view]:self.start[view + 1]] = rows.reshape(-1, 3).to(self.pixels)
 
+    def picture(self, view):
+        """What stands in a view's place, [1,3,H,W] in [0,1]; RGB only."""
+        rows = self.pixels[self.start[view]:self.start[view + 1]]
+        return rows.T.float().view(1, 3, self.cameras[view].height, -1) / 255
+
     def __call__(self, count, generator):
         """rays_o, rays_d [3,count], pixels [C,count] in [0,1], drawn at random."""
         at = torch.randint(len(self.pixels), (count,), generator=generator, device=self.pixels.device)

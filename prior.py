@@ -5,8 +5,12 @@
     y = prior.embed("a red apple")                 # computed once, kept
     eps = prior.eps(x_t, t, y)                     # guidance included
 
+    editor = InstructPix2Pix.from_pretrained("models/emoji")  # or an InstructPix2Pix directory or hub id
+    eps = editor.of(picture).eps(x_t, t, editor.embed("make it a green apple"))
+
 Guidance, number format, prediction type, latent scaling and shift end here; pds.py sees `abar` and `eps` only.
 """
+import copy
 import difflib
 import json
 import logging
@@ -35,6 +39,7 @@ class Prior:
         defaults: settings that suit this model: {"guidance": {"pds": ..., "dds": ..., "sds": ...}, ...}.
         captions: all that a small model was taught to draw, a list of strings; empty where nothing says so.
     """
+    KIND, LATENTS = "text-to-image", 1  # latents that the UNet takes at once
 
     def __init__(self, pipe, guidance=7.5, defaults=DEFAULTS):
         """pipe: a StableDiffusionPipeline or StableDiffusionXLPipeline; raises PriorError for any other shape."""
@@ -48,8 +53,8 @@ class Prior:
                 module.requires_grad_(False)
         self.vae.to(torch.float32)  # SDXL's autoencoder overflows in fp16, and gradients run through this one
         channels, latent = self.unet.config.in_channels, self.vae.config.latent_channels
-        if channels != latent:
-            raise PriorError(f"the UNet takes {channels} channels, a latent has {latent}: no text-to-image model")
+        if channels != self.LATENTS * latent:
+            raise PriorError(f"the UNet takes {channels} channels, a latent has {latent}: no {self.KIND} model")
         if not hasattr(pipe.scheduler, "betas"):
             raise PriorError(f"{type(pipe.scheduler).__name__} has no noise schedule of the DDPM kind")
         self.prediction_type = pipe.scheduler.config.get("prediction_type", "epsilon")
@@ -94,18 +99,25 @@ class Prior:
             raise PriorError(f"{name}: {where}: {reason[:200]}") from e
         finally:
             quiet.setLevel(level)
-        for part, module in pipe.components.items():
-            if isinstance(module, torch.nn.Module) and part != "vae":
-                module.to(dtype)
         own = folder / "pds.json"
         defaults = DEFAULTS | (json.loads(own.read_text()) if own.is_file() else {})
         try:
+            pipe = cls._complete(pipe, folder)
+            for part, module in pipe.components.items():
+                if isinstance(module, torch.nn.Module) and part != "vae":
+                    module.to(dtype)
             prior = cls(pipe.to(device), guidance, defaults)
         except PriorError as e:
             raise PriorError(f"{name}: {e}") from e
         if (folder / "captions.txt").is_file():
             prior.captions = read_captions((folder / "captions.txt").read_text())
         return prior
+
+    @staticmethod
+    def _complete(pipe, folder):
+        if "InstructPix2Pix" in type(pipe).__name__:
+            raise PriorError("an InstructPix2Pix model edits pictures, it is no prior of text to image")
+        return pipe
 
     def encode(self, picture):
         """[B,3,H,W] in [0,1] -> scaled latent [B,C,h,w] float32: the posterior's MEAN, differentiable."""
@@ -164,20 +176,22 @@ class Prior:
         Returns:
             [B,C,h,w] float32, whatever the network's number format.
         """
-        batch = len(x_t)
-        y = [part.expand(batch, *part.shape[1:]) for part in y]
-        if self.guidance != 1:
-            uncond = [part.expand(batch, *part.shape[1:]) for part in self.unconditional()]
-            y = [torch.cat(parts) for parts in zip(uncond, y)]
-        repeats = len(y[0]) // batch
-        out = self._network(x_t.repeat(repeats, 1, 1, 1), t.repeat(repeats), *y)
-        if self.prediction_type == "v_prediction":  # v = sqrt(abar) eps - sqrt(1 - abar) x0
-            abar = self.abar[t.cpu()].to(out).reshape(-1, 1, 1, 1).repeat(repeats, 1, 1, 1)
-            out = abar.sqrt() * out + (1 - abar).sqrt() * x_t.float().repeat(repeats, 1, 1, 1)
         if self.guidance == 1:
-            return out
-        uncond, cond = out.chunk(2)
+            return self._predict(x_t, t, [y])[0]
+        uncond, cond = self._predict(x_t, t, [self.unconditional(), y])
         return uncond + self.guidance * (cond - uncond)
+
+    def _predict(self, x_t, t, prompts, images=()):
+        """The plain noise prediction for each prompt (beside its image), in one network call."""
+        batch, n = len(x_t), len(prompts)
+        y = [torch.cat([part.expand(batch, *part.shape[1:]) for part in parts]) for parts in zip(*prompts)]
+        x_t, t = x_t.repeat(n, 1, 1, 1), t.repeat(n)
+        beside = [torch.cat([image.expand(batch, *image.shape[1:]).to(x_t) for image in images])] if images else []
+        out = self._network(torch.cat([x_t, *beside], 1), t, *y)
+        if self.prediction_type == "v_prediction":  # v = sqrt(abar) eps - sqrt(1 - abar) x0
+            abar = self.abar[t.cpu()].to(out).reshape(-1, 1, 1, 1)
+            out = abar.sqrt() * out + (1 - abar).sqrt() * x_t.float()
+        return out.chunk(n)
 
     def _network(self, x_t, t, embeddings, pooled=None):
         dtype, added = self.unet.dtype, None
@@ -187,6 +201,63 @@ class Prior:
             added = {"text_embeds": pooled.to(dtype), "time_ids": ids}
         x_t = x_t.to(self.device, dtype)
         return self.unet(x_t, t.to(self.device), embeddings.to(dtype), added_cond_kwargs=added).sample.float()
+
+
+class InstructPix2Pix(Prior):
+    """A model that edits a picture as an instruction says (Brooks et al., arXiv 2211.09800): `of` names the picture.
+
+    Attributes, beside those of Prior:
+        guidance, image_guidance: s_T and s_I of eq. 3; the released code's 7.5 and 1.5.
+        image: [1,C,h,w] or [B,C,h,w] latent of the picture that is edited, NOT scaled, as the models were trained.
+    """
+    KIND, LATENTS = "InstructPix2Pix", 2
+    image_guidance, image = 1.5, None
+
+    @staticmethod
+    def _complete(pipe, folder):
+        """Take the pipeline's parts; instruct.safetensors in its folder holds what makes an editor of a prior."""
+        import diffusers
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        tuned, unet = folder / "instruct.safetensors", pipe.unet
+        if tuned.is_file():
+            pipe.unet = type(unet).from_config(dict(unet.config) | {"in_channels": 2 * unet.config.in_channels})
+            states = {"unet": unet.state_dict(), "text_encoder": pipe.text_encoder.state_dict()}
+            try:
+                for key, value in load_file(tuned).items():
+                    part, name = key.split(".", 1)
+                    states[part][name] = value
+                for part, state in states.items():
+                    getattr(pipe, part).load_state_dict(state)
+            except (SafetensorError, RuntimeError, KeyError) as e:  # damaged, or of another model
+                raise PriorError(f"{tuned.name}: {' '.join(str(e).split())[:200]}") from e
+        elif unet.config.in_channels != 2 * unet.config.out_channels:
+            raise PriorError(f"the UNet takes {unet.config.in_channels} channels, and there is no {tuned.name}: no "
+                             "InstructPix2Pix model")
+        parts = {k: getattr(pipe, k) for k in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+        return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
+                                                 requires_safety_checker=False)
+
+    @torch.no_grad()
+    def of(self, picture):
+        """This model, told which picture [B,3,H,W] in [0,1] it edits; weights and prompts are shared."""
+        twin = copy.copy(self)
+        twin.image = self.encode(picture) / self.scaling + self.shift
+        return twin
+
+    def nearest(self, prompt, count=4):
+        """As of a Prior, for what an instruction such as "make it a green apple" asks for."""
+        return super().nearest(re.sub(r"^ *(make|turn) +(it|him|her|them) +(into +)?", "", prompt.lower()), count)
+
+    @torch.no_grad()
+    def eps(self, x_t, t, y):
+        """Noise prediction [B,C,h,w] with guidance to picture and text (eq. 3); raises ValueError without a picture."""
+        if self.image is None:
+            raise ValueError("which picture is edited? Take model.of(picture)")
+        null = self.unconditional()
+        uncond, pictured, full = self._predict(x_t, t, [null, null, y],
+                                               [torch.zeros_like(self.image), self.image, self.image])
+        return uncond + self.image_guidance * (pictured - uncond) + self.guidance * (full - pictured)
 
 
 def read_captions(text):

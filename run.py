@@ -1,4 +1,4 @@
-"""Edit an SVG, a picture, a NeRF or 3D Gaussians towards a prompt with Posterior Distillation Sampling, or with SDS and DDS.
+"""Edit an SVG, a picture, a NeRF or 3D Gaussians towards a prompt with Posterior Distillation Sampling, or a rival.
 
     python run.py --mode svg                                  # the shipped example
     python run.py --mode svg --svg cat.svg --source "a cat face" --target "a dog face" --compare
@@ -6,6 +6,8 @@
     python run.py --mode toy                                  # SDS, DDS and PDS in the plane
     python run.py --mode nerf --scene examples/apple --source "red apple" --target "green apple"
     python run.py --mode splat                                # the same scene as 3D Gaussians
+    python run.py --mode nerf --compare in2n inv2n sds dds pds            # the paper's Figure 1: every method
+    python run.py --mode image --loss in2n                    # an editor of pictures alone
     python run.py --mode nerf --scene DIR --fit-only --fit-seconds 60     # fit, and measure the test views
 
 The output folder gets source.*, result.*, progress.gif, sheet.png (before and after, labelled; of a scene from several
@@ -19,6 +21,7 @@ import math
 import signal
 import sys
 import warnings
+from collections import namedtuple
 from pathlib import Path
 
 import torch
@@ -27,14 +30,18 @@ from tqdm import tqdm
 
 import pds
 import toy
-from edit2d import diffedit_mask, sdedit
+from edit2d import ddpm_inversion, diffedit_mask, instruct_pix2pix, sdedit
 from nerf import NeRF, depth_picture, evaluate, export, input_path, load_scene, sides, turntable
-from prior import Prior
+from prior import InstructPix2Pix, Prior
 from splat import Splats
 from svg_raster import SVG
 
 HERE = Path(__file__).resolve().parent
 LOSSES = {"sds": pds.sds_loss, "dds": pds.dds_loss, "pds": pds.pds_loss}
+Editor = namedtuple("Editor", "title guidance skip skips")  # share of its steps left out: alone, drawn in an update
+EDITORS = {"sdedit": Editor("SDEdit", 15.0, 0.4, (0.8, 0.9)), "inv2n": Editor("Inv2N", 15.0, 0.36, (0.36, 0.36)),
+           "in2n": Editor("IN2N", 7.5, 0.0, (0.02, 0.98))}
+TITLES = {name: name.upper() for name in LOSSES} | {name: editor.title for name, editor in EDITORS.items()}
 COEFFICIENTS = {"official": "official", "consistent": "consistent", "dreamcatalyst": pds.dreamcatalyst}
 EXAMPLE = {"svg": ("smiling-face.svg", "slightly smiling face", "smiling face with sunglasses"),
            "image": ("red-apple.png", "red apple", "green apple"),
@@ -81,6 +88,10 @@ class Picture(torch.nn.Module):
     def project_(self):
         if self.in_pixels:
             self.theta.clamp_(0, 1)
+
+    def put(self, pixels):
+        """Show these pixels [1,3,S,S] from now on."""
+        self.theta, self.draw, self.in_pixels = torch.nn.Parameter(pixels), lambda theta: theta, True
 
     @torch.no_grad()
     def save(self, path):
@@ -149,11 +160,10 @@ AROUND = {"turntable": turntable, "input": input_path}  # ways of its animation
 class Distillation:
     """The edit: one of the three losses, at a view that is kept for HOLD steps."""
 
-    def __init__(self, scene, source, prior, loss_name, args):
+    def __init__(self, scene, source, prior, name, guidance, args):
         self.scene, self.source, self.prior, self.args = scene, source, prior, args
-        self.name, self.steps = loss_name, args.steps
-        self.guidance = args.guidance if args.guidance is not None else prior.defaults["guidance"][loss_name]
-        self.options = dict(stride=args.stride, coefficients=COEFFICIENTS[args.coefficients]) if loss_name == "pds" else {}
+        self.name, self.steps, self.guidance = name, args.steps, guidance
+        self.options = dict(stride=args.stride, coefficients=COEFFICIENTS[args.coefficients]) if name == "pds" else {}
         self.y_src, self.y_tgt = prior.embed(args.source), prior.embed(args.target)
         self.state, self.x0_src = {"view": None}, None
 
@@ -173,30 +183,81 @@ class Distillation:
                                  **self.options)
 
 
-class Refinement:
-    """The second stage, for scenes: every 10 steps one picture of the edited scene is replaced by its SDEdit towards
-    the target, while the scene goes on fitting all of them."""
-    EVERY, DDIM_STEPS, SKIP = 10, 20, (0.8, 0.9)  # the released code's
+class DatasetUpdate:
+    """Iterative dataset update (Instruct-NeRF2NeRF, arXiv 2303.12789), for scenes: every 10 steps one of the pictures
+    is replaced by its edit, while the scene goes on fitting all of them.
 
-    def __init__(self, scene, prior, args):
-        self.scene, self.prior, self.name, self.steps = scene, prior, "refine", args.refine
-        self.guidance = prior.defaults["guidance"].get("sdedit", 15.0)
-        self.y_tgt, self.dataset, self.state = prior.embed(args.target), None, {"pixels": None}
+    name: the editor. "sdedit" (the paper's second stage, --refine) sees the scene's render alone, "inv2n" and "in2n"
+    start from the render and are held by the photograph.
+    """
+    EVERY, STEPS = 10, 20
 
-    def loss(self, step, generator):
+    def __init__(self, scene, source, prior, name, steps, guidance, args):
+        self.scene, self.source, self.prior, self.name, self.steps, self.args = scene, source, prior, name, steps, args
+        self.guidance = EDITORS[name].guidance if guidance is None else guidance
+        self.y_src, self.y_tgt = prior.embed(args.source), prior.embed(args.target)
+        self.dataset, self.state = None, {"pixels": None, "edited": [], "order": []}
+        if name == "in2n":
+            self.editor = InstructPix2Pix.from_pretrained(args.instruct or args.model, args.device)
+            if self.editor.size != prior.size:
+                raise ValueError(f"{args.instruct}: made for {self.editor.size} pixels, {args.model} for {prior.size}")
+            self.editor.guidance, self.editor.image_guidance = self.guidance, args.image_guidance
+            self.y_edit = self.editor.embed(args.instruction or f"make it a {args.target}")
+
+    @torch.no_grad()
+    def edited(self, render, photograph, skip, generator):
+        """The picture [1,3,S,S] that the editor makes of a render and its photograph, both [1,3,S,S]."""
+        model = self.editor if self.name == "in2n" else self.prior
+        x0 = model.encode(render)
+        if self.name == "sdedit":
+            x0 = sdedit(model, x0, self.y_tgt, self.STEPS, skip, generator)
+        elif self.name == "inv2n":
+            x0 = ddpm_inversion(model, model.encode(photograph), self.y_tgt, self.y_src, skip=skip, start=x0,
+                                steps=model.defaults.get("inversion_steps", 100), guidance_tgt=self.guidance,
+                                generator=generator)
+        else:
+            x0 = instruct_pix2pix(model, photograph, self.y_edit, x0, self.STEPS, skip, generator)
+        return model.decode(x0)
+
+    def open(self):
+        """The scene's pictures, as they are when the stage begins."""
         if self.dataset is None:
             self.dataset = self.scene.dataset(self.prior.size)
             if self.state["pixels"] is not None:  # a resumed run
                 self.dataset.pixels.copy_(self.state["pixels"])
             self.state["pixels"] = self.dataset.pixels
+        return self.dataset
+
+    def loss(self, step, generator):
+        dataset = self.open()
         if step % self.EVERY == 0:
-            view, (low, high) = self.scene.sample_view(generator), self.SKIP
+            if not self.state["order"]:  # every view in turn, in an order of chance
+                self.state["order"] = torch.randperm(len(dataset.cameras), generator=generator).tolist()
+            view, size, (low, high) = self.state["order"].pop(), self.prior.size, EDITORS[self.name].skips
             skip = low + (high - low) * torch.rand((), generator=generator).item()
             with torch.no_grad():
-                x0 = self.prior.encode(self.scene.render(view, self.prior.size))
-                x0 = sdedit(self.prior, x0, self.y_tgt, self.DDIM_STEPS, skip, generator)
-                self.dataset.replace(view, self.prior.decode(x0))
-        return self.scene.data_loss(self.dataset, generator)
+                render, photograph = (x.render(view, size) for x in (self.scene, self.source))
+            dataset.replace(view, self.edited(render, photograph, skip, generator))
+            self.state["edited"] = [v for v in self.state["edited"] if v != view] + [view]
+        return self.scene.data_loss(dataset, generator)
+
+    def pictures(self, count=SIDES):
+        """Of the views edited last, as rows of a sheet: photographs, their edits in two dimensions, the scene."""
+        views, size = sorted(self.state["edited"][-count:]), self.prior.size
+        look = lambda render: [to_pil(render(view)).resize((SIDE_SIZE, SIDE_SIZE), Image.BICUBIC) for view in views]
+        with torch.no_grad():
+            return [("photographs", self.args.source, look(lambda view: self.source.render(view, size))),
+                    (f"{TITLES[self.name]} of each", self.args.target, look(self.open().picture)),
+                    ("the scene", self.args.target, look(lambda view: self.scene.render(view, size)))]
+
+
+def stages_of(scene, source, prior, name, args):
+    """The edit by a loss or an editor and, with --refine, the paper's second stage."""
+    of = prior.defaults["guidance"].get
+    guidance = of(name) if args.guidance is None else args.guidance
+    stages = [Distillation(scene, source, prior, name, guidance, args) if name in LOSSES else
+              DatasetUpdate(scene, source, prior, name, args.steps, guidance, args)]
+    return stages + [DatasetUpdate(scene, source, prior, "sdedit", args.refine, of("sdedit"), args)] * bool(args.refine)
 
 
 # ---- the one loop -------------------------------------------------------------------------------------
@@ -331,8 +392,8 @@ def sheet(rows):
     return page
 
 
-def run_one(prior, loss_name, args, out):
-    """One edit with its files in `out`; returns the pictures before and after, a list of each.
+def run_one(prior, name, args, out):
+    """One edit, by a loss or an editor, with its files in `out`; returns the pictures before and after, a list of each.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, when what was there has been written.
@@ -344,9 +405,9 @@ def run_one(prior, loss_name, args, out):
     views = sides(scene, SIDES, SIDE_SIZE) if around else [None]
     look = lambda: [snapshot(scene, SIDE_SIZE if around else SHEET_SIZE, view) for view in views]
     before, turned = look(), [snapshot(scene, view=camera) for camera in turn]
-    masks = subject_masks(scene, views, prior, args)
+    stages, masks = stages_of(scene, source, prior, name, args), subject_masks(scene, views, prior, args)
     out.mkdir(parents=True, exist_ok=True)
-    config = settings(args, prior, loss_name)
+    config = settings(args, prior, stages)
     if args.resume and (out / "config.json").exists():
         old = json.loads((out / "config.json").read_text())
         changed = [k for k in config if k != "versions" and old.get(k) != config[k]]
@@ -358,20 +419,26 @@ def run_one(prior, loss_name, args, out):
     if args.input.is_file():
         write(out / f"source{args.input.suffix.lower()}", args.input.read_bytes())
     write(out / "source.png", beside(before))
-    stages = [Distillation(scene, source, prior, loss_name, args)]
-    stages += [Refinement(scene, prior, args)] if args.refine else []
-    frames, interrupted = edit(scene, groups, stages, prior, args, out)
+    if name in EDITORS and not around:
+        prior.guidance, picture = stages[0].guidance, source.render(None, prior.size)
+        scene.put(stages[0].edited(picture, picture, EDITORS[name].skip, torch.Generator().manual_seed(args.seed)))
+        frames, interrupted = [to_pil(source.render(None, FRAME_SIZE)), snapshot(scene)], False
+    else:
+        frames, interrupted = edit(scene, groups, stages, prior, args, out)
     after = look()
     write(out / "result.png", beside(after))
     scene.save(out / f"result{SUFFIX[args.mode]}")
     write(out / "progress.gif", frames)
-    write(out / "sheet.png", sheet([("source", args.source, before), (loss_name.upper(), args.target, after)]))
+    write(out / "sheet.png", sheet([("source", args.source, before), (TITLES[name], args.target, after)]))
     if around:
         write(out / "turntable.gif", [beside([a, snapshot(scene, view=camera)]) for a, camera in zip(turned, turn)])
+        for stage in stages:
+            if stage.state.get("edited"):
+                write(out / f"{stage.name}-views.png", sheet(stage.pictures()))
         write(out / "depth.png", beside([to_pil(depth_picture(scene.depth(view))) for view in views]))
     if args.export:
         export(scene, out / "export", [view.camera for view in scene.scene.train])
-    print(f"{loss_name}: {outside(before, after, masks)}")
+    print(f"{name}: {outside(before, after, masks)}")
     if interrupted:
         print(f"interrupted: what is there is in {out}; the same command with --resume goes on", file=sys.stderr)
         raise KeyboardInterrupt
@@ -401,14 +468,13 @@ def outside(before, after, masks):
     return f"outside the subject, {100 * count / 3 / pixels:.0f} % of the picture: {psnr}"
 
 
-def settings(args, prior, loss_name):
+def settings(args, prior, stages):
     """Everything that a result depends on, for config.json."""
-    skip = {"out", "resume", "compare", "every", "device", "fit", "fit_only", "export", "path"}
+    skip = {"out", "resume", "compare", "losses", "every", "device", "fit", "fit_only", "export", "path"}
     files = [args.input] if args.input.is_file() else sorted(p for p in args.input.rglob("*") if p.is_file())
     content = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in skip}
-    guidance = args.guidance if args.guidance is not None else prior.defaults["guidance"][loss_name]
-    config |= {"loss": loss_name, "guidance": guidance, "size": prior.size, "device": str(prior.device),
+    config |= {"loss": stages[0].name, "guidance": stages[0].guidance, "size": prior.size, "device": str(prior.device),
                "sha256": content, "versions": {"torch": torch.__version__}}
     return config
 
@@ -425,8 +491,10 @@ def parse(argv=None):
       help="the file, or folder with a transforms.json, to edit (default: a shipped example)")
     a("--source", help="prompt that describes the file")
     a("--target", help="prompt that describes the edit")
-    a("--loss", choices=LOSSES, default="pds", help="the method (default: pds)")
-    a("--compare", action="store_true", help="run SDS, DDS and PDS from one seed and lay them side by side")
+    a("--loss", choices=[*LOSSES, *EDITORS], default="pds",
+      help="the method; sdedit, inv2n and in2n edit pictures, of a scene one after the other (default: pds)")
+    a("--compare", nargs="*", choices=[*LOSSES, *EDITORS], metavar="LOSS",
+      help="run these from one seed and lay them side by side (without a list: sds dds pds)")
     a("--model", default=str(HERE / "models" / "emoji"),
       help="diffusers directory or hub id (default: the shipped models/emoji)")
     a("--steps", type=positive, help="optimiser steps (default: the model's own, else 1000)")
@@ -447,6 +515,9 @@ def parse(argv=None):
     a("--jitter", type=rate, default=3.0, help="svg: random shift at each step, pixels (default: 3)")
     a("--ss", type=int, choices=[1, 2, 4], default=1, help="svg: supersampling (default: 1)")
     a("--skip-unsupported", action="store_true", help="svg: drop mask, filter, text and image with a warning")
+    a("--instruct", help="in2n: InstructPix2Pix directory or hub id (default: --model, if it is one too)")
+    a("--instruction", help='in2n: what to do (default: "make it a TARGET")')
+    a("--image-guidance", type=rate, default=1.5, help="in2n: guidance to the photograph (default: 1.5)")
     a("--pixels", action="store_true", help="image: optimise the pixels instead of the latent")
     a("--latent", type=rate, default=0.02, help="image: rate of the latent (default: 0.02)")
     a("--fit-seconds", type=rate, default=60.0, help="scenes: time of the fit, process CPU time on a CPU (default: 60)")
@@ -460,6 +531,10 @@ def parse(argv=None):
     for flag in ("fit_only", "refine", "export"):
         if getattr(args, flag) and args.mode not in FITTED:
             p.error(f"--{flag.replace('_', '-')}: only with --mode nerf and splat")
+    args.losses = [args.loss] if args.compare is None else list(dict.fromkeys(args.compare)) or list(LOSSES)
+    editors = [name for name in args.losses if name in EDITORS]
+    if editors and args.mode not in ("image", *FITTED):
+        p.error(f"{editors[0]} edits pictures: only with --mode image, nerf and splat")
     return args
 
 
@@ -497,7 +572,7 @@ def main(argv=None):
             args.target = target if args.target is None else args.target
         if not args.input.exists() or args.input.is_dir() and args.mode not in FITTED:
             raise ValueError(f"{args.input}: no such file")
-        name = f"{args.input.stem}-{'compare' if args.compare else args.loss}"
+        name = f"{args.input.stem}-{args.loss if args.compare is None else 'compare'}"
         args.out = args.out or Path("out") / name
         args.fit = args.out.parent / f"{args.input.stem}-{args.mode}-fit.pt"
         if args.fit_only:
@@ -511,12 +586,12 @@ def main(argv=None):
                 raise ValueError(f"--{prompt} is missing or empty: say in a few words what the {prompt} shows")
         prior = Prior.from_pretrained(args.model, args.device)
         complete(args, prior)
-        if not args.compare:
+        if args.compare is None:
             run_one(prior, args.loss, args, args.out)
         else:
-            pairs = {name: run_one(prior, name, args, args.out / name) for name in LOSSES}
-            rows = [("source", args.source, pairs["pds"][0])]
-            write(args.out / "sheet.png", sheet(rows + [(n.upper(), args.target, pairs[n][1]) for n in pairs]))
+            pairs = {name: run_one(prior, name, args, args.out / name) for name in args.losses}
+            rows = [("source", args.source, pairs[args.losses[0]][0])]
+            write(args.out / "sheet.png", sheet(rows + [(TITLES[n], args.target, pairs[n][1]) for n in pairs]))
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as e:

@@ -301,9 +301,7 @@ class Splats(torch.nn.Module):
     def data_loss(self, dataset, generator=None):
         """One step of going on to fit a `dataset`: the L1 loss of one of its pictures."""
         view = int(torch.randint(len(dataset.cameras), (), generator=generator))
-        camera = dataset.cameras[view]
-        wanted = dataset.pixels[dataset.start[view]:dataset.start[view + 1]].T.float() / 255
-        return (self.render(camera)[0] - wanted.view(3, camera.height, camera.width)).abs().mean()
+        return (self.render(dataset.cameras[view]) - dataset.picture(view)).abs().mean()
 
     def param_groups(self, means=1.6e-4, log_scales=5e-3, quaternions=1e-3, opacities=5e-2, sh_dc=2.5e-3):
         """Adam's rates, the paper's code's: that of the means in extents of the cameras; sh_rest a 20th of sh_dc."""

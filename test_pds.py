@@ -22,10 +22,10 @@ import run
 import splat as splat_module
 import svg_raster
 import toy
-from edit2d import ddim, ddim_timesteps, diffedit_mask, sdedit
+from edit2d import ddim, ddim_timesteps, ddpm_inversion, diffedit_mask, instruct_pix2pix, sdedit
 from nerf import (Camera, HashGrid, NeRF, SceneError, contract, depth_picture, directions, evaluate, export, input_path,
                   load_scene, sides, spherical_harmonics, turntable, uncontract, volume_weights)
-from prior import Prior, PriorError, plain, read_captions
+from prior import InstructPix2Pix, Prior, PriorError, plain, read_captions
 from splat import Splats, Tiles, project, quadratics, rotations
 from svg_raster import SVG, SVGError
 
@@ -1695,6 +1695,52 @@ def test_sdedit_keeps_less_of_the_source_the_less_it_skips():
         sdedit(prior, x0, TGT, steps=0)
 
 
+class Guided(GaussianPrior):
+    """With a guidance, as Prior has it: from the mean 0 to the prompt's."""
+
+    def eps(self, x_t, t, y):
+        abar = self.abar[t].to(x_t).reshape(-1, 1, 1, 1)
+        return super().eps(x_t, t, y) * self.guidance + (1 - self.guidance) * (
+            (1 - abar).sqrt() * x_t / (1 - abar + abar * self.var))
+
+
+def test_ddpm_inversion_gives_the_picture_back():
+    prior, x0 = Guided(), rand(2, 1, 4, 4)
+    draw = lambda: torch.Generator().manual_seed(0)
+    for steps, skip in ((100, 0.36), (7, 0.0), (10, 0.95)):
+        again = ddpm_inversion(prior, x0, SRC, SRC, steps, skip, 3.5, 3.5, generator=draw())
+        assert_close(again, x0, atol=1e-9, rtol=0)
+    assert not hasattr(prior, "guidance")  # it is set on copies
+    moved = [(ddpm_inversion(prior, x0, TGT, SRC, 50, skip, 1.0, 1.0, generator=draw()) - x0).mean().item()
+             for skip in (0.9, 0.6, 0.3, 0.0)]
+    assert 0 < moved[0] < moved[1] < moved[2] < moved[3] and moved[3] == pytest.approx(3, abs=0.1)  # from mean -1 to 2
+    with pytest.raises(ValueError, match="skip must be in 0 .. 1, got -1"):
+        ddpm_inversion(prior, x0, TGT, SRC, skip=-1)
+
+
+def test_ddpm_inversion_takes_the_steps_of_diffusers_scheduler():
+    """z_t read off the stochastic DDIM step (eta 1) of the source, given to that of the target, from another start."""
+    from diffusers import DDIMScheduler
+    prior, x0, start, steps, first = Guided(), rand(1, 1, 3, 3, seed=1), rand(1, 1, 3, 3, seed=2), 10, 4
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                              set_alpha_to_one=False, steps_offset=1)
+    scheduler.set_timesteps(steps)
+    generator, zero = torch.Generator().manual_seed(3), torch.zeros_like(x0)
+    draw = lambda: torch.randn(x0.shape, generator=generator).double()
+    times = [t.view(1) for t in scheduler.timesteps[first:]]
+    noise = draw()
+    path = [pds.add_noise(x0, noise, ABAR, times[0])] + [pds.add_noise(x0, draw(), ABAR, t) for t in times[1:]] + [x0]
+    x_t = pds.add_noise(start, noise, ABAR, times[0])
+    for t, x_src, x_next in zip(times, path, path[1:]):
+        def step(x, y, guidance, z):
+            prior.guidance = guidance
+            return scheduler.step(prior.eps(x, t, y), t, x, eta=1.0, variance_noise=z).prev_sample
+        sigma = step(x_src, SRC, 3.5, zero + 1) - step(x_src, SRC, 3.5, zero)
+        x_t = step(x_t, TGT, 15.0, (x_next - step(x_src, SRC, 3.5, zero)) / sigma)
+    got = ddpm_inversion(prior, x0, TGT, SRC, steps, first / steps, start=start, generator=torch.Generator().manual_seed(3))
+    assert_close(got, x_t, atol=1e-4, rtol=1e-4)
+
+
 def test_the_mask_is_where_the_prompts_disagree():
     class Local(GaussianPrior):
         def eps(self, x_t, t, y):
@@ -1710,7 +1756,7 @@ def test_the_mask_is_where_the_prompts_disagree():
 
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory):
-    """Tiny random pipelines saved to disk: epsilon, v-prediction with TAESD's autoencoder, and SDXL."""
+    """Tiny random pipelines saved to disk: epsilon, v-prediction with TAESD's autoencoder, SDXL, InstructPix2Pix."""
     import diffusers
     from tokenizers import pre_tokenizers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -1728,11 +1774,12 @@ def pipelines(tmp_path_factory):
                up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], attention_head_dim=2, norm_num_groups=4)
     added = dict(addition_embed_type="text_time", addition_time_embed_dim=4,
                  projection_class_embeddings_input_dim=8 + 6 * 4)
-    for kind in ("sd", "v", "xl"):
+    for kind in ("sd", "v", "xl", "instruct"):
         torch.manual_seed(0)
+        net["in_channels"] = 8 if kind == "instruct" else 4
         schedule = diffusers.DDIMScheduler(
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False,
-            prediction_type="v_prediction" if kind == "v" else "epsilon")
+            set_alpha_to_one=False, prediction_type="v_prediction" if kind == "v" else "epsilon")
         if kind == "v":
             vae = diffusers.AutoencoderTiny(encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8],
                                             num_encoder_blocks=[1, 1], num_decoder_blocks=[1, 1], scaling_factor=1.0)
@@ -1747,7 +1794,8 @@ def pipelines(tmp_path_factory):
                 tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=schedule, force_zeros_for_empty_prompt=True,
                 unet=diffusers.UNet2DConditionModel(cross_attention_dim=32, **net, **added))
         else:
-            pipe = diffusers.StableDiffusionPipeline(
+            kind_of = {"instruct": diffusers.StableDiffusionInstructPix2PixPipeline}
+            pipe = kind_of.get(kind, diffusers.StableDiffusionPipeline)(
                 vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, scheduler=schedule,
                 unet=diffusers.UNet2DConditionModel(cross_attention_dim=16, **net), safety_checker=None,
                 feature_extractor=None, requires_safety_checker=False)
@@ -1798,6 +1846,53 @@ def test_encode_takes_the_mean_and_is_differentiable(pipelines, kind):
     assert picture.grad.abs().sum() > 0 and all(p.grad is None for p in prior.vae.parameters())
     with pytest.raises(ValueError, match="picture must be"):
         prior.encode(picture[0])
+
+
+def test_instruct_pix2pix_against_the_pipeline_of_diffusers(pipelines):
+    import diffusers
+    editor = InstructPix2Pix.from_pretrained(pipelines["instruct"])
+    pipe = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(pipelines["instruct"])
+    pipe.set_progress_bar_config(disable=True)
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    x_t, y = rand(1, 4, 8, 8, dtype=torch.float32), editor.embed("make it a cat")
+    editor.guidance, editor.image_guidance = 7.5, 1.7
+    wanted = pipe("make it a cat", picture, num_inference_steps=5, guidance_scale=7.5, image_guidance_scale=1.7,
+                  latents=x_t, output_type="latent").images
+    assert_close(ddim(editor.of(picture), x_t, y, ddim_timesteps(1000, 5)), wanted, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="which picture is edited"):
+        editor.eps(x_t, torch.tensor([500]), y)
+    edited = instruct_pix2pix(editor, picture, y, steps=5, generator=torch.Generator().manual_seed(0))
+    other = instruct_pix2pix(editor, picture.flip(3), y, editor.encode(picture), 5, 0.0, torch.Generator().manual_seed(0))
+    assert edited.shape == (1, 4, 8, 8) and (edited - other).abs().max() > 1e-3  # the picture counts
+    assert editor.image is None  # `of` tells a copy
+
+
+def test_an_editor_out_of_a_prior_and_what_differs(pipelines, tmp_path):
+    """instruct.safetensors beside a text-to-image pipeline: with weights of zero for the picture it is that prior."""
+    from safetensors.torch import save_file
+    shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    prior = Prior.from_pretrained(tmp_path / "sd")
+    wide = torch.nn.functional.pad(prior.unet.conv_in.weight, (0, 0, 0, 0, 0, 4)).contiguous()
+    save_file({"unet.conv_in.weight": wide}, tmp_path / "sd" / "instruct.safetensors")
+    (tmp_path / "sd" / "captions.txt").write_text("green apple\n")
+    editor, x_t, t = InstructPix2Pix.from_pretrained(tmp_path / "sd"), rand(1, 4, 8, 8, dtype=torch.float32), torch.tensor([500])
+    prior.guidance = editor.guidance
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the caption inside of the instruction is known
+        y = editor.embed("turn it into a green apple")
+    assert_close(editor.of(torch.rand(1, 3, 16, 16)).eps(x_t, t, y), prior.eps(x_t, t, prior.embed("turn it into a green apple")),
+                 atol=1e-5, rtol=1e-4)
+    (tmp_path / "sd" / "instruct.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(PriorError, match="sd: instruct.safetensors: ") as e:
+        InstructPix2Pix.from_pretrained(tmp_path / "sd")
+    assert "\n" not in str(e.value)
+    with pytest.raises(PriorError, match="takes 4 channels, and there is no instruct.safetensors"):
+        InstructPix2Pix.from_pretrained(pipelines["sd"])
+    save_file({"unet.conv_in.weight": wide[:, :, :1].contiguous()}, tmp_path / "sd" / "instruct.safetensors")  # of another model
+    with pytest.raises(PriorError, match="instruct.safetensors: .*conv_in"):
+        InstructPix2Pix.from_pretrained(tmp_path / "sd")
+    with pytest.raises(PriorError, match="edits pictures, it is no prior"):
+        Prior.from_pretrained(pipelines["instruct"])
 
 
 def test_prior_attributes(pipelines):
@@ -1944,6 +2039,26 @@ def test_compare_lays_the_three_side_by_side(command, tmp_path):
     assert len(set(results)) == 3
 
 
+@pytest.mark.parametrize("name", ["sdedit", "inv2n", "in2n"])
+def test_the_editors_alone(command, pipelines, tmp_path, name, capsys):
+    flags = ["--loss", name, "--instruct", pipelines["instruct"]]
+    assert command(*flags, mode="image") == 0 and command(*flags, mode="image", out="again") == 0
+    first = outputs(tmp_path / "out")
+    assert first == outputs(tmp_path / "again") and first["result.png"] != first["source.png"]
+    assert command(*flags, "--seed", 1, mode="image", out="other") == 0
+    assert outputs(tmp_path / "other")["result.png"] != first["result.png"]
+    with pytest.raises(SystemExit):
+        command(*flags)
+    assert f"{name} edits pictures: only with --mode image, nerf and splat" in capsys.readouterr().err
+
+
+def test_an_editor_that_is_none_is_refused(command, tmp_path, capsys):
+    assert command("--loss", "in2n", mode="image") == 2  # --model is no editor
+    assert "no InstructPix2Pix model" in capsys.readouterr().err
+    assert command("--loss", "in2n", "--instruct", "no/such/model", mode="image") == 2
+    assert "no/such/model: no such model directory" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_what_changed_outside_of_the_subject():
     before, after = Image.new("RGB", (8, 8), "white"), Image.new("RGB", (8, 8), "white")
     after.paste((229, 229, 229), (4, 0, 8, 8))  # 0.102 darker on the right
@@ -1992,6 +2107,37 @@ def test_a_nerf_is_fitted_measured_and_edited(pipelines, tmp_path, capsys, monke
     assert (tmp_path / "out" / "whole" / "result.safetensors").read_bytes() != first["result.safetensors"]
     assert run.main([*flags[:3], str(tmp_path), *flags[4:-1], str(tmp_path / "no" / "out"), "--fit-only"]) == 2
     assert "no transforms.json" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("mode", ["nerf", "splat"])
+def test_datasets_are_updated_by_an_editor(pipelines, tmp_path, monkeypatch, mode):
+    for name, value in {"FRAMES": 2, "FRAME_SIZE": 24, "SIDE_SIZE": 24, "VIEWS": 4}.items():
+        monkeypatch.setattr(run, name, value)
+    monkeypatch.setattr(run.DatasetUpdate, "EVERY", 3)
+    nerf_scene(tmp_path / "scene")
+    flags = ["--mode", mode, "--scene", str(tmp_path / "scene"), "--fit-seconds", "1", "--device", "cpu", "--source", "a",
+             "--target", "b", "--model", str(pipelines["sd"]), "--instruct", str(pipelines["instruct"]), "--steps", "7"]
+    assert run.main([*flags, "--compare", "in2n", "inv2n", "--out", str(tmp_path / "out" / "whole")]) == 0
+    whole = tmp_path / "out" / "whole"
+    assert Image.open(whole / "sheet.png").height > 3 * 24  # source, in2n, inv2n
+    assert Image.open(whole / "in2n" / "in2n-views.png").height > 3 * 24  # photographs, their edits, the scene
+    assert (whole / "in2n" / "result.png").read_bytes() != (whole / "inv2n" / "result.png").read_bytes()
+    edited, calls = run.DatasetUpdate.edited, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 3:  # at step 6
+            raise MemoryError
+        return edited(*args)
+    monkeypatch.setattr(run.DatasetUpdate, "edited", killed)
+    again = [*flags, "--loss", "in2n", "--every", "2", "--out", str(tmp_path / "out" / "again")]
+    with pytest.raises(MemoryError):
+        run.main(again)
+    assert run.main([*again, "--resume"]) == 0 and len(calls) == 4  # the third once more
+    for name in ("result.png", "in2n-views.png", "progress.gif"):
+        assert (tmp_path / "out" / "again" / name).read_bytes() == (whole / "in2n" / name).read_bytes(), name
+    assert torch.load(tmp_path / "out" / "again" / "checkpoint.pt")["stages"][0]["edited"] == [
+        v for v in dict.fromkeys(torch.load(whole / "in2n" / "checkpoint.pt")["stages"][0]["edited"])]
 
 
 def test_splats_are_fitted_edited_refined_and_exported(pipelines, tmp_path, capsys, monkeypatch):

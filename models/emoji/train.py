@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
@@ -399,6 +400,149 @@ def train_unet(args, device, vae, log):
             export()
 
 
+# ---- InstructPix2Pix: the same UNet with eight channels -------------------------------------------------
+
+INSTRUCTIONS = ["make it a ", "make it a ", "turn it into a ", "make it ", ""]
+TUNED = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks.2", "conv_norm_out", "conv_out")
+
+
+def widen(unet):
+    """Give conv_in as many channels again, with weights of zero: the latent of the picture that is edited."""
+    old = unet.conv_in
+    new = torch.nn.Conv2d(2 * old.in_channels, old.out_channels, old.kernel_size, padding=old.padding)
+    with torch.no_grad():
+        new.weight.zero_()[:, :old.in_channels] = old.weight
+        new.bias.copy_(old.bias)
+    unet.conv_in = new.to(old.weight.device, old.weight.dtype)
+    unet.register_to_config(in_channels=2 * old.in_channels)
+    return unet
+
+
+def pair_sets(icons, styles, work, recoloured=True):
+    """For each style: its pictures, their captions, the pictures of each word, and what can be recoloured."""
+    sets, vocab = [], vocabulary()
+    for style in styles:
+        rgba, captions = items(icons, [style], work, recoloured=False)
+        words, paint = {}, []
+        for i, names in enumerate(captions):
+            for word in names[0].split():
+                words.setdefault(word, []).append(i)
+            paint += [(i, c) for c in vocab[names[0].replace(" ", "-")] if "COLOUR" in c] if recoloured else []
+        sets.append((rgba, captions, words, paint))
+    return sets
+
+
+def draw_pairs(sets, count, rng):
+    """`count` pairs of drawings of one style: RGBA source and target [N,4,128,128], and instructions, a list.
+
+    Half of the sources share a word with the target (face, cat, heart, ...), a quarter are any other drawing, a
+    quarter the same drawing in its own or another colour: what stays is the style, the place, the background.
+    """
+    picker, source, target, instructions = random.Random(int(torch.randint(1 << 30, (), generator=rng))), [], [], []
+    for _ in range(count):
+        rgba, captions, words, paint = picker.choice(sets)
+        kind, i = picker.random(), picker.randrange(len(rgba))
+        if kind < 0.25 and paint:
+            i, caption = picker.choice(paint)
+            colour, hue = picker.choice(list(HUES.items()))
+            source.append(rgba[i] if picker.random() < 0.5 else recolour(rgba[i], picker.choice(list(HUES.values()))))
+            target.append(recolour(rgba[i], hue))
+            instructions.append(picker.choice(["make it a ", "make it "]) + caption.replace("COLOUR", colour)
+                                if picker.random() < 0.7 else f"make it {colour}")
+        else:
+            j = picker.choice(words[picker.choice(captions[i][0].split())]) if kind < 0.75 else picker.randrange(len(rgba))
+            source.append(rgba[j])
+            target.append(rgba[i])
+            name = captions[i][0] if picker.random() < 0.7 else picker.choice(captions[i])
+            instructions.append(picker.choice(INSTRUCTIONS) + name)
+    return torch.stack(source), torch.stack(target), instructions
+
+
+def train_instruct(args, device, log):
+    """InstructPix2Pix (Brooks et al., arXiv 2211.09800) from the pipeline in --out: its encoder half is tuned, and
+    the text encoder; writes instruct.safetensors, the tensors that differ, beside it."""
+    pipe = StableDiffusionPipeline.from_pretrained(args.out).to(dtype=torch.float32)
+    vae, tokenizer, scheduler = pipe.vae.to(device).eval(), pipe.tokenizer, pipe.scheduler
+    unet = widen(pipe.unet).to(device, memory_format=torch.channels_last)
+    text = pipe.text_encoder.to(device)
+    unet.set_attn_processor(AttnProcessor())
+    for name, p in unet.named_parameters():
+        p.requires_grad_(name.startswith(TUNED))
+    scaling = vae.config.scaling_factor
+    ids_of = lambda w: torch.tensor(tokenizer(w, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
+
+    @torch.no_grad()
+    def encode(source, target, seed):  # one seed, one augmentation for both
+        pairs = []
+        for x in (source, target):
+            x = augment(x, torch.Generator().manual_seed(seed)) * 2 - 1
+            with torch.autocast(device.type, torch.bfloat16):
+                pairs.append(vae.encode(x.to(device)).latent_dist.mean.half().cpu())
+        return torch.stack(pairs, 1)
+
+    cache = args.work / "pairs.pt"
+    if not cache.exists():
+        sets, rng, latents, words = pair_sets(args.icons, TRAIN, args.work), torch.Generator().manual_seed(1), [], []
+        for chunk in range(-(-args.pairs // 512)):
+            source, target, said = draw_pairs(sets, 512, rng)
+            latents += [encode(source[i:i + 64], target[i:i + 64], chunk * 512 + i) for i in range(0, 512, 64)]
+            words += said
+        torch.save((torch.cat(latents), words), cache)
+    latents, words = torch.load(cache)
+    ids = ids_of(words)
+    source, target, said = draw_pairs(pair_sets(args.icons, HELD_OUT, args.work, False), 256,
+                                     torch.Generator().manual_seed(2))
+    held, held_ids = encode(source, target, 0).float().to(device), ids_of(said).to(device)
+    held_noise = torch.randn(held[:, 0].shape, generator=torch.Generator().manual_seed(3)).to(device)
+    held_t = torch.linspace(20, 980, len(held)).long().to(device)
+
+    run = Run(args.work / "instruct.pt", {"unet": unet, "text": text}, 5e-4, args.minutes)
+    run.ema["unet"].set_attn_processor(AttnProcessor())
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    weight = (snr.clamp(max=5) / snr).to(device)
+    weight = weight / weight.mean()
+
+    def loss_of(unet, text, pairs, ids, noise, t, weighted=False):
+        image, x0 = pairs[:, 0], pairs[:, 1] * scaling  # the image's latent comes unscaled, as in the paper's code
+        with torch.autocast(device.type, torch.bfloat16):
+            x = torch.cat([scheduler.add_noise(x0, noise, t), image], 1).contiguous(memory_format=torch.channels_last)
+            error = (unet(x, t, text(ids)[0]).sample.float() - noise).square().mean((1, 2, 3))
+        return (error * weight[t]).mean() if weighted else error.mean()
+
+    def export():
+        before = StableDiffusionPipeline.from_pretrained(args.out)
+        old = {f"unet.{k}": v for k, v in before.unet.state_dict().items()}
+        old |= {f"text_encoder.{k}": v for k, v in before.text_encoder.state_dict().items()}
+        new = {f"unet.{k}": v for k, v in run.ema["unet"].state_dict().items()}
+        new |= {f"text_encoder.{k}": v for k, v in run.ema["text"].state_dict().items()}
+        changed = {k: v.half().contiguous() for k, v in new.items() if v.shape != old[k].shape or not v.equal(old[k].float())}
+        save_file(changed, args.out / "instruct.safetensors.part")
+        (args.out / "instruct.safetensors.part").replace(args.out / "instruct.safetensors")
+
+    null = ids_of("").to(device)
+    rng = torch.Generator().manual_seed(100 + run.step)
+    more, mean, run.clock = run.spent < args.minutes, 0.0, time.time()
+    while more:
+        rows = torch.randint(len(latents), (args.batch,), generator=rng)
+        pairs, now = latents[rows].float().to(device), ids[rows].to(device)
+        drop = torch.rand(args.batch, generator=rng).to(device)  # 5 % without text, 5 % without picture, 5 % without both
+        now = torch.where((drop < 0.1)[:, None], null, now)
+        pairs[:, 0] *= ((drop < 0.05) | (drop > 0.15))[:, None, None, None].float()
+        t = torch.randint(1000, (args.batch,), generator=rng).to(device)
+        noise = torch.randn(pairs[:, 0].shape, generator=rng).to(device)
+        loss = loss_of(unet, text, pairs, now, noise, t, weighted=True)
+        more = run.update(loss)
+        mean += 0.01 * (loss.item() - mean) if mean else loss.item()
+        if run.step % 200 == 0 or not more:
+            log(f"instruct step {run.step} {run.spent:.1f} min loss {mean:.4f}")
+        if run.spent - run.saved > 5 or not more:
+            with torch.no_grad():
+                val = loss_of(run.ema["unet"], run.ema["text"], held, held_ids, held_noise, held_t)
+            log(f"instruct step {run.step} {run.spent:.1f} min held-out loss {val.item():.4f}")
+            run.save()
+            export()
+
+
 # ---- what came of it ----------------------------------------------------------------------------------
 
 def sample_sheet(pipe, captions, path, guidance=5.0, seed=0, columns=8):
@@ -460,11 +604,12 @@ def measure(args, log):
     sample_sheet(pipe, random.Random(0).sample(names, 64), args.out / "samples.png")
 
 
-# what suits this model, for prior.py and run.py: guidance by loss, optimiser steps, rate of an SVG's points in pixels;
-# of a mode what is different there
-DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, "sdedit": 5}, "steps": 300, "points": 0.08,
-            "nerf": {"guidance": {"pds": 10, "dds": 5, "sds": 7.5, "sdedit": 5}, "steps": 500},
-            "splat": {"guidance": {"pds": 15, "dds": 5, "sds": 7.5, "sdedit": 5}, "steps": 600}}
+# what suits this model, for prior.py and run.py: guidance by loss, optimiser steps, rate of an SVG's points in pixels,
+# steps of a DDPM inversion; of a mode what is different there
+EDITORS = {"sdedit": 5, "inv2n": 6, "in2n": 7.5}
+DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, **EDITORS}, "steps": 300, "points": 0.08, "inversion_steps": 25,
+            "nerf": {"guidance": {"pds": 10, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 500},
+            "splat": {"guidance": {"pds": 15, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 600}}
 
 
 def main():
@@ -478,8 +623,10 @@ def main():
     p.add_argument("--batch", type=int, default=32, help="pictures in a UNet step")
     p.add_argument("--pool", type=int, default=16, help="augmented versions of each picture")
     p.add_argument("--threads", type=int, default=1, help="CPU threads; the steps are small, a second gains little")
-    p.add_argument("--stage", choices=["vocabulary", "vae", "all", "measure"], default="all",
-                   help="`vae` stops after it; `vocabulary` writes captions.txt, `measure` the figures of --out, only")
+    p.add_argument("--pairs", type=int, default=60000, help="instruct: pairs of drawings")
+    p.add_argument("--stage", choices=["vocabulary", "vae", "all", "instruct", "measure"], default="all",
+                   help="`vae` stops after it; only: `vocabulary` writes captions.txt, `instruct` tunes the pipeline in "
+                        "--out to edit pictures, `measure` prints its figures")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -495,6 +642,8 @@ def main():
 
     if args.stage == "measure":
         return measure(args, log)
+    if args.stage == "instruct":
+        return train_instruct(args, device, log)
     vae = train_vae(args, device, log)
     if args.stage == "vae":
         return
