@@ -11,26 +11,32 @@
     python bench.py splat-memory                    # what 10 000 of them add to a process
     python bench.py splat-fit SCENE --at 10 30 60   # PSNR over time, files
     python bench.py step                            # a PDS step: the network, and everything else
-    python bench.py edits                           # ten drawings, each edited with SDS, DDS and PDS
+    python bench.py edits                           # every edit of examples/edits.txt with every loss: one table
 
 Set OMP_NUM_THREADS=1 for figures of one core.
 """
 import argparse
+import contextlib
+import csv
 import io
 import json
+import logging
 import math
 import random
+import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+import pds
 import run
 import svg_raster
 from nerf import Camera, HashGrid, NeRF, Scene, View, evaluate, load_scene
@@ -88,7 +94,8 @@ def svg_pixels(svg):
 
 
 def psnr(a, b):
-    return -10 * math.log10(max(np.square(a - b).mean(), 1e-10))
+    """In dB, of two pictures in [0, 1]; 100 where they are the same."""
+    return -10 * math.log10(max(((a - b) ** 2).mean(), 1e-10))
 
 
 # ------------------------------------------------------------------ svg-fidelity
@@ -273,14 +280,17 @@ def svg_coverage_time(svg, kind, repeats=10):
     return best
 
 
+def memory_status(key):
+    """MiB of the process, by a name of /proc/self/status: VmRSS now, VmHWM at most."""
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
+
+
 def peak_memory(call):
     """MiB by which a call raises the resident memory at most (Linux)."""
-    def status(key):
-        return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
     Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
+    before = memory_status("VmRSS")
     call()
-    return status("VmHWM") - before
+    return memory_status("VmHWM") - before
 
 
 def svg_peak_memory(svg):
@@ -729,23 +739,263 @@ def pds_step(_):
         ("everything else / network", f"{rest / network:.2f}", "<= 1", rest <= network)])
 
 
+# ---- the table of edits -----------------------------------------------------------------------------------
+
+SIDE, THUMB, SCENE_THUMB = 256, 192, 160  # pixels a side: of what is measured, on a sheet, on the sheet of a scene
+DECIMALS = {"log-odds": 2, "PSNR": 1, "SSIM": 3, "LPIPS": 3, "CLIP": 3, "dir": 3, "s": 1, "MB": 0}  # of the columns
+
+
+def pixels(picture, side=SIDE):
+    """PIL picture -> [1,3,side,side] float64 in [0,1]."""
+    picture = picture.convert("RGB").resize((side, side), Image.LANCZOS)  # a picture of that size comes back as it is
+    return torch.from_numpy(np.asarray(picture) / 255).permute(2, 0, 1)[None]
+
+
+def ssim(a, b):
+    """Structural similarity of two pictures [1,3,H,W] in [0,1] (Wang et al. 2004), 1 where they are the same.
+
+    A Gaussian window of 11 pixels and sigma 1.5, K of 0.01 and 0.03; colours apart, the mean over all places where the
+    window fits.
+    """
+    line = (-(torch.arange(11, dtype=a.dtype, device=a.device) - 5).square() / (2 * 1.5 ** 2)).exp()
+    window, conv = (line / line.sum()).expand(3, 1, 1, 11), torch.nn.functional.conv2d
+
+    def local(x):  # along the rows, then along the columns
+        return conv(conv(x, window, groups=3), window.mT, groups=3)
+    mean_a, mean_b, c1, c2 = local(a), local(b), 0.01 ** 2, 0.03 ** 2
+    var_a, var_b, both = local(a * a) - mean_a ** 2, local(b * b) - mean_b ** 2, local(a * b) - mean_a * mean_b
+    share = (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))
+    return share.mean().item()
+
+
+@torch.no_grad()
+def log_odds(prior, x0, y_tgt, y_src, noises=8):
+    """log p(y_tgt | x0) - log p(y_src | x0) of a latent x0 [1,C,h,w] with the usual uniform weights in place of the
+    bound's: the diffusion classifier (Li et al., arXiv 2303.16203). Above 0 the picture reads as the target.
+
+    The mean of |noise - eps(x_t, y_src)|^2 - |noise - eps(x_t, y_tgt)|^2, sums over the latent at guidance 1, over
+    the same pairs of noise and timestep (0.2 T to 0.9 T) for every picture: what they share cancels.
+    """
+    T, generator = len(prior.abar), torch.Generator().manual_seed(0)
+    t = torch.linspace(0.2 * T, 0.9 * T, noises).round().long().to(x0.device)
+    noise = torch.randn(noises, *x0.shape[1:], generator=generator).to(x0)
+    many = x0.expand(noises, -1, -1, -1)
+    guidance, prior.guidance = prior.guidance, 1.0
+    eps_tgt, eps_src = pds._predict(prior, t, noise, (many, y_tgt), (many, y_src))
+    prior.guidance = guidance
+    return ((noise - eps_src).square() - (noise - eps_tgt).square()).sum((1, 2, 3)).mean().item()
+
+
+class Clip:
+    """CLIP of transformers; name: a directory or hub id. Raises ValueError where there is none."""
+
+    def __init__(self, name, device):
+        from transformers import CLIPModel, CLIPProcessor
+        quiet = logging.getLogger("huggingface_hub")
+        level, _ = quiet.level, quiet.setLevel(logging.CRITICAL)
+        try:
+            model, info = CLIPModel.from_pretrained(name, output_loading_info=True)
+            self.processor = CLIPProcessor.from_pretrained(name)
+        except Exception as e:  # as in prior.py: the libraries below have an error each, all meaning the same
+            where = "damaged, or no CLIP" if Path(name).exists() else "no such directory, and no CLIP on the hub"
+            raise ValueError(f"{name}: {where}: {(str(e).strip() or type(e).__name__).splitlines()[0][:200]}") from e
+        finally:
+            quiet.setLevel(level)
+        if info["missing_keys"]:  # transformers would go on with random weights
+            raise ValueError(f"{name}: damaged, or no CLIP: {len(info['missing_keys'])} of its weights are missing")
+        self.name, self.device, self.model = name, device, model.eval().to(device)
+
+    @torch.no_grad()
+    def scores(self, before, after, source, target):
+        """CLIP score and directional score of an edit, means over its pictures; before, after: lists of PIL pictures.
+
+        The first is the cosine of the picture after and the target; the second that of the two changes, after - before
+        and target - source (Gal et al., StyleGAN-NADA, arXiv 2108.00946), all embeddings of length 1.
+        """
+        inputs = self.processor(text=[source, target], images=[*before, *after], return_tensors="pt", padding=True,
+                                truncation=True)
+        out, cosine = self.model(**inputs.to(self.device)), torch.nn.functional.cosine_similarity
+        was, now = out.image_embeds.chunk(2)
+        y_src, y_tgt = out.text_embeds.chunk(2)
+        return cosine(now, y_tgt).mean().item(), cosine(now - was, y_tgt - y_src).mean().item()
+
+
+def perceptual():
+    """LPIPS (Zhang et al., arXiv 1801.03924) of two pictures [1,3,H,W] in [0,1]; None where its package is missing."""
+    try:
+        import lpips
+    except ImportError:
+        return None
+    net = lpips.LPIPS(net="alex", verbose=False).eval().requires_grad_(False)
+    return lambda a, b: net(a.float() * 2 - 1, b.float() * 2 - 1).item()
+
+
+def figures(prior, before, after, source, target, lpips=None, clip=None):
+    """What an edit did, {column: figure}; before, after: lists of PIL pictures, over which the mean is taken."""
+    y_tgt, y_src = prior.embed(target), prior.embed(source)
+
+    def odds(picture):
+        with torch.no_grad():
+            return log_odds(prior, prior.encode(pixels(picture, prior.size)), y_tgt, y_src)
+    pairs = [(pixels(a), pixels(b)) for a, b in zip(before, after)]
+    row = {"before": np.mean([odds(p) for p in before]), "log-odds": np.mean([odds(p) for p in after]),
+           "PSNR": np.mean([psnr(a, b) for a, b in pairs]), "SSIM": np.mean([ssim(a, b) for a, b in pairs])}
+    if lpips:
+        row["LPIPS"] = np.mean([lpips(a, b) for a, b in pairs])
+    if clip:
+        row["CLIP"], row["dir"] = clip.scores(before, after, source, target)
+        row["clip"] = clip.name
+    return {k: v if k == "clip" else float(v) for k, v in row.items()}
+
+
+def restart_peak(device):
+    """Count the peak of memory anew, where that can be done: on a CUDA device and on Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device):
+    """Peak memory in MB since restart_peak: of the CUDA device, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    if Path("/proc/self/status").exists():
+        return memory_status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def read_edits(path):
+    """A list of edits -> [(mode, file, source, target, folder)], the folder for its results.
+
+    A line is `mode | file | source prompt | target prompt`, the file's path relative to the list; # begins a comment.
+    Raises ValueError with the number of the first wrong line.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        if not line.strip() or line.lstrip()[0] == "#":
+            continue
+        mode, file, source, target = parts if len(parts := [p.strip() for p in line.split("|")]) == 4 else [""] * 4
+        place = path.parent / file
+        folder = f"{mode}/{place.stem}-{re.sub(r'[^a-z0-9]+', '-', target.lower())}"
+        wrong = ("need mode | file | source prompt | target prompt" if not (mode and file and source and target) else
+                 f"mode {mode!r} is none of {', '.join(run.LOAD)}" if mode not in run.LOAD else
+                 f"{place}: no such {'folder' if mode in run.FITTED else 'file'}"
+                 if not (place.is_dir() if mode in run.FITTED else place.is_file()) else
+                 f"its results would lie in {folder} with another edit's" if folder in (f for *_, f in found) else None)
+        if wrong:
+            raise ValueError(f"{path}, line {number}: {wrong}")
+        found.append((mode, place, source, target, folder))
+    return found
+
+
+def edit_row(prior, loss, options, out, lpips, clip):
+    """One edit in `out`, unless it stands there from the same settings; returns its figures, {column: figure}."""
+    config = json.loads(json.dumps(run.settings(options, prior, loss)))
+    done, row = out / "config.json", {}
+    if (out / "row.json").exists() and done.exists():
+        same = json.loads(done.read_text()) | {"versions": config["versions"]} == config
+        row = json.loads((out / "row.json").read_text()) if same else {}
+    if not row:
+        (out / "row.json").unlink(missing_ok=True)  # an interruption must not leave the figures of another run here
+        if options.mode in run.FITTED:
+            run.fit(options)  # kept in options.fit, so that its seconds are not the loss's
+        print(out)
+        restart_peak(prior.device)
+        started = time.perf_counter()
+        run.run_one(prior, loss, options, out)
+        row = {"s": time.perf_counter() - started, "MB": peak(prior.device)}
+    lacking = "before" not in row or lpips and "LPIPS" not in row or clip and row.get("clip") != clip.name
+    if lacking:
+        before, after = (squares(out / name) for name in ("source.png", "result.png"))
+        row |= figures(prior, before, after, options.source, options.target, lpips, clip)
+        run.write(out / "row.json", json.dumps(row, indent=1) + "\n")
+    return row
+
+
+def squares(path):
+    """The pictures that stand beside each other in a file."""
+    page = Image.open(path).convert("RGB")
+    return [page.crop((x, 0, x + page.height, page.height)) for x in range(0, page.width, page.height)]
+
+
+def losses_of(mode, losses):
+    """Those that the mode allows: the editors of pictures have no drawing to go on with."""
+    return [name for name in losses if mode != "svg" or name not in run.EDITORS]
+
+
 def edits(args):
-    """Every edit of examples/edits.txt with every loss, one seed, the model's own settings: one sheet."""
-    lines = [line.split("|") for line in (run.HERE / "examples" / "edits.txt").read_text().splitlines() if line[0] != "#"]
-    rows = []
-    for file, source, target in ([part.strip() for part in line] for line in lines):
-        out = args.out / Path(file).stem
-        if not (out / "sheet.png").exists():  # interrupted before: go on
-            flags = ["--mode", "svg", "--svg", str(run.HERE / "examples" / file), "--compare", "--model", args.model]
-            if run.main([*flags, "--source", source, "--target", target, "--out", str(out)]):
-                return 1
-        pictures = [Image.open(out / "pds" / "source.png")] + [Image.open(out / n / "result.png") for n in run.LOSSES]
-        rows.append((" ", f"{source}: SDS, DDS, PDS to {target}", [p.resize((192, 192), Image.LANCZOS) for p in pictures]))
-    half = -(-len(rows) // 2)
-    columns = [run.sheet(rows[:half]), run.sheet(rows[half:])]
-    run.write(args.out / "edits.png", run.beside(columns))
-    print(f"done: {args.out / 'edits.png'}")
+    """Every edit of the list with every loss, one seed, the model's own settings: a table, and a sheet a mode."""
+    plan = [edit for edit in read_edits(args.list) if edit[0] in (args.only or run.LOAD)]
+    if not plan:
+        raise ValueError(f"{args.list}: no edit{' of mode ' + ', '.join(args.only) if args.only else ''} in it")
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    prior = Prior.from_pretrained(args.model, run.parse([]).device)
+    defaults, rows = prior.defaults, []
+    clip, lpips = Clip(args.clip, prior.device) if args.clip else None, perceptual()
+    for mode, file, source, target, folder in plan:
+        options = run.parse(["--mode", mode, f"--svg={file}", f"--source={source}", f"--target={target}",
+                             f"--model={args.model}", f"--seed={args.seed}", f"--fit-seconds={args.fit_seconds}"])
+        out = args.out / folder
+        options.fit = out.parent / f"{file.stem}-{mode}-fit.pt"
+        options.steps = args.steps
+        prior.defaults = defaults  # run.complete lays those of a mode over it, and they are not the next one's
+        run.complete(options, prior)
+        for loss in losses_of(mode, args.losses):
+            try:
+                row = edit_row(prior, loss, options, out / loss, lpips, clip)
+            except FloatingPointError as e:
+                raise FloatingPointError(f"{folder}: {e}") from e
+            rows.append({"mode": mode, "file": file.name, "source": source, "target": target, "loss": loss,
+                         "folder": folder} | row)
+    columns = [c for c in DECIMALS if c not in ("LPIPS", "CLIP", "dir") or (lpips if c == "LPIPS" else clip)]
+    print_edits(rows, columns)
+    with io.StringIO(newline="") as text:
+        names = ["mode", "file", "source", "target", "loss", "before", *columns]
+        writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        run.write(args.out / "table.csv", text.getvalue())
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        run.write(args.out / f"{mode}.png", edits_sheet([row for row in rows if row["mode"] == mode], args.out))
+        print(f"done: {args.out / f'{mode}.png'}")
     return 0
+
+
+def print_edits(rows, columns):
+    """The means over the edits of a mode, a line a loss; before them the log-odds of the sources."""
+    first = f"{'mode':<6} {'loss':<7} {'edits':>5} {'log-odds':>9} {'read':>6}"
+    print("\n" + first + "".join(f" {c:>7}" for c in columns[1:]))
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        own = [row for row in rows if row["mode"] == mode]
+        for loss in ["source", *dict.fromkeys(row["loss"] for row in own)]:
+            group = [row for row in own if row["loss"] == (own[0]["loss"] if loss == "source" else loss)]
+            odds = [row["before" if loss == "source" else "log-odds"] for row in group]
+            rest = "" if loss == "source" else "".join(
+                f" {np.mean([row[c] for row in group]):>7.{DECIMALS[c]}f}" for c in columns[1:])
+            read = f"{sum(x > 0 for x in odds)}/{len(odds)}"
+            print(f"{mode:<6} {loss:<7} {len(group):>5} {np.mean(odds):>9.2f} {read:>6}{rest}")
+
+
+def edits_sheet(rows, out):
+    """One page of the edits of a mode: source and losses beside each other, of a scene one under another."""
+    pages, scenes = [], rows[0]["mode"] in run.FITTED
+    size = (SCENE_THUMB if scenes else THUMB,) * 2
+    for folder in dict.fromkeys(row["folder"] for row in rows):
+        own = [row for row in rows if row["folder"] == folder]
+        files = [out / folder / own[0]["loss"] / "source.png"] + [out / folder / r["loss"] / "result.png" for r in own]
+        pictures = [[p.resize(size, Image.LANCZOS) for p in squares(file)] for file in files]
+        names = ["source"] + [run.TITLES[row["loss"]] for row in own]
+        prompts = [own[0]["source"]] + [own[0]["target"]] * len(own)
+        pages.append([*zip(names, prompts, pictures)] if scenes else
+                     (" ", f"{prompts[0]}: {', '.join(names[1:])} to {prompts[1]}", [p for p, in pictures]))
+    if scenes:
+        return run.beside([run.sheet(page) for page in pages])
+    if len(pages) > 1 and len(pages) % 2:
+        pages.append((" ", "", [Image.new("RGB", size, "white")] * len(pages[0][2])))
+    half = -(-len(pages) // 2)
+    return run.beside([run.sheet(part) for part in (pages[:half], pages[half:]) if part])
 
 
 def main(argv=None):
@@ -785,11 +1035,28 @@ def main(argv=None):
     for hidden, kind in (("--only", int), ("--how", str), ("--nerf", str)):
         a(hidden, type=kind, help=argparse.SUPPRESS)
     command("step", pds_step, "a PDS step of run.py")
-    a = command("edits", edits, "every edit of examples/edits.txt with every loss, on one sheet")
+    a = command("edits", edits, "every edit of a list with every loss: one table, a sheet a mode")
+    a("--list", type=Path, default=run.HERE / "examples" / "edits.txt", help="the edits (default: examples/edits.txt)")
+    a("--losses", nargs="+", choices=[*run.LOSSES, *run.EDITORS], default=["sds", "dds", "pds"],
+      help="default: sds dds pds")
+    a("--only", nargs="+", choices=run.LOAD, help="edits of these modes alone")
     a("--model", default=str(run.HERE / "models" / "emoji"), help="diffusers directory or hub id")
-    a("--out", type=Path, default=Path("out/edits"))
+    a("--clip", help="CLIP, directory or hub id: adds its score and its directional score")
+    a("--steps", type=run.number(int, 1), help="of every edit (default: the model's own)")
+    a("--seed", type=run.number(int, 0), default=0)
+    a("--fit-seconds", type=run.number(float, 0), default=60.0, help="of a scene's fit, made once (default: 60)")
+    a("--out", type=Path, default=Path("out/edits"), help="what stands there is not made again (default: out/edits)")
     args = parser.parse_args(argv)
-    return 1 if args.measure(args) else 0
+    try:
+        return 1 if args.measure(args) else 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as e:
+        print(f"bench.py: error: {e}", file=sys.stderr)
+        return 2
+    except FloatingPointError as e:
+        print(f"bench.py: {e}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
     python run.py --mode splat                                # the same scene as 3D Gaussians
     python run.py --mode nerf --compare in2n inv2n sds dds pds            # the paper's Figure 1: every method
     python run.py --mode image --loss in2n                    # an editor of pictures alone
+    python run.py --mode bench --compare sds dds pds          # one table over every edit of examples/edits.txt
     python run.py --mode nerf --scene DIR --fit-only --fit-seconds 60     # fit, and measure the test views
 
 The output folder gets source.*, result.*, progress.gif, sheet.png (before and after, labelled; of a scene from several
@@ -194,7 +195,7 @@ class DatasetUpdate:
 
     def __init__(self, scene, source, prior, name, steps, guidance, args):
         self.scene, self.source, self.prior, self.name, self.steps, self.args = scene, source, prior, name, steps, args
-        self.guidance = EDITORS[name].guidance if guidance is None else guidance
+        self.guidance = guidance
         self.y_src, self.y_tgt = prior.embed(args.source), prior.embed(args.target)
         self.dataset, self.state = None, {"pixels": None, "edited": [], "order": []}
         if name == "in2n":
@@ -253,11 +254,18 @@ class DatasetUpdate:
 
 def stages_of(scene, source, prior, name, args):
     """The edit by a loss or an editor and, with --refine, the paper's second stage."""
-    of = prior.defaults["guidance"].get
-    guidance = of(name) if args.guidance is None else args.guidance
+    guidance = guidance_of(prior, name, args.guidance)
     stages = [Distillation(scene, source, prior, name, guidance, args) if name in LOSSES else
               DatasetUpdate(scene, source, prior, name, args.steps, guidance, args)]
-    return stages + [DatasetUpdate(scene, source, prior, "sdedit", args.refine, of("sdedit"), args)] * bool(args.refine)
+    if args.refine:
+        stages.append(DatasetUpdate(scene, source, prior, "sdedit", args.refine, guidance_of(prior, "sdedit"), args))
+    return stages
+
+
+def guidance_of(prior, name, wanted=None):
+    """`wanted`, else what suits the model, else the editor's own."""
+    own = prior.defaults["guidance"].get(name)
+    return wanted if wanted is not None else EDITORS[name].guidance if own is None else own
 
 
 # ---- the one loop -------------------------------------------------------------------------------------
@@ -407,7 +415,7 @@ def run_one(prior, name, args, out):
     before, turned = look(), [snapshot(scene, view=camera) for camera in turn]
     stages, masks = stages_of(scene, source, prior, name, args), subject_masks(scene, views, prior, args)
     out.mkdir(parents=True, exist_ok=True)
-    config = settings(args, prior, stages)
+    config = settings(args, prior, name)
     if args.resume and (out / "config.json").exists():
         old = json.loads((out / "config.json").read_text())
         changed = [k for k in config if k != "versions" and old.get(k) != config[k]]
@@ -468,13 +476,13 @@ def outside(before, after, masks):
     return f"outside the subject, {100 * count / 3 / pixels:.0f} % of the picture: {psnr}"
 
 
-def settings(args, prior, stages):
+def settings(args, prior, name):
     """Everything that a result depends on, for config.json."""
-    skip = {"out", "resume", "compare", "losses", "every", "device", "fit", "fit_only", "export", "path"}
+    skip = {"out", "resume", "compare", "losses", "clip", "every", "device", "fit", "fit_only", "export", "path"}
     files = [args.input] if args.input.is_file() else sorted(p for p in args.input.rglob("*") if p.is_file())
     content = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in skip}
-    config |= {"loss": stages[0].name, "guidance": stages[0].guidance, "size": prior.size, "device": str(prior.device),
+    config |= {"loss": name, "guidance": guidance_of(prior, name, args.guidance), "size": prior.size, "device": str(prior.device),
                "sha256": content, "versions": {"torch": torch.__version__}}
     return config
 
@@ -486,7 +494,8 @@ def parse(argv=None):
     a = p.add_argument
     positive, share = number(int, 1), number(float, 0, 1)
     rate = number(float, 0)
-    a("--mode", choices=[*LOAD, "toy"], default="svg", help="what is edited; toy: the method in the plane (default: svg)")
+    a("--mode", choices=[*LOAD, "toy", "bench"], default="svg",
+      help="what is edited; toy: the method in the plane; bench: every edit of examples/edits.txt (default: svg)")
     a("--svg", "--image", "--scene", dest="input", type=Path,
       help="the file, or folder with a transforms.json, to edit (default: a shipped example)")
     a("--source", help="prompt that describes the file")
@@ -518,6 +527,7 @@ def parse(argv=None):
     a("--instruct", help="in2n: InstructPix2Pix directory or hub id (default: --model, if it is one too)")
     a("--instruction", help='in2n: what to do (default: "make it a TARGET")')
     a("--image-guidance", type=rate, default=1.5, help="in2n: guidance to the photograph (default: 1.5)")
+    a("--clip", help="bench: CLIP directory or hub id, for its score and its directional score")
     a("--pixels", action="store_true", help="image: optimise the pixels instead of the latent")
     a("--latent", type=rate, default=0.02, help="image: rate of the latent (default: 0.02)")
     a("--fit-seconds", type=rate, default=60.0, help="scenes: time of the fit, process CPU time on a CPU (default: 60)")
@@ -531,9 +541,10 @@ def parse(argv=None):
     for flag in ("fit_only", "refine", "export"):
         if getattr(args, flag) and args.mode not in FITTED:
             p.error(f"--{flag.replace('_', '-')}: only with --mode nerf and splat")
-    args.losses = [args.loss] if args.compare is None else list(dict.fromkeys(args.compare)) or list(LOSSES)
+    several = list(dict.fromkeys(args.compare or LOSSES))
+    args.losses = [args.loss] if args.compare is None and args.mode != "bench" else several
     editors = [name for name in args.losses if name in EDITORS]
-    if editors and args.mode not in ("image", *FITTED):
+    if editors and args.mode not in ("image", "bench", *FITTED):
         p.error(f"{editors[0]} edits pictures: only with --mode image, nerf and splat")
     return args
 
@@ -564,6 +575,12 @@ def main(argv=None):
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     if args.mode == "toy":
         return toy.main(["--out", str(args.out or "out"), "--seed", str(args.seed)])
+    if args.mode == "bench":
+        import bench  # it imports this file
+        return bench.main(["edits", "--losses", *args.losses, "--model", args.model, "--seed", str(args.seed),
+                           "--fit-seconds", str(args.fit_seconds), "--out", str(args.out or "out/edits"),
+                           *(["--clip", args.clip] if args.clip else []),
+                           *(["--steps", str(args.steps)] if args.steps else [])])
     try:
         if args.input is None:
             name, source, target = EXAMPLE[args.mode]

@@ -1,7 +1,7 @@
-"""Make the example scenes of --mode nerf: examples/apple (all around) and examples/ball (a smiling face, the
-front).
+"""Make the example scenes of --mode nerf: examples/apple (all around), examples/ball (a smiling face) and
+examples/heart (both from the front).
 
-    python examples/make_scenes.py                # writes both folders beside this file; a minute
+    python examples/make_scenes.py                # writes the folders beside this file; two minutes
 
 Each is Blender's format: pictures of 128 x 128 pixels with alpha, transforms_train.json and
 transforms_test.json. Everything is a signed distance function, sphere-traced (Hart 1996), with light that is
@@ -71,6 +71,26 @@ def ball_colour(p, n, part):
     return np.where((tongue < 0) & front, TONGUE, face)
 
 
+def heart(p):
+    """Two equal cones with round ends, one a mirror image of the other, that share the tip; z is up."""
+    belly = 1 + 0.14 * np.exp(-((p[:, 2] + 0.4) / 0.36) ** 2)  # a cone's flanks are straight, a heart's are not
+    p = np.stack((np.abs(p[:, 0]) / belly, p[:, 1] / (0.85 * belly), p[:, 2] + 0.03), 1)
+    low, high, narrow, wide = np.array([0, 0, -0.88]), np.array([0.44, 0, 0.32]), 0.10, 0.52
+    length = np.linalg.norm(high - low)
+    axis, slope = (high - low) / length, (wide - narrow) / length
+    along = (p - low) @ axis
+    across = np.linalg.norm(p - low - along[:, None] * axis, axis=1)
+    # of all balls from tip to lobe the one whose surface is nearest
+    centre = np.clip(along + across * slope / math.sqrt(1 - slope ** 2), 0, length)
+    cone = np.hypot(along - centre, across) - narrow - slope * centre
+    return (cone * 0.75)[:, None]
+
+
+def heart_colour(p, n, part):
+    shade = smooth(0.85 + 0.45 * n[:, 2:] + 0.25 * p[:, 2:])
+    return mix(mix(DEEP_RED, RED, shade), PALE, 0.55 * np.clip(n[:, 2:], 0, 1) ** 3)
+
+
 def mix(a, b, share):
     return a + (b - a) * np.clip(share, 0, 1)
 
@@ -137,7 +157,8 @@ def in_front(count, shift):
 
 
 SCENES = {"apple": (apple, apple_colour, around, (0, 0, -0.02)),
-          "ball": (ball, ball_colour, in_front, (0, 0, 0))}
+          "ball": (ball, ball_colour, in_front, (0, 0, 0)),
+          "heart": (heart, heart_colour, in_front, (0, 0, 0))}
 
 
 def main():
