@@ -1940,7 +1940,9 @@ def test_a_prompt_outside_the_vocabulary_warns_and_names_the_nearest(pipelines, 
 def test_the_shipped_prior_tells_the_example_drawings_apart():
     """Diffusion classifier (arXiv 2303.16203): the right caption predicts the noise best, in styles never trained on."""
     folder = HERE / "models" / "emoji"
-    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 25e6
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files if p.stem != "instruct") < 25e6
+    assert sum(p.stat().st_size for p in files if p.stem == "instruct") < 12e6
     prior = Prior.from_pretrained(folder)
     prior.guidance = 1.0
     captions = {"smiling-face": "slightly smiling face", "red-heart": "red heart", "red-apple": "red apple",
@@ -1954,6 +1956,19 @@ def test_the_shipped_prior_tells_the_example_drawings_apart():
         x_t = pds.add_noise(x0.expand(8, -1, -1, -1), noise, prior.abar, t)
         errors = torch.stack([(prior.eps(x_t, t, c) - noise).square().mean() for c in y])
         assert errors.argmin() == row, (name, errors)
+
+
+def test_the_shipped_editor_turns_a_red_heart_blue_in_its_place():
+    editor = InstructPix2Pix.from_pretrained(HERE / "models" / "emoji")
+    with torch.no_grad():
+        before = SVG.load(HERE / "examples" / "red-heart.svg", size=editor.size).render()
+        after = editor.decode(instruct_pix2pix(editor, before, editor.embed("make it a blue heart"),
+                                               generator=torch.Generator().manual_seed(0)))
+    inside = (before - 1).abs().sum(1) > 0.5
+    red, _, blue = after.transpose(0, 1)[:, inside].mean(1)
+    assert blue > red + 0.3 and before.transpose(0, 1)[0, inside].mean() > 0.9
+    now = (after - 1).abs().sum(1) > 0.5
+    assert (inside & now).sum() > 0.8 * (inside | now).sum()  # the heart is where it was
 
 
 # ---- run.py -------------------------------------------------------------------------------------------
@@ -2059,7 +2074,9 @@ def test_an_editor_that_is_none_is_refused(command, tmp_path, capsys):
     assert command("--loss", "in2n", mode="image") == 2  # --model is no editor
     assert "no InstructPix2Pix model" in capsys.readouterr().err
     assert command("--loss", "in2n", "--instruct", "no/such/model", mode="image") == 2
-    assert "no/such/model: no such model directory" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "no/such/model: no such model directory" in capsys.readouterr().err
+    assert command("--loss", "in2n", "--instruct", HERE / "models" / "emoji", mode="image") == 2
+    assert "made for 64 pixels" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_what_changed_outside_of_the_subject():

@@ -7,8 +7,8 @@
 
 Renders the icons, trains the autoencoder, then the UNet together with its text encoder, writes a
 Stable Diffusion pipeline next to this file, and draws samples.png with it. Every stage resumes from
---work; --start DIR goes on from a pipeline written before. The learning rate follows the minutes
-spent, so the same command suits any machine.
+--work; --start DIR goes on from a pipeline written before; --stage instruct makes an InstructPix2Pix
+of it. The learning rate follows the minutes spent, so the same command suits any machine.
 """
 import argparse
 import copy
@@ -25,7 +25,8 @@ import numpy as np
 import resvg_py
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (AutoencoderKL, DDIMScheduler, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline,
+                       UNet2DConditionModel)
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
@@ -460,7 +461,8 @@ def draw_pairs(sets, count, rng):
 
 def train_instruct(args, device, log):
     """InstructPix2Pix (Brooks et al., arXiv 2211.09800) from the pipeline in --out: its encoder half is tuned, and
-    the text encoder; writes instruct.safetensors, the tensors that differ, beside it."""
+    the text encoder. Writes instruct.safetensors beside it, the tensors that differ, and instruct.png: pairs of held-out
+    drawings, each source, its edit, and the drawing that the instruction means."""
     pipe = StableDiffusionPipeline.from_pretrained(args.out).to(dtype=torch.float32)
     vae, tokenizer, scheduler = pipe.vae.to(device).eval(), pipe.tokenizer, pipe.scheduler
     unet = widen(pipe.unet).to(device, memory_format=torch.channels_last)
@@ -542,6 +544,19 @@ def train_instruct(args, device, log):
             run.save()
             export()
 
+    pipe = StableDiffusionInstructPix2PixPipeline(vae=vae, text_encoder=run.ema["text"], tokenizer=tokenizer,
+                                                  unet=run.ema["unet"], scheduler=scheduler, safety_checker=None,
+                                                  feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    plain = lambda x: augment(x[:32], torch.Generator(), white=1.0, strength=0.0)
+    pictures = []
+    for before, after, words in zip(plain(source), plain(target), said):
+        edited = pipe(words, before[None], num_inference_steps=20, guidance_scale=7.5, image_guidance_scale=1.5,
+                      generator=torch.Generator().manual_seed(0), output_type="pt").images[0]
+        row = (torch.cat([before, edited.cpu().float(), after], 2).permute(1, 2, 0) * 255).round().byte().numpy()
+        pictures.append(Image.fromarray(row).resize((3 * 96, 96), Image.BICUBIC))
+    labelled(pictures, said[:len(pictures)], args.out / "instruct.png", 4)
+
 
 # ---- what came of it ----------------------------------------------------------------------------------
 
@@ -552,13 +567,18 @@ def sample_sheet(pipe, captions, path, guidance=5.0, seed=0, columns=8):
     for i in range(0, len(captions), 8):
         pictures += pipe(captions[i:i + 8], num_inference_steps=30, guidance_scale=guidance, generator=rng,
                          height=SIZE, width=SIZE).images
-    rows = -(-len(captions) // columns)
-    sheet = Image.new("RGB", (columns * 140, rows * 152), "white")
+    labelled([p.resize((128, 128), Image.BICUBIC) for p in pictures], captions, path, columns)
+
+
+def labelled(pictures, captions, path, columns):
+    """Pictures of one size in rows, their captions under them."""
+    wide, high = pictures[0].width + 12, pictures[0].height + 24
+    sheet = Image.new("RGB", (columns * wide, -(-len(captions) // columns) * high), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (picture, caption) in enumerate(zip(pictures, captions)):
-        x, y = i % columns * 140 + 6, i // columns * 152 + 4
-        sheet.paste(picture.resize((128, 128), Image.BICUBIC), (x, y))
-        draw.text((x, y + 130), caption[:24], fill="black")
+        x, y = i % columns * wide + 6, i // columns * high + 4
+        sheet.paste(picture, (x, y))
+        draw.text((x, y + picture.height + 2), caption[:picture.width * 24 // 128], fill="black")
     sheet.save(path)
 
 
@@ -598,8 +618,9 @@ def measure(args, log):
     log(f"autoencoder on the held-out styles: {psnr.mean():.2f} dB mean PSNR over {len(psnr)} drawings")
     accuracy = classify(pipe, pictures, [c[0] for c in captions])
     log(f"diffusion classifier on the held-out styles, 16 captions, 8 noises, 200 drawings: {accuracy:.1%}")
-    size = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file() and "work" not in p.parts)
-    log(f"on disk: {size / 1e6:.1f} MB")
+    sizes = {p: p.stat().st_size / 1e6 for p in args.out.rglob("*") if p.is_file() and "work" not in p.parts}
+    own = sum(size for p, size in sizes.items() if p.stem != "instruct")
+    log(f"on disk: {own:.1f} MB, instruct.* {sum(sizes.values()) - own:.1f} MB")
     names = sorted(c[0] for c in vocabulary().values())
     sample_sheet(pipe, random.Random(0).sample(names, 64), args.out / "samples.png")
 
@@ -608,6 +629,7 @@ def measure(args, log):
 # steps of a DDPM inversion; of a mode what is different there
 EDITORS = {"sdedit": 5, "inv2n": 6, "in2n": 7.5}
 DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, **EDITORS}, "steps": 300, "points": 0.08, "inversion_steps": 25,
+            "image": {"guidance": {"pds": 10, "dds": 3, "sds": 5, **EDITORS}},
             "nerf": {"guidance": {"pds": 10, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 500},
             "splat": {"guidance": {"pds": 15, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 600}}
 
