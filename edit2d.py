@@ -68,21 +68,22 @@ def ddpm_inversion(prior, x0, y_tgt, y_src, steps=100, skip=0.36, guidance_src=3
     """
     if not 0 <= skip <= 1:
         raise ValueError(f"skip must be in 0 .. 1, got {skip}")
-    timesteps = ddim_timesteps(len(prior.abar), steps)
-    timesteps = timesteps[min(round(steps * skip), steps - 1):]
+    timesteps = [*dict.fromkeys(ddim_timesteps(len(prior.abar), steps))]  # with all T of them the last comes twice
+    timesteps = timesteps[min(round(steps * skip), len(timesteps) - 1):]
     source, target = copy.copy(prior), copy.copy(prior)
     source.guidance, target.guidance = guidance_src, guidance_tgt
-    rows = lambda t: torch.full((len(x0),), t, device=x0.device)
-    abar, noise = prior.abar.to(x0.device), _draw(x0, generator)
+    rows = lambda t: torch.full((len(x0),), t)  # on the CPU, as abar is: not every device has float64
+    abar, noise = prior.abar.cpu(), _draw(x0, generator)
     x_src, x_t = (add_noise(x, noise, abar, rows(timesteps[0])) for x in (x0, x0 if start is None else start))
     for t, s in zip(timesteps, [*timesteps[1:], 0]):
         last, t, s = s == 0, rows(t), rows(s)
         x_s = x0 if last else add_noise(x0, _draw(x0, generator), abar, s)
-        z = stochastic_latent(x_s, x_src, source.eps(x_src, t, y_src), abar, t, s, "consistent")
-        # the step of the target with that z: x_s = mu + sigma z, where z = (x_s - mu) / sigma
-        to_mu = stochastic_latent(torch.zeros_like(x_t), x_t, target.eps(x_t, t, y_tgt), abar, t, s, "consistent")
+        z = stochastic_latent(x_s, x_src, source.eps(x_src, t.to(x0.device), y_src), abar, t, s, "consistent")
+        # the step of the target with that z, x_s = mu + sigma z: the z of x_s = 0 is -mu / sigma
+        eps_tgt, zero = target.eps(x_t, t.to(x0.device), y_tgt), torch.zeros_like(x_t)
+        z_zero = stochastic_latent(zero, x_t, eps_tgt, abar, t, s, "consistent")
         sigma = posterior(abar, t, s, "consistent")[2].to(x_t).reshape(-1, 1, 1, 1)
-        x_src, x_t = x_s, sigma * (z - to_mu)
+        x_src, x_t = x_s, sigma * (z - z_zero)
     return x_t
 
 

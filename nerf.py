@@ -587,8 +587,8 @@ class NeRF(torch.nn.Module):
         """The picture [1,3,H,W] in [0,1] of a view (see `camera`), differentiable in all parameters.
 
         With a generator (a CPU's) the pixel centres are shifted by up to half a pixel: over many steps the whole
-        surface is seen, not only the points that the centres meet. With gradients and more than 2 `chunk` rays, they are deferred: see _Deferred. Memory is then that of
-        one chunk and the picture, whatever its size.
+        surface is seen, not only the points that the centres meet. With gradients and more than 2 `chunk` rays,
+        they are deferred: see _Deferred. Memory is then that of one chunk and the picture, whatever its size.
         """
         camera = self.camera(view, size)
         if generator is not None:

@@ -152,6 +152,7 @@ def load_splat(args, prior):
 LOAD = {"svg": load_svg, "image": load_image, "nerf": load_nerf, "splat": load_splat}
 SUFFIX = {"svg": ".svg", "image": ".png", "nerf": ".safetensors", "splat": ".ply"}  # of what save() writes
 HOLD = {"svg": 1, "image": 1, "nerf": 10, "splat": 10}  # steps that a view is kept, as in the paper
+REFIT = {"nerf": 1, "splat": 4}  # a dataset update is a fit: times the rates of an edit
 FITTED = {"nerf": NeRF, "splat": Splats}  # modes with a scene of many views
 AROUND = {"turntable": turntable, "input": input_path}  # ways of its animation
 
@@ -163,7 +164,7 @@ class Distillation:
 
     def __init__(self, scene, source, prior, name, guidance, args):
         self.scene, self.source, self.prior, self.args = scene, source, prior, args
-        self.name, self.steps, self.guidance = name, args.steps, guidance
+        self.name, self.steps, self.guidance, self.rate = name, args.steps, guidance, 1
         self.options = dict(stride=args.stride, coefficients=COEFFICIENTS[args.coefficients]) if name == "pds" else {}
         self.y_src, self.y_tgt = prior.embed(args.source), prior.embed(args.target)
         self.state, self.x0_src = {"view": None}, None
@@ -195,7 +196,7 @@ class DatasetUpdate:
 
     def __init__(self, scene, source, prior, name, steps, guidance, args):
         self.scene, self.source, self.prior, self.name, self.steps, self.args = scene, source, prior, name, steps, args
-        self.guidance = guidance
+        self.guidance, self.rate = guidance, REFIT.get(args.mode, 1)
         self.y_src, self.y_tgt = prior.embed(args.source), prior.embed(args.target)
         self.dataset, self.state = None, {"pixels": None, "edited": [], "order": []}
         if name == "in2n":
@@ -310,7 +311,7 @@ def edit(scene, groups, stages, prior, args, out):
                 raise FloatingPointError(f"{stage.name}: the loss is {loss.item()} at step {step}; lower the rates")
             for group, rate in zip(optimiser.param_groups, rates):
                 # a short warm-up, as Adam's first steps know little; the second half settles what is noise
-                group["lr"] = rate * min(1.0, (at + 1) / 10, 2 - 2 * at / stage.steps)
+                group["lr"] = stage.rate * rate * min(1.0, (at + 1) / 10, 2 - 2 * at / stage.steps)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -471,7 +472,8 @@ def outside(before, after, masks):
         a, b = (torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).reshape(p.height, p.width, 3).double() / 255
                 for p in (a, b))
         rest = ~(torch.nn.functional.interpolate(mask.float(), size=a.shape[:2])[0, 0] > 0).cpu()
-        error, count, pixels = error + (a - b)[rest].square().sum().item(), count + 3 * rest.sum().item(), pixels + rest.numel()
+        error, count = error + (a - b)[rest].square().sum().item(), count + 3 * rest.sum().item()
+        pixels += rest.numel()
     psnr = f"PSNR {-10 * math.log10(error / count + 1e-10):.1f} dB against the source" if count else "nothing"
     return f"outside the subject, {100 * count / 3 / pixels:.0f} % of the picture: {psnr}"
 
@@ -482,8 +484,8 @@ def settings(args, prior, name):
     files = [args.input] if args.input.is_file() else sorted(p for p in args.input.rglob("*") if p.is_file())
     content = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in skip}
-    config |= {"loss": name, "guidance": guidance_of(prior, name, args.guidance), "size": prior.size, "device": str(prior.device),
-               "sha256": content, "versions": {"torch": torch.__version__}}
+    config |= {"loss": name, "guidance": guidance_of(prior, name, args.guidance), "size": prior.size,
+               "device": str(prior.device), "sha256": content, "versions": {"torch": torch.__version__}}
     return config
 
 

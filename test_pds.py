@@ -1690,7 +1690,8 @@ def test_ddim_carries_the_noise_to_the_data():
 
 def test_sdedit_keeps_less_of_the_source_the_less_it_skips():
     prior, x0 = GaussianPrior(), torch.full((1, 1, 8, 8), -1.0, dtype=torch.float64)
-    means = [sdedit(prior, x0, TGT, 20, skip, torch.Generator().manual_seed(0)).mean().item() for skip in (1, 0.85, 0.4, 0)]
+    draw = lambda: torch.Generator().manual_seed(0)
+    means = [sdedit(prior, x0, TGT, 20, skip, draw()).mean().item() for skip in (1, 0.85, 0.4, 0)]
     assert means == sorted(means) and abs(means[0] + 1) < 0.1 and abs(means[-1] - 2) < 0.2
     with pytest.raises(ValueError, match="skip must be in 0 .. 1, got 1.5"):
         sdedit(prior, x0, TGT, skip=1.5)
@@ -1740,7 +1741,8 @@ def test_ddpm_inversion_takes_the_steps_of_diffusers_scheduler():
             return scheduler.step(prior.eps(x, t, y), t, x, eta=1.0, variance_noise=z).prev_sample
         sigma = step(x_src, SRC, 3.5, zero + 1) - step(x_src, SRC, 3.5, zero)
         x_t = step(x_t, TGT, 15.0, (x_next - step(x_src, SRC, 3.5, zero)) / sigma)
-    got = ddpm_inversion(prior, x0, TGT, SRC, steps, first / steps, start=start, generator=torch.Generator().manual_seed(3))
+    generator.manual_seed(3)
+    got = ddpm_inversion(prior, x0, TGT, SRC, steps, first / steps, start=start, generator=generator)
     assert_close(got, x_t, atol=1e-4, rtol=1e-4)
 
 
@@ -1864,8 +1866,9 @@ def test_instruct_pix2pix_against_the_pipeline_of_diffusers(pipelines):
     assert_close(ddim(editor.of(picture), x_t, y, ddim_timesteps(1000, 5)), wanted, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="which picture is edited"):
         editor.eps(x_t, torch.tensor([500]), y)
-    edited = instruct_pix2pix(editor, picture, y, steps=5, generator=torch.Generator().manual_seed(0))
-    other = instruct_pix2pix(editor, picture.flip(3), y, editor.encode(picture), 5, 0.0, torch.Generator().manual_seed(0))
+    draw = lambda: torch.Generator().manual_seed(0)
+    edited = instruct_pix2pix(editor, picture, y, steps=5, generator=draw())
+    other = instruct_pix2pix(editor, picture.flip(3), y, editor.encode(picture), 5, generator=draw())
     assert edited.shape == (1, 4, 8, 8) and (edited - other).abs().max() > 1e-3  # the picture counts
     assert editor.image is None  # `of` tells a copy
 
@@ -1878,20 +1881,22 @@ def test_an_editor_out_of_a_prior_and_what_differs(pipelines, tmp_path):
     wide = torch.nn.functional.pad(prior.unet.conv_in.weight, (0, 0, 0, 0, 0, 4)).contiguous()
     save_file({"unet.conv_in.weight": wide}, tmp_path / "sd" / "instruct.safetensors")
     (tmp_path / "sd" / "captions.txt").write_text("green apple\n")
-    editor, x_t, t = InstructPix2Pix.from_pretrained(tmp_path / "sd"), rand(1, 4, 8, 8, dtype=torch.float32), torch.tensor([500])
+    editor = InstructPix2Pix.from_pretrained(tmp_path / "sd")
+    x_t, t, words = rand(1, 4, 8, 8, dtype=torch.float32), torch.tensor([500]), "turn it into a green apple"
     prior.guidance = editor.guidance
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the caption inside of the instruction is known
-        y = editor.embed("turn it into a green apple")
-    assert_close(editor.of(torch.rand(1, 3, 16, 16)).eps(x_t, t, y), prior.eps(x_t, t, prior.embed("turn it into a green apple")),
-                 atol=1e-5, rtol=1e-4)
+        y = editor.embed(words)
+    got = editor.of(torch.rand(1, 3, 16, 16)).eps(x_t, t, y)
+    assert_close(got, prior.eps(x_t, t, prior.embed(words)), atol=1e-5, rtol=1e-4)
     (tmp_path / "sd" / "instruct.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(PriorError, match="sd: instruct.safetensors: ") as e:
         InstructPix2Pix.from_pretrained(tmp_path / "sd")
     assert "\n" not in str(e.value)
     with pytest.raises(PriorError, match="takes 4 channels, and there is no instruct.safetensors"):
         InstructPix2Pix.from_pretrained(pipelines["sd"])
-    save_file({"unet.conv_in.weight": wide[:, :, :1].contiguous()}, tmp_path / "sd" / "instruct.safetensors")  # of another model
+    another = {"unet.conv_in.weight": wide[:, :, :1].contiguous()}
+    save_file(another, tmp_path / "sd" / "instruct.safetensors")
     with pytest.raises(PriorError, match="instruct.safetensors: .*conv_in"):
         InstructPix2Pix.from_pretrained(tmp_path / "sd")
     with pytest.raises(PriorError, match="edits pictures, it is no prior"):
@@ -2097,7 +2102,8 @@ def test_a_nerf_is_fitted_measured_and_edited(pipelines, tmp_path, capsys, monke
     flags = ["--mode", "nerf", "--scene", str(tmp_path / "scene"), "--fit-seconds", "1", "--device", "cpu",
              "--out", str(tmp_path / "out" / "edit")]
     assert run.main([*flags, "--fit-only"]) == 0
-    assert "test PSNR" in capsys.readouterr().out and [p.name for p in (tmp_path / "out").iterdir()] == ["scene-nerf-fit.pt"]
+    assert "test PSNR" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["scene-nerf-fit.pt"]
     edit = [*flags, "--source", "a", "--target", "b", "--model", str(pipelines["sd"]), "--steps", "4", "--every", "2"]
     assert run.main(edit) == 0
     first = outputs(tmp_path / "out" / "edit")
@@ -2135,8 +2141,9 @@ def test_datasets_are_updated_by_an_editor(pipelines, tmp_path, monkeypatch, mod
         monkeypatch.setattr(run, name, value)
     monkeypatch.setattr(run.DatasetUpdate, "EVERY", 3)
     nerf_scene(tmp_path / "scene")
-    flags = ["--mode", mode, "--scene", str(tmp_path / "scene"), "--fit-seconds", "1", "--device", "cpu", "--source", "a",
-             "--target", "b", "--model", str(pipelines["sd"]), "--instruct", str(pipelines["instruct"]), "--steps", "7"]
+    flags = ["--mode", mode, "--scene", str(tmp_path / "scene"), "--fit-seconds", "1", "--device", "cpu", "--source",
+             "a", "--target", "b", "--model", str(pipelines["sd"]), "--instruct", str(pipelines["instruct"]),
+             "--steps", "7"]
     assert run.main([*flags, "--compare", "in2n", "inv2n", "--out", str(tmp_path / "out" / "whole")]) == 0
     whole = tmp_path / "out" / "whole"
     assert Image.open(whole / "sheet.png").height > 3 * 24  # source, in2n, inv2n
@@ -2260,14 +2267,15 @@ def test_log_odds_are_those_of_the_exact_prior():
     for noise, t in zip(noises.view(8, 2), range(200, 901, 100)):
         x_t = ABAR[t].sqrt() * means[1, 0] + (1 - ABAR[t]).sqrt() * noise
         var = ABAR[t] * prior.sigma ** 2 + 1 - ABAR[t]
-        errors = [(noise - (1 - ABAR[t]).sqrt() * (x_t - ABAR[t].sqrt() * mean[0]) / var).square().sum() for mean in means]
+        predictions = [(1 - ABAR[t]).sqrt() * (x_t - ABAR[t].sqrt() * mean[0]) / var for mean in means]
+        errors = [(noise - eps).square().sum() for eps in predictions]
         terms.append((errors[0] - errors[1]).item())
     assert odds[2] == pytest.approx(np.mean(terms), rel=1e-9)
 
 
 @pytest.fixture
 def edits(pipelines, tmp_path, monkeypatch, capsys):
-    """bench.py edits on a drawing and a picture with the tiny pipeline, which brings its own steps; the printed lines."""
+    """bench.py edits on a drawing and a picture with the tiny pipeline, which brings its own steps; what it prints."""
     monkeypatch.setattr(run, "FRAMES", 2)
     (tmp_path / "face.svg").write_text(DRAWING)
     Image.new("RGB", (20, 12), "tomato").save(tmp_path / "red.png")
@@ -2278,8 +2286,8 @@ def edits(pipelines, tmp_path, monkeypatch, capsys):
 
     def call(*flags, out="out"):
         capsys.readouterr()
-        code = bench.main(["edits", "--list", str(tmp_path / "list.txt"), "--model", str(tmp_path / "model"), "--losses",
-                           "sds", "pds", "--out", str(tmp_path / out), *map(str, flags)])
+        code = bench.main(["edits", "--list", str(tmp_path / "list.txt"), "--model", str(tmp_path / "model"),
+                           "--losses", "sds", "pds", "--out", str(tmp_path / out), *map(str, flags)])
         return code, capsys.readouterr().out.splitlines()
     return call
 
@@ -2312,8 +2320,8 @@ def test_the_table_holds_the_means_and_stands_when_it_is_made(edits, tmp_path, m
     code, lines = edits()
     assert code == 0
     rows = csv_rows(tmp_path / "out" / "table.csv")
-    assert [(r["mode"], r["file"], r["loss"]) for r in rows] == [(m, f, n) for m, f in (("svg", "face.svg"), ("image", "red.png"))
-                                                                 for n in ("sds", "pds")]
+    wanted = [(m, f, n) for m, f in (("svg", "face.svg"), ("image", "red.png")) for n in ("sds", "pds")]
+    assert [(r["mode"], r["file"], r["loss"]) for r in rows] == wanted
     start = next(i for i, line in enumerate(lines) if line.startswith("mode "))
     printed = [line.split() for line in lines[start:start + 7]]
     assert printed[0] == ["mode", "loss", "edits", "log-odds", "read", "PSNR", "SSIM", "s", "MB"]
@@ -2369,18 +2377,20 @@ def test_an_interrupted_table_goes_on_with_what_is_missing(fake_edits, tmp_path,
     shutil.rmtree(tmp_path / "out" / "splat")
     monkeypatch.setattr(run, "run_one", made)
     fake_edits.called.clear()
-    assert fake_edits()[0] == 0 and [c for c in fake_edits.called if c[0] != "fit"] == [("splat", "sds"), ("splat", "pds")]
+    assert fake_edits()[0] == 0
+    assert [c for c in fake_edits.called if c[0] != "fit"] == [("splat", "sds"), ("splat", "pds")]
     assert (tmp_path / "out" / "nerf" / "scene-a-face" / "pds" / "row.json").read_bytes() == kept
 
 
 def test_the_mode_bench_is_that_command(edits, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "HERE", tmp_path)
     (tmp_path / "examples").mkdir()
-    (tmp_path / "examples" / "edits.txt").write_text("svg | ../face.svg | a face | a cat\nimage | ../red.png | a red | a blue\n")
+    lines = ["svg | ../face.svg | a face | a cat", "image | ../red.png | a red | a blue"]
+    (tmp_path / "examples" / "edits.txt").write_text("\n".join(lines))
     assert run.main(["--mode", "bench", "--compare", "inv2n", "pds", "--steps", "1", "--model", str(tmp_path / "model"),
                      "--out", str(tmp_path / "out")]) == 0
     rows = [(row["mode"], row["loss"]) for row in csv_rows(tmp_path / "out" / "table.csv")]
-    assert rows == [("svg", "pds"), ("image", "inv2n"), ("image", "pds")]  # an editor of pictures has no drawing to go on with
+    assert rows == [("svg", "pds"), ("image", "inv2n"), ("image", "pds")]  # an editor of pictures makes no drawing
 
 
 @pytest.fixture(scope="module")
@@ -2391,9 +2401,10 @@ def tiny_clip(tmp_path_factory):
     tokens = AutoTokenizer.from_pretrained(HERE / "models" / "emoji" / "tokenizer")
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig(projection_dim=8, vision_config=small | dict(image_size=16, patch_size=8), text_config=small | dict(
-        vocab_size=len(tokens), max_position_embeddings=20, bos_token_id=tokens.bos_token_id, pad_token_id=tokens.pad_token_id,
-        eos_token_id=tokens.eos_token_id))).save_pretrained(folder)
+    text = small | dict(vocab_size=len(tokens), max_position_embeddings=20, bos_token_id=tokens.bos_token_id,
+                        pad_token_id=tokens.pad_token_id, eos_token_id=tokens.eos_token_id)
+    vision = small | dict(image_size=16, patch_size=8)
+    CLIPModel(CLIPConfig(projection_dim=8, vision_config=vision, text_config=text)).save_pretrained(folder)
     pictures = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     CLIPProcessor(pictures, tokens).save_pretrained(folder)
     return folder
@@ -2434,15 +2445,16 @@ def test_clip_and_lpips_add_their_columns_to_what_stands(fake_edits, tiny_clip, 
 
 @pytest.mark.parametrize("text, message", [
     ("# fine\n\nsvg | face.svg | a face", "line 3: need mode | file | source prompt | target prompt"),
-    ("svg | face.svg | | a cat", "line 1: need mode"), ("video | face.svg | a | b", "line 1: mode 'video' is none of svg, image"),
+    ("svg | face.svg | | a cat", "line 1: need mode"),
+    ("video | face.svg | a | b", "line 1: mode 'video' is none of svg, image"),
     ("svg | face.svg | a | b\nimage | cat.png | a | b", "cat.png: no such file"),
     ("nerf | face.svg | a | b", "face.svg: no such folder"), ("# nothing", "no edit in it"),
-    ("svg | face.svg | a | b\nsvg | face.svg | c | B", "line 2: its results would lie in svg/face-b with another edit's")])
+    ("svg | face.svg | a | b\nsvg | face.svg | c | B", "line 2: its results would lie in svg/face-b with another")])
 def test_a_wrong_line_of_the_list_is_named_and_nothing_runs(fake_edits, tmp_path, capsys, text, message):
     (tmp_path / "list.txt").write_text(text)
     assert bench.main(["edits", "--list", str(tmp_path / "list.txt"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.splitlines()
-    assert len(error) == 1 and error[0].startswith("bench.py: error: ") and message in error[0] and "list.txt" in error[0]
+    assert len(error) == 1 and error[0].startswith(f"bench.py: error: {tmp_path / 'list.txt'}") and message in error[0]
     assert not fake_edits.called and not (tmp_path / "out").exists()
 
 

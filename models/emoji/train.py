@@ -404,7 +404,8 @@ def train_unet(args, device, vae, log):
 # ---- InstructPix2Pix: the same UNet with eight channels -------------------------------------------------
 
 INSTRUCTIONS = ["make it a ", "make it a ", "turn it into a ", "make it ", ""]
-TUNED = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks.2", "conv_norm_out", "conv_out")
+TUNED = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks.2", "conv_norm_out",
+         "conv_out")
 
 
 def widen(unet):
@@ -451,8 +452,8 @@ def draw_pairs(sets, count, rng):
             instructions.append(picker.choice(["make it a ", "make it "]) + caption.replace("COLOUR", colour)
                                 if picker.random() < 0.7 else f"make it {colour}")
         else:
-            j = picker.choice(words[picker.choice(captions[i][0].split())]) if kind < 0.75 else picker.randrange(len(rgba))
-            source.append(rgba[j])
+            like = words[picker.choice(captions[i][0].split())] if kind < 0.75 else range(len(rgba))
+            source.append(rgba[picker.choice(like)])
             target.append(rgba[i])
             name = captions[i][0] if picker.random() < 0.7 else picker.choice(captions[i])
             instructions.append(picker.choice(INSTRUCTIONS) + name)
@@ -517,9 +518,10 @@ def train_instruct(args, device, log):
         old |= {f"text_encoder.{k}": v for k, v in before.text_encoder.state_dict().items()}
         new = {f"unet.{k}": v for k, v in run.ema["unet"].state_dict().items()}
         new |= {f"text_encoder.{k}": v for k, v in run.ema["text"].state_dict().items()}
-        changed = {k: v.half().contiguous() for k, v in new.items() if v.shape != old[k].shape or not v.equal(old[k].float())}
-        save_file(changed, args.out / "instruct.safetensors.part")
-        (args.out / "instruct.safetensors.part").replace(args.out / "instruct.safetensors")
+        same = lambda k: new[k].shape == old[k].shape and new[k].equal(old[k].float())
+        part = args.out / "instruct.safetensors.part"
+        save_file({k: v.half().contiguous() for k, v in new.items() if not same(k)}, part)
+        part.replace(args.out / "instruct.safetensors")
 
     null = ids_of("").to(device)
     rng = torch.Generator().manual_seed(100 + run.step)
