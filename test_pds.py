@@ -719,7 +719,7 @@ def test_svg_degenerate_file_renders_clean(load_svg, tmp_path, body):
 
 def test_svg_skip_unsupported_warns_and_goes_on(load_svg):
     body = '<text>hi</text><g filter="url(#f)"><rect width="8" height="8"/></g>'
-    with pytest.warns(UserWarning, match="<text> is not supported"):
+    with pytest.warns(UserWarning, match="filter on <g>"), pytest.warns(UserWarning, match="<text> is not supported"):
         svg = load_svg(body, skip_unsupported=True)
     assert svg_darkness(svg) == pytest.approx(64) and svg.document.skipped == ["<text>", "filter on <g>"]
 
