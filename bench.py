@@ -922,7 +922,7 @@ def squares(path):
 
 def losses_of(mode, losses):
     """Those that the mode allows: the editors of pictures have no drawing to go on with."""
-    return [name for name in losses if mode != "svg" or name not in run.EDITORS]
+    return [name for name in losses if mode in run.EDITABLE or name not in run.EDITORS]
 
 
 def edits(args):
@@ -1047,16 +1047,7 @@ def main(argv=None):
     a("--fit-seconds", type=run.number(float, 0), default=60.0, help="of a scene's fit, made once (default: 60)")
     a("--out", type=Path, default=Path("out/edits"), help="what stands there is not made again (default: out/edits)")
     args = parser.parse_args(argv)
-    try:
-        return 1 if args.measure(args) else 0
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as e:
-        print(f"bench.py: error: {e}", file=sys.stderr)
-        return 2
-    except FloatingPointError as e:
-        print(f"bench.py: {e}", file=sys.stderr)
-        return 1
+    return run.exit_code("bench.py", lambda: 1 if args.measure(args) else 0)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ class Prior:
 
     @staticmethod
     def _complete(pipe, folder):
+        """The pipeline as this class needs it; raises PriorError."""
         if "InstructPix2Pix" in type(pipe).__name__:
             raise PriorError("an InstructPix2Pix model edits pictures, it is no prior of text to image")
         return pipe
@@ -231,9 +232,6 @@ class InstructPix2Pix(Prior):
                     getattr(pipe, part).load_state_dict(state)
             except (SafetensorError, RuntimeError, KeyError) as e:  # damaged, or of another model
                 raise PriorError(f"{tuned.name}: {' '.join(str(e).split())[:200]}") from e
-        elif unet.config.in_channels != 2 * unet.config.out_channels:
-            raise PriorError(f"the UNet takes {unet.config.in_channels} channels, and there is no {tuned.name}: no "
-                             "InstructPix2Pix model")
         parts = {k: getattr(pipe, k) for k in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
         return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
                                                  requires_safety_checker=False)

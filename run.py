@@ -154,6 +154,7 @@ SUFFIX = {"svg": ".svg", "image": ".png", "nerf": ".safetensors", "splat": ".ply
 HOLD = {"svg": 1, "image": 1, "nerf": 10, "splat": 10}  # steps that a view is kept, as in the paper
 REFIT = {"nerf": 1, "splat": 4}  # a dataset update is a fit: times the rates of an edit
 FITTED = {"nerf": NeRF, "splat": Splats}  # modes with a scene of many views
+EDITABLE = ("image", *FITTED)  # modes with pictures, which EDITORS need
 AROUND = {"turntable": turntable, "input": input_path}  # ways of its animation
 
 
@@ -546,7 +547,7 @@ def parse(argv=None):
     several = list(dict.fromkeys(args.compare or LOSSES))
     args.losses = [args.loss] if args.compare is None and args.mode != "bench" else several
     editors = [name for name in args.losses if name in EDITORS]
-    if editors and args.mode not in ("image", "bench", *FITTED):
+    if editors and args.mode not in (*EDITABLE, "bench"):
         p.error(f"{editors[0]} edits pictures: only with --mode image, nerf and splat")
     return args
 
@@ -572,6 +573,52 @@ def complete(args, prior):
         raise ValueError(f"--stride {args.stride} is longer than the lowest timestep, {lowest}: raise --t-min")
 
 
+def work(args):
+    """What main does, with its errors."""
+    if args.input is None:
+        name, source, target = EXAMPLE[args.mode]
+        args.input = HERE / "examples" / name
+        args.source = source if args.source is None else args.source
+        args.target = target if args.target is None else args.target
+    if not args.input.exists() or args.input.is_dir() and args.mode not in FITTED:
+        raise ValueError(f"{args.input}: no such file")
+    name = f"{args.input.stem}-{args.loss if args.compare is None else 'compare'}"
+    args.out = args.out or Path("out") / name
+    args.fit = args.out.parent / f"{args.input.stem}-{args.mode}-fit.pt"
+    if args.fit_only:
+        scene = fit(args)
+        psnr, views = evaluate(scene, scene.scene)
+        done = scene.fitted
+        print(f"test PSNR {psnr:.1f} dB, {views} views, {done['steps']} steps, {done['seconds']:.1f} s")
+        return
+    for prompt in ("source", "target"):
+        if not (getattr(args, prompt) or "").strip():
+            raise ValueError(f"--{prompt} is missing or empty: say in a few words what the {prompt} shows")
+    prior = Prior.from_pretrained(args.model, args.device)
+    complete(args, prior)
+    if args.compare is None:
+        run_one(prior, args.loss, args, args.out)
+    else:
+        pairs = {name: run_one(prior, name, args, args.out / name) for name in args.losses}
+        rows = [("source", args.source, pairs[args.losses[0]][0])]
+        write(args.out / "sheet.png", sheet(rows + [(TITLES[n], args.target, pairs[n][1]) for n in pairs]))
+    print(f"done: {args.out / 'sheet.png'}")
+
+
+def exit_code(program, call):
+    """Of call(): what it returns, or 130 after Ctrl-C, 2 and one line for bad input, 1 for a loss that is not finite."""
+    try:
+        return call() or 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as e:
+        print(f"{program}: error: {e}", file=sys.stderr)
+        return 2
+    except FloatingPointError as e:
+        print(f"{program}: {e}", file=sys.stderr)
+        return 1
+
+
 def main(argv=None):
     args = parse(argv)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
@@ -583,44 +630,7 @@ def main(argv=None):
                            "--fit-seconds", str(args.fit_seconds), "--out", str(args.out or "out/edits"),
                            *(["--clip", args.clip] if args.clip else []),
                            *(["--steps", str(args.steps)] if args.steps else [])])
-    try:
-        if args.input is None:
-            name, source, target = EXAMPLE[args.mode]
-            args.input = HERE / "examples" / name
-            args.source = source if args.source is None else args.source
-            args.target = target if args.target is None else args.target
-        if not args.input.exists() or args.input.is_dir() and args.mode not in FITTED:
-            raise ValueError(f"{args.input}: no such file")
-        name = f"{args.input.stem}-{args.loss if args.compare is None else 'compare'}"
-        args.out = args.out or Path("out") / name
-        args.fit = args.out.parent / f"{args.input.stem}-{args.mode}-fit.pt"
-        if args.fit_only:
-            scene = fit(args)
-            psnr, views = evaluate(scene, scene.scene)
-            done = scene.fitted
-            print(f"test PSNR {psnr:.1f} dB, {views} views, {done['steps']} steps, {done['seconds']:.1f} s")
-            return 0
-        for prompt in ("source", "target"):
-            if not (getattr(args, prompt) or "").strip():
-                raise ValueError(f"--{prompt} is missing or empty: say in a few words what the {prompt} shows")
-        prior = Prior.from_pretrained(args.model, args.device)
-        complete(args, prior)
-        if args.compare is None:
-            run_one(prior, args.loss, args, args.out)
-        else:
-            pairs = {name: run_one(prior, name, args, args.out / name) for name in args.losses}
-            rows = [("source", args.source, pairs[args.losses[0]][0])]
-            write(args.out / "sheet.png", sheet(rows + [(TITLES[n], args.target, pairs[n][1]) for n in pairs]))
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as e:
-        print(f"run.py: error: {e}", file=sys.stderr)
-        return 2
-    except FloatingPointError as e:
-        print(f"run.py: {e}", file=sys.stderr)
-        return 1
-    print(f"done: {args.out / 'sheet.png'}")
-    return 0
+    return exit_code("run.py", lambda: work(args))
 
 
 if __name__ == "__main__":

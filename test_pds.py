@@ -1893,7 +1893,7 @@ def test_an_editor_out_of_a_prior_and_what_differs(pipelines, tmp_path):
     with pytest.raises(PriorError, match="sd: instruct.safetensors: ") as e:
         InstructPix2Pix.from_pretrained(tmp_path / "sd")
     assert "\n" not in str(e.value)
-    with pytest.raises(PriorError, match="takes 4 channels, and there is no instruct.safetensors"):
+    with pytest.raises(PriorError, match="takes 4 channels, a latent has 4: no InstructPix2Pix model"):
         InstructPix2Pix.from_pretrained(pipelines["sd"])
     another = {"unet.conv_in.weight": wide[:, :, :1].contiguous()}
     save_file(another, tmp_path / "sd" / "instruct.safetensors")

@@ -175,6 +175,13 @@ def schedule(spent, minutes, peak, warmup=0.02):
     return peak * (u / warmup if u < warmup else 0.5 * (1 + math.cos(math.pi * (u - warmup) / (1 - warmup))))
 
 
+def min_snr(scheduler):
+    """Weights [T] of mean 1 (Hang et al., arXiv 2303.09556): the steps of little noise say little about the caption."""
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    weight = snr.clamp(max=5) / snr
+    return weight / weight.mean()
+
+
 class Run:
     """One resumable training: models, optimiser, minutes spent; checkpoints are written beside and renamed."""
 
@@ -211,6 +218,23 @@ class Run:
         now = time.time()
         self.spent, self.clock = self.spent + (now - self.clock) / 60, now
         return self.spent < self.minutes
+
+    def train(self, batch_loss, held_out_loss, export, log):
+        """Steps on batch_loss() until the minutes are spent; every five of them, and at the end, save and export."""
+        name, mean, self.clock = self.path.stem, 0.0, time.time()
+        more = self.spent < self.minutes
+        while more:
+            loss = batch_loss()
+            more = self.update(loss)
+            mean += 0.01 * (loss.item() - mean) if mean else loss.item()
+            if self.step % 200 == 0 or not more:
+                log(f"{name} step {self.step} {self.spent:.1f} min loss {mean:.4f}")
+            if self.spent - self.saved > 5 or not more:
+                with torch.no_grad():
+                    val = held_out_loss(*self.ema.values())
+                log(f"{name} step {self.step} {self.spent:.1f} min held-out loss {val.item():.4f}")
+                self.save()
+                export()
 
     def save(self):
         state = dict(modules={k: m.state_dict() for k, m in self.modules.items()},
@@ -351,10 +375,7 @@ def train_unet(args, device, vae, log):
         error = (pred.float() - noise).square().mean((1, 2, 3))
         return (error * weight[t]).mean() if weighted else error.mean()
 
-    # min-SNR weights (Hang et al., arXiv 2303.09556): the steps of little noise say little about the caption
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    weight = (snr.clamp(max=5) / snr).to(device)
-    weight = weight / weight.mean()
+    weight = min_snr(scheduler).to(device)
 
     held, held_captions = items(args.icons, HELD_OUT, args.work, recoloured=False)
     rng = torch.Generator().manual_seed(5)
@@ -379,8 +400,8 @@ def train_unet(args, device, vae, log):
     weights = torch.tensor([0.35 if c[0].split()[0] in HUES and len(c) == 1 else 1.0 for c in captions])
     rng = torch.Generator().manual_seed(100 + run.step)
     picker = random.Random(run.step)
-    more, mean, run.clock = run.spent < args.minutes, 0.0, time.time()
-    while more:
+
+    def batch_loss():
         rows = torch.multinomial(weights, args.batch, replacement=True, generator=rng)
         pool = torch.randint(len(latents), (args.batch,), generator=rng)
         x0 = (latents[pool, rows].float() * scaling).to(device, memory_format=torch.channels_last)
@@ -388,17 +409,9 @@ def train_unet(args, device, vae, log):
         ids = torch.stack([tokens[w] for w in words]).to(device)
         t = torch.randint(1000, (args.batch,), generator=rng).to(device)
         noise = torch.randn(x0.shape, generator=rng).to(device)
-        loss = loss_of(unet, text, x0, ids, noise, t, weighted=True)
-        more = run.update(loss)
-        mean += 0.01 * (loss.item() - mean) if mean else loss.item()
-        if run.step % 200 == 0 or not more:
-            log(f"unet step {run.step} {run.spent:.1f} min loss {mean:.4f}")
-        if run.spent - run.saved > 5 or not more:
-            with torch.no_grad():
-                val = loss_of(run.ema["unet"], run.ema["text"], held_x0, held_ids, held_noise, held_t)
-            log(f"unet step {run.step} {run.spent:.1f} min held-out loss {val.item():.4f}")
-            run.save()
-            export()
+        return loss_of(unet, text, x0, ids, noise, t, weighted=True)
+
+    run.train(batch_loss, lambda *ema: loss_of(*ema, held_x0, held_ids, held_noise, held_t), export, log)
 
 
 # ---- InstructPix2Pix: the same UNet with eight channels -------------------------------------------------
@@ -501,9 +514,7 @@ def train_instruct(args, device, log):
 
     run = Run(args.work / "instruct.pt", {"unet": unet, "text": text}, 5e-4, args.minutes)
     run.ema["unet"].set_attn_processor(AttnProcessor())
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    weight = (snr.clamp(max=5) / snr).to(device)
-    weight = weight / weight.mean()
+    weight = min_snr(scheduler).to(device)
 
     def loss_of(unet, text, pairs, ids, noise, t, weighted=False):
         image, x0 = pairs[:, 0], pairs[:, 1] * scaling  # the image's latent comes unscaled, as in the paper's code
@@ -525,8 +536,8 @@ def train_instruct(args, device, log):
 
     null = ids_of("").to(device)
     rng = torch.Generator().manual_seed(100 + run.step)
-    more, mean, run.clock = run.spent < args.minutes, 0.0, time.time()
-    while more:
+
+    def batch_loss():
         rows = torch.randint(len(latents), (args.batch,), generator=rng)
         pairs, now = latents[rows].float().to(device), ids[rows].to(device)
         drop = torch.rand(args.batch, generator=rng).to(device)  # 5 % without text, 5 % without picture, 5 % without both
@@ -534,17 +545,9 @@ def train_instruct(args, device, log):
         pairs[:, 0] *= ((drop < 0.05) | (drop > 0.15))[:, None, None, None].float()
         t = torch.randint(1000, (args.batch,), generator=rng).to(device)
         noise = torch.randn(pairs[:, 0].shape, generator=rng).to(device)
-        loss = loss_of(unet, text, pairs, now, noise, t, weighted=True)
-        more = run.update(loss)
-        mean += 0.01 * (loss.item() - mean) if mean else loss.item()
-        if run.step % 200 == 0 or not more:
-            log(f"instruct step {run.step} {run.spent:.1f} min loss {mean:.4f}")
-        if run.spent - run.saved > 5 or not more:
-            with torch.no_grad():
-                val = loss_of(run.ema["unet"], run.ema["text"], held, held_ids, held_noise, held_t)
-            log(f"instruct step {run.step} {run.spent:.1f} min held-out loss {val.item():.4f}")
-            run.save()
-            export()
+        return loss_of(unet, text, pairs, now, noise, t, weighted=True)
+
+    run.train(batch_loss, lambda *ema: loss_of(*ema, held, held_ids, held_noise, held_t), export, log)
 
     pipe = StableDiffusionInstructPix2PixPipeline(vae=vae, text_encoder=run.ema["text"], tokenizer=tokenizer,
                                                   unet=run.ema["unet"], scheduler=scheduler, safety_checker=None,
