@@ -1,6 +1,7 @@
 """The tests of the whole repository: `pytest -q`. No network, no GPU, nothing random that is not seeded."""
 import copy
 import csv
+import importlib.util
 import io
 import json
 import math
@@ -1974,6 +1975,47 @@ def test_the_shipped_editor_turns_a_red_heart_blue_in_its_place():
     assert blue > red + 0.3 and before.transpose(0, 1)[0, inside].mean() > 0.9
     now = (after - 1).abs().sum(1) > 0.5
     assert (inside & now).sum() > 0.8 * (inside | now).sum()  # the heart is where it was
+
+
+@pytest.fixture(scope="module")
+def train():
+    spec = importlib.util.spec_from_file_location("train", HERE / "models" / "emoji" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_timesteps_of_the_training_are_drawn_as_min_snr_weights_them(train):
+    scheduler = types.SimpleNamespace(alphas_cumprod=ABAR.float())
+    rng = torch.Generator().manual_seed(0)
+    t = torch.cat([train.draw_timesteps(scheduler, 128, rng) for _ in range(500)])
+    snr = ABAR / (1 - ABAR)
+    weight = (5 / snr).clamp(max=1)
+    for low, high in ((0, 100), (100, 200), (200, 500), (500, 1000)):
+        share = ((t >= low) & (t < high)).double().mean()
+        assert share.item() == pytest.approx((weight[low:high].sum() / weight.sum()).item(), abs=0.002)  # evenly spread: no luck in it
+
+
+def test_augmented_drawings_keep_what_they_should(train):
+    rgba = torch.zeros(3, 4, 128, 128, dtype=torch.uint8)
+    rgba[:, 3, 32:96, 32:96] = 255
+    rgba[1, 0] = 255  # black, red, grey squares
+    rgba[2, :3] = 128
+    plain = train.augment(rgba, torch.Generator(), white=1.0, strength=0.0)
+    assert_close(plain, torch.nn.functional.avg_pool2d(
+        rgba[:, :3] / 255 * (rgba[:, 3:] / 255) + 1 - rgba[:, 3:] / 255, 2), atol=1e-5, rtol=0)
+    turned = train.augment(rgba, torch.Generator().manual_seed(1), white=1.0, strength=0.0, turned=torch.ones(3))
+    assert_close(turned[[0, 2]], plain[[0, 2]], atol=1e-5, rtol=0)  # black and grey have no hue
+    assert (turned[1] - plain[1]).abs().amax() > 0.2 and turned.min() >= 0 and turned.max() <= 1
+    warped = train.augment(rgba, torch.Generator().manual_seed(1), white=1.0, strength=0.0, warp=0.05)
+    area = lambda x: (1 - x[0]).sum()
+    assert 0.7 * area(plain) < area(warped) < 1.4 * area(plain) and (warped - plain).abs().amax() > 0.3
+
+
+def test_names_of_sets_with_other_spellings(train):
+    assert train.compact("alarm-clock 2") == "alarmclock2"
+    assert train.hour("clock8thirty") == "eightthirty" and train.hour("clock12oclock") == "twelveoclock"
+    assert train.hour("clock13oclock") == "clock13oclock" and train.hour("alarm-clock") == "alarm-clock"
 
 
 # ---- run.py -------------------------------------------------------------------------------------------

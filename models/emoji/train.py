@@ -1,7 +1,8 @@
 """Train the embedded prior: a small text-to-image latent diffusion model on openly licensed emoji.
 
     npm install --prefix /tmp/icons @iconify-json/noto @iconify-json/twemoji @iconify-json/fluent-emoji \
-        @iconify-json/fluent-emoji-flat @iconify-json/emojione @iconify-json/noto-v1 emojilib
+        @iconify-json/fluent-emoji-flat @iconify-json/fxemoji @iconify-json/streamline-emojis \
+        @iconify-json/emojione @iconify-json/noto-v1 emojilib
     pip install resvg_py
     python models/emoji/train.py --icons /tmp/icons/node_modules/@iconify-json
 
@@ -29,15 +30,17 @@ from diffusers import (AutoencoderKL, DDIMScheduler, StableDiffusionInstructPix2
                        UNet2DConditionModel)
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 HERE = Path(__file__).resolve().parent
-TRAIN = ["noto", "twemoji", "fluent-emoji-flat", "fluent-emoji"]
+FULL = ["noto", "twemoji", "fluent-emoji-flat", "fluent-emoji"]  # their names are the vocabulary
+TRAIN = [*FULL, "fxemoji", "streamline-emojis"]  # the last two know a part of it by spellings of their own
 HELD_OUT = ["emojione", "noto-v1"]  # never trained on: the styles that the examples are edited in
 SIZE, RENDER, TOKENS = 64, 128, 20
 HUES = {"red": 0.0, "orange": 0.08, "yellow": 0.145, "green": 0.33, "blue": 0.6, "purple": 0.77, "pink": 0.91}
+COLOURS = {*HUES, "black", "white", "brown", "grey", "gray", "golden", "gold", "silver", "light", "dark", "blond"}
 
 
 # ---- data ---------------------------------------------------------------------------------------------
@@ -51,9 +54,9 @@ def write_vocabulary(icons):
     Synonyms are the sets' own aliases and those keywords of emojilib that at most two emoji share, three of
     them; what the file holds already stays.
     """
-    sheets = [json.loads((Path(icons) / s / "icons.json").read_text()) for s in TRAIN]
+    sheets = [json.loads((Path(icons) / s / "icons.json").read_text()) for s in FULL]
     counts = Counter(n for sheet in sheets for n in {*sheet["icons"], *sheet.get("aliases", {})})
-    names = {n for sheet in sheets for n in sheet["icons"] if counts[n] == len(TRAIN) or not NOT_WANTED.match(n)}
+    names = {n for sheet in sheets for n in sheet["icons"] if counts[n] == len(FULL) or not NOT_WANTED.match(n)}
     names = {n for n in names if not re.match("flag-(?!in-hole)|unknown-flag", n)}
     synonyms = {n: vocabulary().get(n, [n.replace("-", " ")])[1:] for n in names}
     for sheet in sheets:
@@ -84,16 +87,31 @@ def vocabulary():
     return {names[0].strip().replace(" ", "-"): [n.strip() for n in names] for names in lines}
 
 
+def compact(name):
+    """A name without what sets spell differently: "alarm-clock" is "alarmclock"."""
+    return re.sub("[^a-z0-9]", "", name)
+
+
+def hour(name):
+    """ "clock8thirty" -> "eightthirty"; other names stay."""
+    hours = "one two three four five six seven eight nine ten eleven twelve".split()
+    found = re.fullmatch(r"clock(1[0-2]|[1-9])(oclock|thirty)", name)
+    return hours[int(found[1]) - 1] + found[2] if found else name
+
+
 def render_icons(icons, style, work):
     """The drawings of one set that are in the vocabulary: names [N], RGBA uint8 [N,4,128,128]; cached in work."""
     cache = work / f"{style}.npz"
     if not cache.exists():
         sheet, vocab = json.loads((Path(icons) / style / "icons.json").read_text()), vocabulary()
-        names = [n for n in {**sheet["icons"], **sheet.get("aliases", {})} if n in vocab]
+        spelling = {compact(c): n for n in reversed(vocab) for c in reversed(vocab[n])}
         kept, pictures = [], []
-        for name in names:
+        for name in {**sheet["icons"], **sheet.get("aliases", {})}:
             icon = sheet["icons"].get(name) or sheet["icons"].get(sheet["aliases"][name]["parent"])
-            if icon is None:
+            if style in TRAIN and style not in FULL:  # "alarmclock", "baby-2", "winking", "clock8thirty"
+                guesses = compact(name), compact(name.rstrip("0123456789")), compact(name) + "face", hour(name)
+                name = next((spelling[g] for g in guesses if g in spelling), None)
+            if icon is None or name not in vocab:
                 continue
             w, h = icon.get("width", sheet.get("width", 16)), icon.get("height", sheet.get("height", 16))
             svg = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -108,11 +126,12 @@ def render_icons(icons, style, work):
     return data["names"].tolist(), torch.from_numpy(data["pictures"])
 
 
-def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3):
+def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3, warp=0.0, turned=None):
     """uint8 [B,4,128,128] -> RGB [B,3,64,64] in [0,1]: moved a little, a part shaded, on a flat background.
 
-    Rotation by up to 15 degrees, scale, shift and a slight perspective, all times `strength`; a share
-    1 - `white` of the backgrounds is a light colour.
+    Rotation by up to 15 degrees, scale, shift, a slight perspective, paler or stronger colours, all times `strength`; a
+    share 1 - `white` of the backgrounds is a light colour. What other styles may look like: proportions that differ,
+    by a smooth displacement of about `warp` half sides; any other hue where `turned` [B] is true.
     """
     b = len(rgba)
     u = lambda *shape: torch.rand(*shape, generator=rng)
@@ -124,21 +143,34 @@ def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3):
     grid = F.affine_grid(theta, (b, 4, SIZE, SIZE), align_corners=False)
     tilt = (u(b, 1, 1, 2) - 0.5) * 0.3 * strength
     grid = grid / (1 + (grid * tilt).sum(-1, keepdim=True))
+    if warp:
+        bend = torch.randn(b, 2, 4, 4, generator=rng) * warp
+        grid = grid + F.interpolate(bend, grid.shape[1:3], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     x = rgba.float() / 255
     x = torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], 1)  # premultiplied, or transparent pixels bleed into the edges
     x = F.grid_sample(x, grid, align_corners=False)
+    rgb, alpha = x[:, :3], x[:, 3:]
+    if turned is not None:  # about the grey axis
+        turn = 2 * math.pi * u(b) * turned
+        a, c = (1 + 2 * turn.cos()) / 3, turn.sin() / math.sqrt(3)
+        own, left, right = a, (1 - a) / 2 - c, (1 - a) / 2 + c
+        matrix = torch.stack([own, left, right, right, own, left, left, right, own], 1).view(b, 3, 3)
+        rgb = torch.einsum("bij,bjhw->bihw", matrix, rgb)
+    grey = rgb.mean(1, keepdim=True)
+    rgb = grey + (rgb - grey) * (1 + (u(b, 1, 1, 1) - 0.6) * 0.5 * strength)
+    rgb = (rgb * (1 + (u(b, 1, 1, 1) - 0.6) * 0.25 * strength)).clamp(min=0).minimum(alpha)
     direction = 2 * math.pi * u(b)  # light from one side, as a render of a 3D scene has it
     light = (grid * torch.stack([direction.cos(), direction.sin()], 1)[:, None, None]).sum(-1)
     light = 1 - (u(b, 1, 1) * 0.35 * (1 + light) / 2 + u(b, 1, 1) * 0.2 * grid.square().sum(-1)).clamp(0, 0.6)
     light = torch.where(u(b, 1, 1) < shaded * min(strength, 1), light, torch.ones(()))
     background = torch.where(u(b, 1) < white, torch.ones(b, 3), 1 - u(b, 3) * u(b, 1) * 0.6)
-    return x[:, :3] * light[:, None] + (1 - x[:, 3:]) * background[:, :, None, None]
+    return rgb * light[:, None] + (1 - alpha) * background[:, :, None, None]
 
 
 def recolour(rgba, hue):
     """Turn every saturated pixel of an RGBA picture [4,H,W] to one hue, shading kept; black and white stay."""
     hsv = np.asarray(Image.fromarray(rgba[:3].permute(1, 2, 0).numpy()).convert("HSV")).copy()
-    mask = hsv[..., 1] > 90
+    mask = hsv[..., 1] > 60
     hsv[..., 0][mask] = int(hue * 255)
     rgb = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
     return torch.cat([torch.from_numpy(rgb.copy()).permute(2, 0, 1), rgba[3:]])
@@ -175,11 +207,15 @@ def schedule(spent, minutes, peak, warmup=0.02):
     return peak * (u / warmup if u < warmup else 0.5 * (1 + math.cos(math.pi * (u - warmup) / (1 - warmup))))
 
 
-def min_snr(scheduler):
-    """Weights [T] of mean 1 (Hang et al., arXiv 2303.09556): the steps of little noise say little about the caption."""
+def draw_timesteps(scheduler, batch, rng):
+    """[batch] timesteps drawn as often as min-SNR (Hang et al., arXiv 2303.09556) would weight them, spread evenly.
+
+    The steps of little noise say little about the caption; drawn less often, they cost less than weighted down.
+    """
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    weight = snr.clamp(max=5) / snr
-    return weight / weight.mean()
+    share = (snr.clamp(max=5) / snr).cumsum(0)
+    even = (torch.arange(batch) + torch.rand(batch, generator=rng)) / batch
+    return torch.searchsorted(share / share[-1], even).clamp(max=len(share) - 1)
 
 
 class Run:
@@ -187,8 +223,8 @@ class Run:
 
     def __init__(self, path, modules, peak, minutes):
         self.path, self.modules, self.peak, self.minutes = path, modules, peak, minutes
-        self.optimiser = torch.optim.AdamW([p for m in modules.values() for p in m.parameters() if p.requires_grad],
-                                           lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.ema = {k: copy.deepcopy(m).requires_grad_(False) for k, m in modules.items()}
         for m in modules.values():
             planar_group_norm(m)
@@ -207,7 +243,7 @@ class Run:
             group["lr"] = schedule(self.spent, self.minutes, self.peak)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], 1.0)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
         decay = min(decay, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
@@ -231,8 +267,8 @@ class Run:
                 log(f"{name} step {self.step} {self.spent:.1f} min loss {mean:.4f}")
             if self.spent - self.saved > 5 or not more:
                 with torch.no_grad():
-                    val = held_out_loss(*self.ema.values())
-                log(f"{name} step {self.step} {self.spent:.1f} min held-out loss {val.item():.4f}")
+                    held_out = held_out_loss(*self.ema.values()).item()
+                log(f"{name} step {self.step} {self.spent:.1f} min held-out loss {held_out:.4f}")
                 self.save()
                 export()
 
@@ -251,7 +287,8 @@ def train_vae(args, device, log):
                         block_out_channels=[16, 32, 64], layers_per_block=1, norm_num_groups=8, latent_channels=4,
                         sample_size=SIZE, mid_block_add_attention=False).to(device, memory_format=torch.channels_last)
     if args.start:
-        return AutoencoderKL.from_pretrained(args.start, subfolder="vae").to(device).eval()
+        vae = AutoencoderKL.from_pretrained(args.start, subfolder="vae", torch_dtype=torch.float32)
+        return vae.to(device, memory_format=torch.channels_last).eval()
     run = Run(args.work / "vae.pt", {"vae": vae}, 2e-3, args.vae_minutes)
     if run.spent < args.vae_minutes:
         rgba = torch.cat([render_icons(args.icons, s, args.work)[1] for s in TRAIN])
@@ -312,33 +349,26 @@ def phrase(names, picker):
     return picker.choice(PREFIXES) + name
 
 
-def go_on_from(folder, unet, text, tokenizer):
-    """Load UNet and text encoder of an earlier pipeline; a token that is new there is the mean of its old pieces."""
-    unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())
-    old = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").state_dict()
-    old_tokenizer = CLIPTokenizerFast.from_pretrained(folder, subfolder="tokenizer")
-    key = next(k for k in old if k.endswith("token_embedding.weight"))
-    rows, known = [], old_tokenizer.get_vocab()
-    for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        pieces = [known[token]] if token in known else old_tokenizer(
-            tokenizer.decode([tokenizer.convert_tokens_to_ids(token)]), add_special_tokens=False).input_ids
-        rows.append(old[key][pieces or [old_tokenizer.eos_token_id]].mean(0))
-    text.load_state_dict(old | {key: torch.stack(rows)})
-
-
 def train_unet(args, device, vae, log):
     """UNet and text encoder together: epsilon prediction on Stable Diffusion's schedule, 10 % empty captions."""
     rgba, captions = items(args.icons, TRAIN, args.work)
-    tokenizer = make_tokenizer([p + c for names in captions for c in names for p in PREFIXES], args.work)
+    if args.start:  # whatever is new in the captions is spelled with the tokens that its text encoder knows
+        tokenizer = CLIPTokenizerFast.from_pretrained(args.start, subfolder="tokenizer")
+    else:
+        tokenizer = make_tokenizer([p + c for names in captions for c in names for p in PREFIXES], args.work)
     ids_of = lambda c: torch.tensor(tokenizer(c, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
     tokens = {c: ids_of(c) for c in {""}.union(p + c for names in captions for c in names for p in PREFIXES)}
-    encode = lambda x: vae.encode((x * 2 - 1).to(device)).latent_dist.mean
+    colourless = torch.tensor([not COLOURS.intersection(" ".join(c).split()) for c in captions])
+    encode = lambda x: vae.encode((x * 2 - 1).to(device, memory_format=torch.channels_last)).latent_dist.mean
     cache = args.work / "latents.pt"
     if not cache.exists():  # the autoencoder is done, so a pool of augmented pictures is encoded once
         rng, pool = torch.Generator().manual_seed(1), []
         with torch.no_grad():
-            for _ in range(args.pool):
-                pool.append(torch.cat([encode(augment(x, rng)).half().cpu() for x in rgba.split(64)]))
+            for i in range(args.pool):  # every second one is little changed: these are what a plain caption means
+                change = lambda free: (dict(white=0.9, strength=0.3) if i % 2 else
+                                       dict(warp=0.05, turned=free & (torch.rand(free.shape, generator=rng) < 0.25)))
+                pool.append(torch.cat([encode(augment(x, rng, **change(free))).half().cpu()
+                                       for x, free in zip(rgba.split(64), colourless.split(64))]))
         torch.save(torch.stack(pool), cache)
     latents = torch.load(cache)
     scaling = 1 / latents.float().std().item()
@@ -362,20 +392,18 @@ def train_unet(args, device, vae, log):
     scheduler = DDIMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
                               beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     if args.start:
-        go_on_from(args.start, unet, text, tokenizer)
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start, subfolder="unet").state_dict())
+        text.load_state_dict(CLIPTextModel.from_pretrained(args.start, subfolder="text_encoder").state_dict())
     run = Run(args.work / "unet.pt", {"unet": unet, "text": text}, 1e-3, args.minutes)
     run.ema["unet"].set_attn_processor(AttnProcessor())
     log(f"unet {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M, text "
         f"{sum(p.numel() for p in text.parameters()) / 1e6:.2f} M")
 
-    def loss_of(unet, text, x0, ids, noise, t, weighted=False):
+    def loss_of(unet, text, x0, ids, noise, t):
         with torch.autocast(device.type, torch.bfloat16):
             states = text(ids)[0]
             pred = unet(scheduler.add_noise(x0, noise, t), t, states).sample
-        error = (pred.float() - noise).square().mean((1, 2, 3))
-        return (error * weight[t]).mean() if weighted else error.mean()
-
-    weight = min_snr(scheduler).to(device)
+        return (pred.float() - noise).square().mean()
 
     held, held_captions = items(args.icons, HELD_OUT, args.work, recoloured=False)
     rng = torch.Generator().manual_seed(5)
@@ -403,13 +431,14 @@ def train_unet(args, device, vae, log):
 
     def batch_loss():
         rows = torch.multinomial(weights, args.batch, replacement=True, generator=rng)
-        pool = torch.randint(len(latents), (args.batch,), generator=rng)
+        plain = torch.rand(args.batch, generator=rng) < 0.5 + 0.3 * run.spent / args.minutes  # ever more as they are
+        pool = 2 * torch.randint(len(latents) // 2, (args.batch,), generator=rng) + plain
         x0 = (latents[pool, rows].float() * scaling).to(device, memory_format=torch.channels_last)
         words = ["" if picker.random() < 0.1 else phrase(captions[i], picker) for i in rows.tolist()]
         ids = torch.stack([tokens[w] for w in words]).to(device)
-        t = torch.randint(1000, (args.batch,), generator=rng).to(device)
+        t = draw_timesteps(scheduler, args.batch, rng).to(device)
         noise = torch.randn(x0.shape, generator=rng).to(device)
-        return loss_of(unet, text, x0, ids, noise, t, weighted=True)
+        return loss_of(unet, text, x0, ids, noise, t)
 
     run.train(batch_loss, lambda *ema: loss_of(*ema, held_x0, held_ids, held_noise, held_t), export, log)
 
@@ -431,6 +460,17 @@ def widen(unet):
     unet.conv_in = new.to(old.weight.device, old.weight.dtype)
     unet.register_to_config(in_channels=2 * old.in_channels)
     return unet
+
+
+@torch.no_grad()
+def add_editor(folder, unet, text):
+    """What the editor in `folder` learned beyond the prior there, added to the weights of another prior."""
+    before, tuned = StableDiffusionPipeline.from_pretrained(folder), load_file(folder / "instruct.safetensors")
+    for part, module, old in (("unet", unet, widen(before.unet)), ("text_encoder", text, before.text_encoder)):
+        old, new = old.state_dict(), module.state_dict()
+        for name in old:
+            if f"{part}.{name}" in tuned:
+                new[name] += tuned[f"{part}.{name}"].float() - old[name].float()
 
 
 def pair_sets(icons, styles, work, recoloured=True):
@@ -481,6 +521,8 @@ def train_instruct(args, device, log):
     vae, tokenizer, scheduler = pipe.vae.to(device).eval(), pipe.tokenizer, pipe.scheduler
     unet = widen(pipe.unet).to(device, memory_format=torch.channels_last)
     text = pipe.text_encoder.to(device)
+    if args.start:
+        add_editor(args.start, unet, text)
     unet.set_attn_processor(AttnProcessor())
     for name, p in unet.named_parameters():
         p.requires_grad_(name.startswith(TUNED))
@@ -514,14 +556,12 @@ def train_instruct(args, device, log):
 
     run = Run(args.work / "instruct.pt", {"unet": unet, "text": text}, 5e-4, args.minutes)
     run.ema["unet"].set_attn_processor(AttnProcessor())
-    weight = min_snr(scheduler).to(device)
 
-    def loss_of(unet, text, pairs, ids, noise, t, weighted=False):
+    def loss_of(unet, text, pairs, ids, noise, t):
         image, x0 = pairs[:, 0], pairs[:, 1] * scaling  # the image's latent comes unscaled, as in the paper's code
         with torch.autocast(device.type, torch.bfloat16):
             x = torch.cat([scheduler.add_noise(x0, noise, t), image], 1).contiguous(memory_format=torch.channels_last)
-            error = (unet(x, t, text(ids)[0]).sample.float() - noise).square().mean((1, 2, 3))
-        return (error * weight[t]).mean() if weighted else error.mean()
+            return (unet(x, t, text(ids)[0]).sample.float() - noise).square().mean()
 
     def export():
         before = StableDiffusionPipeline.from_pretrained(args.out)
@@ -543,9 +583,9 @@ def train_instruct(args, device, log):
         drop = torch.rand(args.batch, generator=rng).to(device)  # 5 % without text, 5 % without picture, 5 % without both
         now = torch.where((drop < 0.1)[:, None], null, now)
         pairs[:, 0] *= ((drop < 0.05) | (drop > 0.15))[:, None, None, None].float()
-        t = torch.randint(1000, (args.batch,), generator=rng).to(device)
+        t = draw_timesteps(scheduler, args.batch, rng).to(device)
         noise = torch.randn(pairs[:, 0].shape, generator=rng).to(device)
-        return loss_of(unet, text, pairs, now, noise, t, weighted=True)
+        return loss_of(unet, text, pairs, now, noise, t)
 
     run.train(batch_loss, lambda *ema: loss_of(*ema, held, held_ids, held_noise, held_t), export, log)
 
@@ -644,12 +684,13 @@ def main():
     p.add_argument("--icons", required=True, help="folder that holds noto/icons.json, twemoji/icons.json, ...")
     p.add_argument("--work", type=Path, default=HERE / "work", help="checkpoints, caches and the log")
     p.add_argument("--out", type=Path, default=HERE, help="where the pipeline is written")
-    p.add_argument("--start", type=Path, help="go on from this pipeline; its autoencoder stays as it is")
+    p.add_argument("--start", type=Path, help="go on from this pipeline; its autoencoder stays as it is; instruct: begin "
+                                              "with what its editor learned")
     p.add_argument("--vae-minutes", type=float, default=17, help="training time of the autoencoder")
     p.add_argument("--minutes", type=float, default=95, help="training time of UNet and text encoder")
-    p.add_argument("--batch", type=int, default=32, help="pictures in a UNet step")
-    p.add_argument("--pool", type=int, default=16, help="augmented versions of each picture")
-    p.add_argument("--threads", type=int, default=1, help="CPU threads; the steps are small, a second gains little")
+    p.add_argument("--batch", type=int, default=128, help="pictures in a UNet step")
+    p.add_argument("--pool", type=int, default=20, help="augmented versions of each picture")
+    p.add_argument("--threads", type=int, default=2, help="CPU threads")
     p.add_argument("--pairs", type=int, default=60000, help="instruct: pairs of drawings")
     p.add_argument("--stage", choices=["vocabulary", "vae", "all", "instruct", "measure"], default="all",
                    help="`vae` stops after it; only: `vocabulary` writes captions.txt, `instruct` tunes the pipeline in "
