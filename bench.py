@@ -712,9 +712,9 @@ def splat_fit(args):
 
 # ---- run.py ---------------------------------------------------------------------------------------------
 
-def pds_step(_):
-    """A PDS step of run.py taken apart: the network's forward, and everything else. Medians over 200 steps."""
-    options = run.parse(["--mode", "svg", "--steps", "200"])
+def pds_step(args):
+    """A PDS step of run.py taken apart: the network's forward, and everything else. Medians over the steps."""
+    options = run.parse(["--mode", "svg", "--steps", str(args.steps)])
     prior = Prior.from_pretrained(options.model)
     options.input, options.source, options.target = run.HERE / "examples" / run.EXAMPLE["svg"][0], "a", "b"
     run.complete(options, prior)
@@ -728,7 +728,7 @@ def pds_step(_):
     prior.eps = timed
     with tempfile.TemporaryDirectory() as folder:
         scene, groups, source = run.LOAD["svg"](options, prior)
-        run.edit(scene, groups, [run.Distillation(scene, source, prior, "pds", options)], prior, options, Path(folder))
+        run.edit(scene, groups, run.stages_of(scene, source, prior, "pds", options), prior, options, Path(folder))
     whole = np.median(np.diff(entered))
     network = np.median(np.subtract(left, entered))
     rest = np.median(np.subtract(entered[1:], left[:-1]))
@@ -1034,7 +1034,8 @@ def main(argv=None):
     a("--seconds", type=float, default=10, help="of the fit")
     for hidden, kind in (("--only", int), ("--how", str), ("--nerf", str)):
         a(hidden, type=kind, help=argparse.SUPPRESS)
-    command("step", pds_step, "a PDS step of run.py")
+    a = command("step", pds_step, "a PDS step of run.py")
+    a("--steps", type=run.number(int, 3), default=200)
     a = command("edits", edits, "every edit of a list with every loss: one table, a sheet a mode")
     a("--list", type=Path, default=run.HERE / "examples" / "edits.txt", help="the edits (default: examples/edits.txt)")
     a("--losses", nargs="+", choices=[*run.LOSSES, *run.EDITORS], default=["sds", "dds", "pds"],

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -2535,6 +2536,14 @@ def test_the_peak_of_memory_is_counted_anew():
     assert 100 < bench.peak(device) - before < 200
     bench.restart_peak(device)
     assert bench.peak(device) - before < 60
+
+
+def test_a_step_is_taken_apart(capsys):
+    assert bench.main(["step", "--steps", "3"]) in (0, 1)  # 1 where the machine is too slow for the bars
+    out = capsys.readouterr().out
+    whole, network, rest = (float(re.search(rf"{name} +([0-9.]+) ms", out)[1])
+                            for name in ("whole step, batch 1", "the network's forward", "everything else"))
+    assert network > 0 and 0 < rest < whole
 
 
 def test_the_shipped_list_is_whole():
