@@ -689,7 +689,7 @@ def main():
     p.add_argument("--vae-minutes", type=float, default=17, help="training time of the autoencoder")
     p.add_argument("--minutes", type=float, default=95, help="training time of UNet and text encoder")
     p.add_argument("--batch", type=int, default=128, help="pictures in a UNet step")
-    p.add_argument("--pool", type=int, default=20, help="augmented versions of each picture")
+    p.add_argument("--pool", type=int, default=20, help="augmented versions of each picture, at least 2")
     p.add_argument("--threads", type=int, default=2, help="CPU threads")
     p.add_argument("--pairs", type=int, default=60000, help="instruct: pairs of drawings")
     p.add_argument("--stage", choices=["vocabulary", "vae", "all", "instruct", "measure"], default="all",
