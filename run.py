@@ -16,6 +16,7 @@ sides) and config.json; of a scene also turntable.gif and depth.png, with --expo
 """
 import argparse
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -186,6 +187,15 @@ class Distillation:
                                  **self.options)
 
 
+@functools.cache
+def load_editor(model, device, size):
+    """The InstructPix2Pix of a folder or hub id, which has to be made for pictures of `size` pixels."""
+    editor = InstructPix2Pix.from_pretrained(model, device)
+    if editor.size != size:
+        raise ValueError(f"{model}: made for {editor.size} pixels, the prior for {size}")
+    return editor
+
+
 class DatasetUpdate:
     """Iterative dataset update (Instruct-NeRF2NeRF, arXiv 2303.12789), for scenes: every 10 steps one of the pictures
     is replaced by its edit, while the scene goes on fitting all of them.
@@ -201,9 +211,7 @@ class DatasetUpdate:
         self.y_src, self.y_tgt = prior.embed(args.source), prior.embed(args.target)
         self.dataset, self.state = None, {"pixels": None, "edited": [], "order": []}
         if name == "in2n":
-            self.editor = InstructPix2Pix.from_pretrained(args.instruct or args.model, args.device)
-            if self.editor.size != prior.size:
-                raise ValueError(f"{args.instruct}: made for {self.editor.size} pixels, {args.model} for {prior.size}")
+            self.editor = load_editor(args.instruct or args.model, args.device, prior.size)
             self.editor.guidance, self.editor.image_guidance = self.guidance, args.image_guidance
             self.y_edit = self.editor.embed(args.instruction or f"make it a {args.target}")
 
@@ -596,6 +604,8 @@ def work(args):
             raise ValueError(f"--{prompt} is missing or empty: say in a few words what the {prompt} shows")
     prior = Prior.from_pretrained(args.model, args.device)
     complete(args, prior)
+    if "in2n" in args.losses:
+        load_editor(args.instruct or args.model, args.device, prior.size)  # what is wrong with it is said before a fit
     if args.compare is None:
         run_one(prior, args.loss, args, args.out)
     else:

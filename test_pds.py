@@ -2125,6 +2125,10 @@ def test_an_editor_that_is_none_is_refused(command, tmp_path, capsys):
     assert "no/such/model: no such model directory" in capsys.readouterr().err
     assert command("--loss", "in2n", "--instruct", HERE / "models" / "emoji", mode="image") == 2
     assert "made for 64 pixels" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    nerf_scene(tmp_path / "scene")
+    assert command("--mode", "nerf", "--scene", tmp_path / "scene", "--compare", "pds", "in2n", mode="image") == 2
+    assert "no InstructPix2Pix model" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*-fit.pt"))  # it is said before anything is fitted
 
 
 def test_what_changed_outside_of_the_subject():
