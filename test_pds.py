@@ -2011,6 +2011,49 @@ def test_augmented_drawings_keep_what_they_should(train):
     warped = train.augment(rgba, torch.Generator().manual_seed(1), white=1.0, strength=0.0, warp=0.05)
     area = lambda x: (1 - x[0]).sum()
     assert 0.7 * area(plain) < area(warped) < 1.4 * area(plain) and (warped - plain).abs().amax() > 0.3
+    rgba[0, 3, :, 32:64] = 0
+    seen = train.augment(rgba, torch.Generator(), white=1.0, strength=0.0)
+    mirrored = train.augment(rgba, torch.Generator(), white=1.0, strength=0.0, mirrored=torch.tensor([True, False, True]))
+    assert_close(mirrored, torch.stack([seen[0].flip(-1), seen[1], seen[2]]), atol=1e-5, rtol=0)
+    assert (mirrored[0] - seen[0]).abs().amax() > 0.9
+
+
+def test_another_hand_draws_the_same_shape(train):
+    alpha = torch.zeros(200, 1, 24, 24)
+    alpha[..., 6:18, 6:18] = 1
+    colour = torch.full((200, 3, 24, 24), 0.2)
+    colour[..., 12:] = 0.8
+    colour[:, :, 9, 9] = 1  # a detail of one pixel
+    rgb, wider = train.restyle(colour * alpha, alpha, torch.Generator().manual_seed(0))
+    assert rgb.min() >= 0 and (rgb <= wider + 1e-6).all()
+    grown = wider.sum((1, 2, 3)) > 12 * 12
+    assert_close(wider[grown], torch.nn.functional.max_pool2d(alpha[grown], 3, 1, 1))
+    assert_close(wider[~grown], alpha[~grown])
+    ring = (wider > alpha).expand_as(rgb)
+    assert rgb[ring].max() <= 0.3  # the outline is dark
+    left, right, detail, edge = rgb[:, 0, 14, 9], rgb[:, 0, 14, 15], rgb[:, 0, 9, 9], rgb[:, 0, 14, 11]
+    assert (left < right).all() and left.min() < 0.15 < 0.25 < left.max()  # tones move, their order stays
+    flat, lined = detail == left, edge < left - 1e-3
+    for some in (grown, flat, lined):
+        assert 0.15 < some.float().mean() < 0.35
+    names = "backhand index pointing left", "three oclock", "letter r", "keycap 7", "waning crescent moon"
+    assert all(train.HANDED.search(n) for n in names) and not any(map(train.HANDED.search, ("red apple", "cat face")))
+
+
+def test_the_last_weights_are_mixed_with_those_of_the_least_held_out_loss(train, tmp_path, monkeypatch):
+    clock = iter(range(0, 10000, 180))
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(time=lambda: next(clock)))  # three minutes a step
+    torch.manual_seed(0)
+    start = lambda: train.Run(tmp_path / "net.pt", {"net": torch.nn.Linear(2, 2)}, 0.1, 12)
+    run, held_out, exported, lines = start(), iter([1.0, 2.0]), [], []
+    weight = lambda: run.ema["net"].weight.clone()
+    run.train(lambda: (run.modules["net"].weight - 1).square().sum(), lambda net: torch.tensor(next(held_out)),
+              lambda: exported.append(weight()), lines.append, share=0.75)
+    assert run.step == 4 and len(exported) == 2 and len([x for x in lines if "held-out" in x]) == 2
+    mixed, run = weight(), start()  # the checkpoint holds the last averages themselves
+    assert run.step == 4 and run.best[0] == 1.0 and (weight() - exported[0]).abs().amin() > 1e-3
+    assert_close(run.best[1]["net"]["weight"], exported[0])
+    assert_close(mixed, 0.75 * weight() + 0.25 * exported[0])
 
 
 def test_names_of_sets_with_other_spellings(train):

@@ -41,6 +41,7 @@ HELD_OUT = ["emojione", "noto-v1"]  # never trained on: the styles that the exam
 SIZE, RENDER, TOKENS = 64, 128, 20
 HUES = {"red": 0.0, "orange": 0.08, "yellow": 0.145, "green": 0.33, "blue": 0.6, "purple": 0.77, "pink": 0.91}
 COLOURS = {*HUES, "black", "white", "brown", "grey", "gray", "golden", "gold", "silver", "light", "dark", "blond"}
+HANDED = re.compile("left|right|clock|thirty|letter|digit|keycap|button|input|symbol|sign|mark|moon|note|music|arrow|[0-9]")
 
 
 # ---- data ---------------------------------------------------------------------------------------------
@@ -126,12 +127,29 @@ def render_icons(icons, style, work):
     return data["names"].tolist(), torch.from_numpy(data["pictures"])
 
 
-def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3, warp=0.0, turned=None):
+def restyle(rgb, alpha, rng):
+    """Premultiplied RGB [B,3,H,W] and alpha [B,1,H,W] as another hand might draw them: another tone curve, and for a
+    quarter of them each, details flattened by a median of 5 x 5, dark lines along the edges inside, a dark outline."""
+    b, u = len(rgb), lambda *shape: torch.rand(*shape, 1, 1, generator=rng)
+    colour = (rgb / alpha.clamp(min=1e-3)).clamp(0, 1) ** ((u(b, 1) - 0.5) * 0.8).exp()
+    patches = F.unfold(F.pad(colour, (2, 2, 2, 2), "replicate"), 5)
+    flat = patches.view(b, 3, 25, -1).median(2).values.view_as(colour)
+    colour = torch.where(u(b, 1) < 0.25, flat, colour)
+    grey = F.pad((colour * alpha + 1 - alpha).mean(1, keepdim=True), (1, 1, 1, 1), "replicate")
+    across, down = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2], grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
+    lines = (1.5 * (across.square() + down.square()).sqrt()).clamp(max=0.8)
+    colour = colour * (1 - lines * (u(b, 1) < 0.25))
+    wider = torch.where(u(b, 1) < 0.25, F.max_pool2d(alpha, 3, 1, 1), alpha)
+    return colour * alpha + (wider - alpha) * u(b, 3) * 0.3, wider
+
+
+def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3, warp=0.0, turned=None, mirrored=None):
     """uint8 [B,4,128,128] -> RGB [B,3,64,64] in [0,1]: moved a little, a part shaded, on a flat background.
 
     Rotation by up to 15 degrees, scale, shift, a slight perspective, paler or stronger colours, all times `strength`; a
-    share 1 - `white` of the backgrounds is a light colour. What other styles may look like: proportions that differ,
-    by a smooth displacement of about `warp` half sides; any other hue where `turned` [B] is true.
+    share 1 - `white` of the backgrounds is a light colour. What other styles may look like, if `warp` is not 0:
+    proportions that differ, by a smooth displacement of about `warp` half sides; what `restyle` does; any other hue
+    where `turned` [B] is true; from the other side where `mirrored` [B] is true.
     """
     b = len(rgba)
     u = lambda *shape: torch.rand(*shape, generator=rng)
@@ -146,10 +164,12 @@ def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3, warp=0.0, turned=Non
     if warp:
         bend = torch.randn(b, 2, 4, 4, generator=rng) * warp
         grid = grid + F.interpolate(bend, grid.shape[1:3], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    if mirrored is not None:
+        grid = grid * torch.stack([1 - 2.0 * mirrored, torch.ones(b)], 1)[:, None, None]
     x = rgba.float() / 255
     x = torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], 1)  # premultiplied, or transparent pixels bleed into the edges
     x = F.grid_sample(x, grid, align_corners=False)
-    rgb, alpha = x[:, :3], x[:, 3:]
+    rgb, alpha = restyle(x[:, :3], x[:, 3:], rng) if warp else (x[:, :3], x[:, 3:])
     if turned is not None:  # about the grey axis
         turn = 2 * math.pi * u(b) * turned
         a, c = (1 + 2 * turn.cos()) / 3, turn.sin() / math.sqrt(3)
@@ -229,13 +249,14 @@ class Run:
         for m in modules.values():
             planar_group_norm(m)
         self.step, self.spent, self.clock, self.saved = 0, 0.0, time.time(), 0.0
+        self.best = math.inf, None  # least held-out loss so far, and the averages that had it
         if path.exists():
             state = torch.load(path)
             for k, m in modules.items():
                 m.load_state_dict(state["modules"][k])
                 self.ema[k].load_state_dict(state["ema"][k])
             self.optimiser.load_state_dict(state["optimiser"])
-            self.step, self.spent = state["step"], state["spent"]
+            self.step, self.spent, self.best = state["step"], state["spent"], state["best"]
             self.saved = self.spent
 
     def update(self, loss, decay=0.999):
@@ -255,8 +276,12 @@ class Run:
         self.spent, self.clock = self.spent + (now - self.clock) / 60, now
         return self.spent < self.minutes
 
-    def train(self, batch_loss, held_out_loss, export, log):
-        """Steps on batch_loss() until the minutes are spent; every five of them, and at the end, save and export."""
+    def train(self, batch_loss, held_out_loss, export, log, share=1.0):
+        """Steps on batch_loss() until the minutes are spent; every five of them, and at the end, save and export.
+
+        At the end the averages become `share` of themselves and for the rest those of the least held-out loss: what
+        these knew of other styles stays, and most of what the last ones draw sharper.
+        """
         name, mean, self.clock = self.path.stem, 0.0, time.time()
         more = self.spent < self.minutes
         while more:
@@ -269,13 +294,25 @@ class Run:
                 with torch.no_grad():
                     held_out = held_out_loss(*self.ema.values()).item()
                 log(f"{name} step {self.step} {self.spent:.1f} min held-out loss {held_out:.4f}")
+                if held_out < self.best[0]:
+                    self.best = held_out, copy.deepcopy({k: m.state_dict() for k, m in self.ema.items()})
                 self.save()
+                if not more:
+                    self.mix(share)
                 export()
+
+    @torch.no_grad()
+    def mix(self, share):
+        """Move the averages towards those of the least held-out loss."""
+        for k, m in self.ema.items():
+            for name, value in m.state_dict().items():
+                if value.is_floating_point():
+                    value.lerp_(self.best[1][k][name], 1 - share)
 
     def save(self):
         state = dict(modules={k: m.state_dict() for k, m in self.modules.items()},
                      ema={k: m.state_dict() for k, m in self.ema.items()},
-                     optimiser=self.optimiser.state_dict(), step=self.step, spent=self.spent)
+                     optimiser=self.optimiser.state_dict(), step=self.step, spent=self.spent, best=self.best)
         torch.save(state, self.path.with_suffix(".part"))
         self.path.with_suffix(".part").replace(self.path)
         self.saved = self.spent
@@ -349,6 +386,20 @@ def phrase(names, picker):
     return picker.choice(PREFIXES) + name
 
 
+@torch.no_grad()
+def held_out_batch(args, vae, tokenizer, count=256):
+    """`count` drawings of the held-out styles, always the same: scaled latents, token ids, noises and timesteps."""
+    rgba, captions = items(args.icons, HELD_OUT, args.work, recoloured=False)
+    rng = torch.Generator().manual_seed(5)
+    some = torch.randperm(len(rgba), generator=rng)[:count].tolist()
+    pictures = [augment(rgba[i:i + 1], rng, white=1.0, strength=0.0).to(vae.device) * 2 - 1 for i in some]
+    x0 = torch.cat([vae.encode(p).latent_dist.mean for p in pictures]) * vae.config.scaling_factor
+    ids = tokenizer([captions[i][0] for i in some], padding="max_length", max_length=TOKENS, truncation=True,
+                    return_tensors="pt").input_ids
+    noise, t = torch.randn(x0.shape, generator=rng), torch.linspace(20, 980, count).long()
+    return x0, *(x.to(vae.device) for x in (ids, noise, t))
+
+
 def train_unet(args, device, vae, log):
     """UNet and text encoder together: epsilon prediction on Stable Diffusion's schedule, 10 % empty captions."""
     rgba, captions = items(args.icons, TRAIN, args.work)
@@ -359,16 +410,18 @@ def train_unet(args, device, vae, log):
     ids_of = lambda c: torch.tensor(tokenizer(c, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
     tokens = {c: ids_of(c) for c in {""}.union(p + c for names in captions for c in names for p in PREFIXES)}
     colourless = torch.tensor([not COLOURS.intersection(" ".join(c).split()) for c in captions])
+    handless = torch.tensor([not HANDED.search(" ".join(c)) for c in captions])  # a mirror image is called the same
     encode = lambda x: vae.encode((x * 2 - 1).to(device, memory_format=torch.channels_last)).latent_dist.mean
     cache = args.work / "latents.pt"
     if not cache.exists():  # the autoencoder is done, so a pool of augmented pictures is encoded once
         rng, pool = torch.Generator().manual_seed(1), []
         with torch.no_grad():
             for i in range(args.pool):  # every second one is little changed: these are what a plain caption means
-                change = lambda free: (dict(white=0.9, strength=0.3) if i % 2 else
-                                       dict(warp=0.05, turned=free & (torch.rand(free.shape, generator=rng) < 0.25)))
-                pool.append(torch.cat([encode(augment(x, rng, **change(free))).half().cpu()
-                                       for x, free in zip(rgba.split(64), colourless.split(64))]))
+                some = lambda which, share: which & (torch.rand(which.shape, generator=rng) < share)
+                change = lambda *which: (dict(white=0.9, strength=0.3) if i % 2 else
+                                         dict(warp=0.05, turned=some(which[0], 0.25), mirrored=some(which[1], 0.4)))
+                pool.append(torch.cat([encode(augment(x, rng, **change(*which))).half().cpu() for x, *which
+                                       in zip(rgba.split(64), colourless.split(64), handless.split(64))]))
         torch.save(torch.stack(pool), cache)
     latents = torch.load(cache)
     scaling = 1 / latents.float().std().item()
@@ -405,13 +458,7 @@ def train_unet(args, device, vae, log):
             pred = unet(scheduler.add_noise(x0, noise, t), t, states).sample
         return (pred.float() - noise).square().mean()
 
-    held, held_captions = items(args.icons, HELD_OUT, args.work, recoloured=False)
-    rng = torch.Generator().manual_seed(5)
-    some = torch.randperm(len(held), generator=rng)[:256]
-    held_x0 = torch.cat([encode(augment(held[i:i + 1], rng, white=1.0, strength=0.0)) for i in some]).detach() * scaling
-    held_ids = torch.stack([tokens[held_captions[i][0]] for i in some]).to(device)
-    held_noise = torch.randn(held_x0.shape, generator=rng).to(device)
-    held_t = torch.linspace(20, 980, len(some)).long().to(device)
+    held = held_out_batch(args, vae, tokenizer)
 
     def export():
         pipe = StableDiffusionPipeline(vae=vae, text_encoder=run.ema["text"], tokenizer=tokenizer,
@@ -431,7 +478,7 @@ def train_unet(args, device, vae, log):
 
     def batch_loss():
         rows = torch.multinomial(weights, args.batch, replacement=True, generator=rng)
-        plain = torch.rand(args.batch, generator=rng) < 0.5 + 0.3 * run.spent / args.minutes  # ever more as they are
+        plain = torch.rand(args.batch, generator=rng) < 0.5 + 0.4 * run.spent / args.minutes  # ever more as they are
         pool = 2 * torch.randint(len(latents) // 2, (args.batch,), generator=rng) + plain
         x0 = (latents[pool, rows].float() * scaling).to(device, memory_format=torch.channels_last)
         words = ["" if picker.random() < 0.1 else phrase(captions[i], picker) for i in rows.tolist()]
@@ -440,7 +487,7 @@ def train_unet(args, device, vae, log):
         noise = torch.randn(x0.shape, generator=rng).to(device)
         return loss_of(unet, text, x0, ids, noise, t)
 
-    run.train(batch_loss, lambda *ema: loss_of(*ema, held_x0, held_ids, held_noise, held_t), export, log)
+    run.train(batch_loss, lambda *ema: loss_of(*ema, *held), export, log, share=0.6)
 
 
 # ---- InstructPix2Pix: the same UNet with eight channels -------------------------------------------------
@@ -661,8 +708,14 @@ def measure(args, log):
         again = torch.cat([pipe.vae(p * 2 - 1).sample for p in pictures[::12].split(64)]) / 2 + 0.5
     psnr = -10 * (again.clamp(0, 1) - pictures[::12]).square().mean((1, 2, 3)).log10()
     log(f"autoencoder on the held-out styles: {psnr.mean():.2f} dB mean PSNR over {len(psnr)} drawings")
-    accuracy = classify(pipe, pictures, [c[0] for c in captions])
-    log(f"diffusion classifier on the held-out styles, 16 captions, 8 noises, 200 drawings: {accuracy:.1%}")
+    x0, ids, noise, t = held_out_batch(args, pipe.vae, pipe.tokenizer)
+    with torch.no_grad():
+        eps = pipe.unet(pipe.scheduler.add_noise(x0, noise, t), t, pipe.text_encoder(ids)[0]).sample
+    log(f"loss of the UNet on the held-out styles: {(eps - noise).square().mean():.4f} over {len(t)} drawings")
+    count = min(args.drawings, len(pictures))
+    accuracy = classify(pipe, pictures, [c[0] for c in captions], count)
+    log(f"diffusion classifier on the held-out styles, 16 captions, 8 noises, {count} drawings: {accuracy:.1%}, "
+        f"standard error {math.sqrt(accuracy * (1 - accuracy) / count):.1%}")
     sizes = {p: p.stat().st_size / 1e6 for p in args.out.rglob("*") if p.is_file() and "work" not in p.parts}
     own = sum(size for p, size in sizes.items() if p.stem != "instruct")
     log(f"on disk: {own:.1f} MB, instruct.* {sum(sizes.values()) - own:.1f} MB")
@@ -691,11 +744,14 @@ def main():
     p.add_argument("--batch", type=int, default=128, help="pictures in a UNet step")
     p.add_argument("--pool", type=int, default=20, help="augmented versions of each picture, at least 2")
     p.add_argument("--threads", type=int, default=2, help="CPU threads")
+    p.add_argument("--drawings", type=int, default=200, help="measure: held-out drawings for the classifier")
     p.add_argument("--pairs", type=int, default=60000, help="instruct: pairs of drawings")
     p.add_argument("--stage", choices=["vocabulary", "vae", "all", "instruct", "measure"], default="all",
                    help="`vae` stops after it; only: `vocabulary` writes captions.txt, `instruct` tunes the pipeline in "
                         "--out to edit pictures, `measure` prints its figures")
     args = p.parse_args()
+    if args.pool < 2 or args.drawings < 1:
+        p.error("--pool has to be at least 2, --drawings at least 1")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.stage == "vocabulary":
