@@ -1994,7 +1994,8 @@ def test_timesteps_of_the_training_are_drawn_as_min_snr_weights_them(train):
     weight = (5 / snr).clamp(max=1)
     for low, high in ((0, 100), (100, 200), (200, 500), (500, 1000)):
         share = ((t >= low) & (t < high)).double().mean()
-        assert share.item() == pytest.approx((weight[low:high].sum() / weight.sum()).item(), abs=0.002)  # evenly spread: no luck in it
+        wanted = weight[low:high].sum() / weight.sum()
+        assert share.item() == pytest.approx(wanted.item(), abs=0.002)  # evenly spread: no luck in it
 
 
 def test_augmented_drawings_keep_what_they_should(train):

@@ -41,7 +41,8 @@ HELD_OUT = ["emojione", "noto-v1"]  # never trained on: the styles that the exam
 SIZE, RENDER, TOKENS = 64, 128, 20
 HUES = {"red": 0.0, "orange": 0.08, "yellow": 0.145, "green": 0.33, "blue": 0.6, "purple": 0.77, "pink": 0.91}
 COLOURS = {*HUES, "black", "white", "brown", "grey", "gray", "golden", "gold", "silver", "light", "dark", "blond"}
-HANDED = re.compile("left|right|clock|thirty|letter|digit|keycap|button|input|symbol|sign|mark|moon|note|music|arrow|[0-9]")
+HANDED = re.compile("left|right|clock|thirty|letter|digit|keycap|button|input|symbol|sign|mark|moon|note|music|arrow|"
+                    "[0-9]")  # their mirror images would be wrong
 
 
 # ---- data ---------------------------------------------------------------------------------------------
@@ -147,9 +148,9 @@ def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3, warp=0.0, turned=Non
     """uint8 [B,4,128,128] -> RGB [B,3,64,64] in [0,1]: moved a little, a part shaded, on a flat background.
 
     Rotation by up to 15 degrees, scale, shift, a slight perspective, paler or stronger colours, all times `strength`; a
-    share 1 - `white` of the backgrounds is a light colour. What other styles may look like, if `warp` is not 0:
-    proportions that differ, by a smooth displacement of about `warp` half sides; what `restyle` does; any other hue
-    where `turned` [B] is true; from the other side where `mirrored` [B] is true.
+    share 1 - `white` of the backgrounds is a light colour. What other styles may look like: with `warp`, what `restyle`
+    does, and proportions that differ by a smooth displacement of about `warp` half sides; any other hue where `turned`
+    [B] is true; a mirror image where `mirrored` [B] is.
     """
     b = len(rgba)
     u = lambda *shape: torch.rand(*shape, generator=rng)
@@ -410,18 +411,22 @@ def train_unet(args, device, vae, log):
     ids_of = lambda c: torch.tensor(tokenizer(c, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
     tokens = {c: ids_of(c) for c in {""}.union(p + c for names in captions for c in names for p in PREFIXES)}
     colourless = torch.tensor([not COLOURS.intersection(" ".join(c).split()) for c in captions])
-    handless = torch.tensor([not HANDED.search(" ".join(c)) for c in captions])  # a mirror image is called the same
+    mirrorable = torch.tensor([not HANDED.search(" ".join(c)) for c in captions])
     encode = lambda x: vae.encode((x * 2 - 1).to(device, memory_format=torch.channels_last)).latent_dist.mean
     cache = args.work / "latents.pt"
     if not cache.exists():  # the autoencoder is done, so a pool of augmented pictures is encoded once
         rng, pool = torch.Generator().manual_seed(1), []
         with torch.no_grad():
             for i in range(args.pool):  # every second one is little changed: these are what a plain caption means
-                some = lambda which, share: which & (torch.rand(which.shape, generator=rng) < share)
-                change = lambda *which: (dict(white=0.9, strength=0.3) if i % 2 else
-                                         dict(warp=0.05, turned=some(which[0], 0.25), mirrored=some(which[1], 0.4)))
-                pool.append(torch.cat([encode(augment(x, rng, **change(*which))).half().cpu() for x, *which
-                                       in zip(rgba.split(64), colourless.split(64), handless.split(64))]))
+                batches = []
+                for x, free, mirror in zip(rgba.split(64), colourless.split(64), mirrorable.split(64)):
+                    if i % 2:
+                        change = dict(white=0.9, strength=0.3)
+                    else:
+                        change = dict(warp=0.05, turned=free & (torch.rand(len(x), generator=rng) < 0.25),
+                                      mirrored=mirror & (torch.rand(len(x), generator=rng) < 0.4))
+                    batches.append(encode(augment(x, rng, **change)).half().cpu())
+                pool.append(torch.cat(batches))
         torch.save(torch.stack(pool), cache)
     latents = torch.load(cache)
     scaling = 1 / latents.float().std().item()
@@ -720,7 +725,7 @@ def measure(args, log):
     own = sum(size for p, size in sizes.items() if p.stem != "instruct")
     log(f"on disk: {own:.1f} MB, instruct.* {sum(sizes.values()) - own:.1f} MB")
     names = sorted(c[0] for c in vocabulary().values())
-    sample_sheet(pipe, random.Random(0).sample(names, 64), args.out / "samples.png")
+    sample_sheet(pipe, random.Random(args.seed).sample(names, 64), args.out / "samples.png")
 
 
 # what suits this model, for prior.py and run.py: guidance by loss, optimiser steps, rate of an SVG's points in pixels,
@@ -745,6 +750,7 @@ def main():
     p.add_argument("--pool", type=int, default=20, help="augmented versions of each picture, at least 2")
     p.add_argument("--threads", type=int, default=2, help="CPU threads")
     p.add_argument("--drawings", type=int, default=200, help="measure: held-out drawings for the classifier")
+    p.add_argument("--seed", type=int, default=0, help="measure: of the 64 captions that are drawn")
     p.add_argument("--pairs", type=int, default=60000, help="instruct: pairs of drawings")
     p.add_argument("--stage", choices=["vocabulary", "vae", "all", "instruct", "measure"], default="all",
                    help="`vae` stops after it; only: `vocabulary` writes captions.txt, `instruct` tunes the pipeline in "
