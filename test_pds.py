@@ -2019,6 +2019,36 @@ def test_augmented_drawings_keep_what_they_should(train):
     assert (mirrored[0] - seen[0]).abs().amax() > 0.9
 
 
+def test_contrast_pulls_where_the_wrong_caption_fits_better(train):
+    right, wrong = torch.tensor([0.05, 0.05, 0.05], requires_grad=True), torch.tensor([0.2, 0.05, 0.0], requires_grad=True)
+    value = train.contrast(right, wrong, width=0.01)
+    value.sum().backward()
+    assert_close(value[1].item(), 0.01 * math.log(2))
+    assert_close(right.grad, torch.sigmoid(torch.tensor([-15.0, 0.0, 5.0])))
+    assert_close(wrong.grad, -right.grad)
+
+
+def test_dropout_is_in_the_residual_blocks_alone(train):
+    unet = train.UNet2DConditionModel.from_pretrained(HERE / "models" / "emoji", subfolder="unet")
+    train.set_dropout(unet, 0.3)
+    rates = {name: m.p for name, m in unet.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert {r for name, r in rates.items() if ".resnets." in name} == {0.3}
+    assert {r for name, r in rates.items() if ".attentions." in name} == {0.0}
+
+
+@pytest.mark.parametrize("flags, said", [(["--icons", "nowhere"], "there is no nowhere/noto/icons.json, and 6 more"),
+                                         (["--icons", "x", "--pool", "1"], "--pool has to be at least 2")])
+def test_bad_input_of_the_training(train, flags, said, monkeypatch, capsys, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    for style in ("twemoji", train.RENDERED):  # rendered before: their packages are not needed
+        (work / f"{style}.npz").touch()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--work", str(work), *flags])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_another_hand_draws_the_same_shape(train):
     alpha = torch.zeros(200, 1, 24, 24)
     alpha[..., 6:18, 6:18] = 1
@@ -2055,6 +2085,20 @@ def test_the_last_weights_are_mixed_with_those_of_the_least_held_out_loss(train,
     assert run.step == 4 and run.best[0] == 1.0 and (weight() - exported[0]).abs().amin() > 1e-3
     assert_close(run.best[1]["net"]["weight"], exported[0])
     assert_close(mixed, 0.75 * weight() + 0.25 * exported[0])
+
+
+def test_renders_are_named_by_their_code_points(train, tmp_path):
+    icons, assets = tmp_path / "@iconify-json", tmp_path / "@lobehub" / train.RENDERED / "assets"
+    for folder, chars in (("noto", {"1f34e": "red-apple", "1f1e6": "flag-x"}), ("twemoji", {"2764-fe0f": "red-heart"})):
+        (icons / folder).mkdir(parents=True)
+        (icons / folder / "chars.json").write_text(json.dumps(chars))
+    assets.mkdir(parents=True)
+    for code, colour in (("1f34e", "red"), ("2764", "pink"), ("1f1e6", "blue"), ("1f9d1-1f3fb", "tan")):
+        Image.new("RGBA", (64, 64), colour).save(assets / f"{code}.webp", lossless=True)
+    names, pictures = train.open_pictures(icons)
+    assert names == ["red-apple", "red-heart"]  # of the others, no caption of the vocabulary
+    assert [p.shape for p in pictures] == [(4, train.RENDER, train.RENDER)] * 2
+    assert pictures[0][:, 5, 5].tolist() == [255, 0, 0, 255]
 
 
 def test_names_of_sets_with_other_spellings(train):

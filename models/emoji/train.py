@@ -2,7 +2,7 @@
 
     npm install --prefix /tmp/icons @iconify-json/noto @iconify-json/twemoji @iconify-json/fluent-emoji \
         @iconify-json/fluent-emoji-flat @iconify-json/fxemoji @iconify-json/streamline-emojis \
-        @iconify-json/emojione @iconify-json/noto-v1 emojilib
+        @iconify-json/emojione @iconify-json/noto-v1 @lobehub/fluent-emoji-3d emojilib
     pip install resvg_py
     python models/emoji/train.py --icons /tmp/icons/node_modules/@iconify-json
 
@@ -36,7 +36,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 FULL = ["noto", "twemoji", "fluent-emoji-flat", "fluent-emoji"]  # their names are the vocabulary
-TRAIN = [*FULL, "fxemoji", "streamline-emojis"]  # the last two know a part of it by spellings of their own
+SPELLED = ["fxemoji", "streamline-emojis"]  # know a part of it by spellings of their own
+RENDERED = "fluent-emoji-3d"  # pictures, not drawings, named by code points
+TRAIN = [*FULL, *SPELLED, RENDERED]
 HELD_OUT = ["emojione", "noto-v1"]  # never trained on: the styles that the examples are edited in
 SIZE, RENDER, TOKENS = 64, 128, 20
 HUES = {"red": 0.0, "orange": 0.08, "yellow": 0.145, "green": 0.33, "blue": 0.6, "purple": 0.77, "pink": 0.91}
@@ -56,7 +58,7 @@ def write_vocabulary(icons):
     Synonyms are the sets' own aliases and those keywords of emojilib that at most two emoji share, three of
     them; what the file holds already stays.
     """
-    sheets = [json.loads((Path(icons) / s / "icons.json").read_text()) for s in FULL]
+    sheets = [json.loads(source(icons, s).read_text()) for s in FULL]
     counts = Counter(n for sheet in sheets for n in {*sheet["icons"], *sheet.get("aliases", {})})
     names = {n for sheet in sheets for n in sheet["icons"] if counts[n] == len(FULL) or not NOT_WANTED.match(n)}
     names = {n for n in names if not re.match("flag-(?!in-hole)|unknown-flag", n)}
@@ -65,7 +67,7 @@ def write_vocabulary(icons):
         for alias, entry in sheet.get("aliases", {}).items():
             if entry["parent"] in names and alias not in names and not NOT_WANTED.match(alias):
                 synonyms[entry["parent"]].append(alias.replace("-", " "))
-    keywords = json.loads((Path(icons).parent / "emojilib/dist/emoji-en-US.json").read_text())
+    keywords = json.loads(source(icons, "emojilib").read_text())
     owners = Counter(k for words in keywords.values() for k in words)
     for style in ("noto", "twemoji"):
         for code, name in json.loads((Path(icons) / style / "chars.json").read_text()).items():
@@ -101,16 +103,37 @@ def hour(name):
     return hours[int(found[1]) - 1] + found[2] if found else name
 
 
+def source(icons, name):
+    """Where a package lies that npm installed beside the sets of `icons`: its folder of pictures, or its one file."""
+    modules = Path(icons).parent
+    return {RENDERED: modules / "@lobehub" / RENDERED / "assets",
+            "emojilib": modules / "emojilib/dist/emoji-en-US.json"}.get(name, Path(icons) / name / "icons.json")
+
+
+def open_pictures(icons):
+    """The renders of RENDERED that are in the vocabulary: names, RGBA uint8 [4,128,128] each."""
+    bare = lambda code: code.replace("-fe0f", "")  # which of two forms of a character, sets do not agree on it
+    names = {bare(code): name for style in ("twemoji", "noto")
+             for code, name in json.loads((Path(icons) / style / "chars.json").read_text()).items()}
+    files = {names.get(bare(f.stem)): f for f in sorted(source(icons, RENDERED).glob("*.webp"))}
+    kept = [name for name in files if name in vocabulary()]
+    return kept, [np.asarray(Image.open(files[name]).convert("RGBA").resize((RENDER, RENDER), Image.LANCZOS))
+                  .transpose(2, 0, 1) for name in kept]
+
+
 def render_icons(icons, style, work):
     """The drawings of one set that are in the vocabulary: names [N], RGBA uint8 [N,4,128,128]; cached in work."""
     cache = work / f"{style}.npz"
+    if not cache.exists() and style == RENDERED:
+        kept, pictures = open_pictures(icons)
+        np.savez_compressed(cache, names=np.array(kept), pictures=np.stack(pictures))
     if not cache.exists():
-        sheet, vocab = json.loads((Path(icons) / style / "icons.json").read_text()), vocabulary()
+        sheet, vocab = json.loads(source(icons, style).read_text()), vocabulary()
         spelling = {compact(c): n for n in reversed(vocab) for c in reversed(vocab[n])}
         kept, pictures = [], []
         for name in {**sheet["icons"], **sheet.get("aliases", {})}:
             icon = sheet["icons"].get(name) or sheet["icons"].get(sheet["aliases"][name]["parent"])
-            if style in TRAIN and style not in FULL:  # "alarmclock", "baby-2", "winking", "clock8thirty"
+            if style in SPELLED:  # "alarmclock", "baby-2", "winking", "clock8thirty"
                 guesses = compact(name), compact(name.rstrip("0123456789")), compact(name) + "face", hour(name)
                 name = next((spelling[g] for g in guesses if g in spelling), None)
             if icon is None or name not in vocab:
@@ -239,6 +262,19 @@ def draw_timesteps(scheduler, batch, rng):
     return torch.searchsorted(share / share[-1], even).clamp(max=len(share) - 1)
 
 
+def contrast(right, wrong, width=0.015):
+    """[B] from the noise errors with the right captions [B] and with wrong ones [B]: a softplus of the difference, whose
+    slope goes from 0, where the right one is clearly the smaller, to 1, where the wrong one is."""
+    return width * F.softplus((right - wrong) / width)
+
+
+def set_dropout(unet, rate):
+    """Set the dropout of the residual blocks."""
+    for name, m in unet.named_modules():
+        if name.endswith(".dropout"):
+            m.p = rate
+
+
 class Run:
     """One resumable training: models, optimiser, minutes spent; checkpoints are written beside and renamed."""
 
@@ -246,7 +282,7 @@ class Run:
         self.path, self.modules, self.peak, self.minutes = path, modules, peak, minutes
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-        self.ema = {k: copy.deepcopy(m).requires_grad_(False) for k, m in modules.items()}
+        self.ema = {k: copy.deepcopy(m).requires_grad_(False).eval() for k, m in modules.items()}
         for m in modules.values():
             planar_group_norm(m)
         self.step, self.spent, self.clock, self.saved = 0, 0.0, time.time(), 0.0
@@ -457,11 +493,11 @@ def train_unet(args, device, vae, log):
     log(f"unet {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M, text "
         f"{sum(p.numel() for p in text.parameters()) / 1e6:.2f} M")
 
-    def loss_of(unet, text, x0, ids, noise, t):
+    def errors_of(unet, text, x0, ids, noise, t):
         with torch.autocast(device.type, torch.bfloat16):
             states = text(ids)[0]
             pred = unet(scheduler.add_noise(x0, noise, t), t, states).sample
-        return (pred.float() - noise).square().mean()
+        return (pred.float() - noise).square().mean((1, 2, 3))  # [B]
 
     held = held_out_batch(args, vae, tokenizer)
 
@@ -482,17 +518,25 @@ def train_unet(args, device, vae, log):
     picker = random.Random(run.step)
 
     def batch_loss():
+        done = run.spent / args.minutes
+        set_dropout(unet, 0.1 * min(1, 2 - 2 * done))
         rows = torch.multinomial(weights, args.batch, replacement=True, generator=rng)
-        plain = torch.rand(args.batch, generator=rng) < 0.5 + 0.4 * run.spent / args.minutes  # ever more as they are
+        plain = torch.rand(args.batch, generator=rng) < 0.5 + 0.4 * done  # ever more as they are
         pool = 2 * torch.randint(len(latents) // 2, (args.batch,), generator=rng) + plain
         x0 = (latents[pool, rows].float() * scaling).to(device, memory_format=torch.channels_last)
         words = ["" if picker.random() < 0.1 else phrase(captions[i], picker) for i in rows.tolist()]
         ids = torch.stack([tokens[w] for w in words]).to(device)
         t = draw_timesteps(scheduler, args.batch, rng).to(device)
         noise = torch.randn(x0.shape, generator=rng).to(device)
-        return loss_of(unet, text, x0, ids, noise, t)
+        # every fourth picture once more, with the caption of another one
+        twice = lambda x, again: torch.cat([x, again])
+        errors = errors_of(unet, text, twice(x0, x0[::4]), twice(ids, ids[::4].roll(1, 0)), twice(noise, noise[::4]),
+                           twice(t, t[::4]))
+        right, wrong = errors.split([args.batch, len(errors) - args.batch])
+        said = torch.tensor([bool(w) for w in words[::4]], device=device)
+        return right.mean() + contrast(right[::4], wrong)[said].sum() / args.batch
 
-    run.train(batch_loss, lambda *ema: loss_of(*ema, *held), export, log, share=0.6)
+    run.train(batch_loss, lambda *ema: errors_of(*ema, *held).mean(), export, log, share=0.6)
 
 
 # ---- InstructPix2Pix: the same UNet with eight channels -------------------------------------------------
@@ -758,6 +802,12 @@ def main():
     args = p.parse_args()
     if args.pool < 2 or args.drawings < 1:
         p.error("--pool has to be at least 2, --drawings at least 1")
+    needed = [source(args.icons, s) for s in [*TRAIN, *HELD_OUT] if not (args.work / f"{s}.npz").exists()]
+    needed += [args.start / "model_index.json"] if args.start else []
+    needed += [source(args.icons, "emojilib")] if args.stage == "vocabulary" else []
+    missing = [str(path) for path in needed if not path.exists()]
+    if missing:
+        p.error(f"there is no {missing[0]}" + (f", and {len(missing) - 1} more are missing" if missing[1:] else ""))
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.stage == "vocabulary":
