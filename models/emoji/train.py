@@ -112,40 +112,44 @@ def source(icons, name):
 
 def open_pictures(icons):
     """The renders of RENDERED that are in the vocabulary: names, RGBA uint8 [4,128,128] each."""
+    vocab = vocabulary()
     bare = lambda code: code.replace("-fe0f", "")  # which of two forms of a character, sets do not agree on it
     names = {bare(code): name for style in ("twemoji", "noto")
              for code, name in json.loads((Path(icons) / style / "chars.json").read_text()).items()}
     files = {names.get(bare(f.stem)): f for f in sorted(source(icons, RENDERED).glob("*.webp"))}
-    kept = [name for name in files if name in vocabulary()]
+    kept = [name for name in files if name in vocab]
     return kept, [np.asarray(Image.open(files[name]).convert("RGBA").resize((RENDER, RENDER), Image.LANCZOS))
                   .transpose(2, 0, 1) for name in kept]
 
 
+def draw_icons(icons, style):
+    """The drawings of one set that are in the vocabulary: names, RGBA uint8 [4,128,128] each."""
+    sheet, vocab = json.loads(source(icons, style).read_text()), vocabulary()
+    spelling = {compact(c): n for n in reversed(vocab) for c in reversed(vocab[n])}
+    kept, pictures = [], []
+    for name in {**sheet["icons"], **sheet.get("aliases", {})}:
+        icon = sheet["icons"].get(name) or sheet["icons"].get(sheet["aliases"][name]["parent"])
+        if style in SPELLED:  # "alarmclock", "baby-2", "winking", "clock8thirty"
+            guesses = compact(name), compact(name.rstrip("0123456789")), compact(name) + "face", hour(name)
+            name = next((spelling[g] for g in guesses if g in spelling), None)
+        if icon is None or name not in vocab:
+            continue
+        w, h = icon.get("width", sheet.get("width", 16)), icon.get("height", sheet.get("height", 16))
+        svg = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+               f'viewBox="0 0 {w} {h}" width="{RENDER}" height="{RENDER}">{icon["body"]}</svg>')
+        png = resvg_py.svg_to_bytes(svg_string=svg)
+        picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+        if picture.size == (RENDER, RENDER):
+            kept.append(name)
+            pictures.append(np.asarray(picture).transpose(2, 0, 1))
+    return kept, pictures
+
+
 def render_icons(icons, style, work):
-    """The drawings of one set that are in the vocabulary: names [N], RGBA uint8 [N,4,128,128]; cached in work."""
+    """The pictures of one set that are in the vocabulary: names [N], RGBA uint8 [N,4,128,128]; cached in work."""
     cache = work / f"{style}.npz"
-    if not cache.exists() and style == RENDERED:
-        kept, pictures = open_pictures(icons)
-        np.savez_compressed(cache, names=np.array(kept), pictures=np.stack(pictures))
     if not cache.exists():
-        sheet, vocab = json.loads(source(icons, style).read_text()), vocabulary()
-        spelling = {compact(c): n for n in reversed(vocab) for c in reversed(vocab[n])}
-        kept, pictures = [], []
-        for name in {**sheet["icons"], **sheet.get("aliases", {})}:
-            icon = sheet["icons"].get(name) or sheet["icons"].get(sheet["aliases"][name]["parent"])
-            if style in SPELLED:  # "alarmclock", "baby-2", "winking", "clock8thirty"
-                guesses = compact(name), compact(name.rstrip("0123456789")), compact(name) + "face", hour(name)
-                name = next((spelling[g] for g in guesses if g in spelling), None)
-            if icon is None or name not in vocab:
-                continue
-            w, h = icon.get("width", sheet.get("width", 16)), icon.get("height", sheet.get("height", 16))
-            svg = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                   f'viewBox="0 0 {w} {h}" width="{RENDER}" height="{RENDER}">{icon["body"]}</svg>')
-            png = resvg_py.svg_to_bytes(svg_string=svg)
-            picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-            if picture.size == (RENDER, RENDER):
-                kept.append(name)
-                pictures.append(np.asarray(picture).transpose(2, 0, 1))
+        kept, pictures = open_pictures(icons) if style == RENDERED else draw_icons(icons, style)
         np.savez_compressed(cache, names=np.array(kept), pictures=np.stack(pictures))
     data = np.load(cache)
     return data["names"].tolist(), torch.from_numpy(data["pictures"])
@@ -529,10 +533,9 @@ def train_unet(args, device, vae, log):
         t = draw_timesteps(scheduler, args.batch, rng).to(device)
         noise = torch.randn(x0.shape, generator=rng).to(device)
         # every fourth picture once more, with the caption of another one
-        twice = lambda x, again: torch.cat([x, again])
-        errors = errors_of(unet, text, twice(x0, x0[::4]), twice(ids, ids[::4].roll(1, 0)), twice(noise, noise[::4]),
-                           twice(t, t[::4]))
-        right, wrong = errors.split([args.batch, len(errors) - args.batch])
+        again = lambda x: torch.cat([x, x[::4]])
+        errors = errors_of(unet, text, again(x0), torch.cat([ids, ids[::4].roll(1, 0)]), again(noise), again(t))
+        right, wrong = errors[:args.batch], errors[args.batch:]
         said = torch.tensor([bool(w) for w in words[::4]], device=device)
         return right.mean() + contrast(right[::4], wrong)[said].sum() / args.batch
 
