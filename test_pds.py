@@ -1965,6 +1965,15 @@ def test_the_shipped_prior_tells_the_example_drawings_apart():
         assert errors.argmin() == row, (name, errors)
 
 
+def test_the_sample_sheet_shows_what_its_captions_say(train, tmp_path):
+    pipe = train.StableDiffusionPipeline.from_pretrained(HERE / "models" / "emoji").to(dtype=torch.float32)
+    train.sample_sheet(pipe, ["blue heart", "red heart"], tmp_path / "sheet.png", columns=2)
+    sheet = Image.open(tmp_path / "sheet.png").convert("RGB")
+    assert sheet.size == (2 * 140, 152)
+    (red, green, blue), (r, g, b) = sheet.getpixel((70, 68)), sheet.getpixel((210, 68))
+    assert blue > red + 60 and r > b + 60 and r > g + 60, ((red, green, blue), (r, g, b))
+
+
 def test_the_shipped_editor_turns_a_red_heart_blue_in_its_place():
     editor = InstructPix2Pix.from_pretrained(HERE / "models" / "emoji")
     with torch.no_grad():
@@ -2019,6 +2028,17 @@ def test_augmented_drawings_keep_what_they_should(train):
     assert (mirrored[0] - seen[0]).abs().amax() > 0.9
 
 
+def test_names_are_drawn_equally_often(train):
+    captions = [["cat", "kitty"], ["cat", "kitty"], ["cat", "kitty"], ["letter g", "g"], ["red car"], ["red car"]]
+    assert_close(train.shares(captions), torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0, 0.125, 0.125]))
+
+
+def test_names_that_share_a_word(train):
+    like = train.alike(["letter a", "letter b", "red letter", "red car", "owl", "owl"])
+    assert like["letter a"] == ["letter b", "red letter"] and like["red letter"] == ["letter a", "letter b", "red car"]
+    assert like["owl"] == ["letter a", "letter b", "red car", "red letter"]
+
+
 def test_contrast_pulls_where_the_wrong_caption_fits_better(train):
     right, wrong = torch.tensor([0.05, 0.05, 0.05], requires_grad=True), torch.tensor([0.2, 0.05, 0.0], requires_grad=True)
     value = train.contrast(right, wrong, width=0.01)
@@ -2071,20 +2091,22 @@ def test_another_hand_draws_the_same_shape(train):
     assert all(train.HANDED.search(n) for n in names) and not any(map(train.HANDED.search, ("red apple", "cat face")))
 
 
-def test_the_last_weights_are_mixed_with_those_of_the_least_held_out_loss(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("losses, best", [([3.0, 1.0, 2.0], 1), ([0.5, 1.0, 0.7], 0)])
+def test_the_last_weights_are_mixed_with_those_of_the_least_held_out_loss(train, tmp_path, monkeypatch, losses, best):
     clock = iter(range(0, 10000, 180))
     monkeypatch.setattr(train, "time", types.SimpleNamespace(time=lambda: next(clock)))  # three minutes a step
     torch.manual_seed(0)
     start = lambda: train.Run(tmp_path / "net.pt", {"net": torch.nn.Linear(2, 2)}, 0.1, 12)
-    run, held_out, exported, lines = start(), iter([1.0, 2.0]), [], []
+    run, held_out, lines = start(), iter(losses), []
     weight = lambda: run.ema["net"].weight.clone()
+    exported = [weight()]  # what it begins with may be the best
     run.train(lambda: (run.modules["net"].weight - 1).square().sum(), lambda net: torch.tensor(next(held_out)),
               lambda: exported.append(weight()), lines.append, share=0.75)
-    assert run.step == 4 and len(exported) == 2 and len([x for x in lines if "held-out" in x]) == 2
+    assert run.step == 4 and len(exported) == 3 and len([x for x in lines if "held-out" in x]) == 3
     mixed, run = weight(), start()  # the checkpoint holds the last averages themselves
-    assert run.step == 4 and run.best[0] == 1.0 and (weight() - exported[0]).abs().amin() > 1e-3
-    assert_close(run.best[1]["net"]["weight"], exported[0])
-    assert_close(mixed, 0.75 * weight() + 0.25 * exported[0])
+    assert run.step == 4 and run.best[0] == min(losses) and (weight() - exported[best]).abs().amin() > 1e-3
+    assert_close(run.best[1]["net"]["weight"], exported[best])
+    assert_close(mixed, 0.75 * weight() + 0.25 * exported[best])
 
 
 def test_renders_are_named_by_their_code_points(train, tmp_path):

@@ -26,8 +26,8 @@ import numpy as np
 import resvg_py
 import torch
 import torch.nn.functional as F
-from diffusers import (AutoencoderKL, DDIMScheduler, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline,
-                       UNet2DConditionModel)
+from diffusers import (AutoencoderKL, DDIMScheduler, StableDiffusionInstructPix2PixPipeline, StableDiffusionPAGPipeline,
+                       StableDiffusionPipeline, UNet2DConditionModel)
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
@@ -266,6 +266,23 @@ def draw_timesteps(scheduler, batch, rng):
     return torch.searchsorted(share / share[-1], even).clamp(max=len(share) - 1)
 
 
+def shares(captions):
+    """[N] how often each picture is drawn: every name as often as any other, however few sets know it; recoloured
+    drawings, many and easy, a quarter as often."""
+    counts = Counter(c[0] for c in captions)
+    return torch.tensor([(0.25 if c[0].split()[0] in HUES and len(c) == 1 else 1.0) / counts[c[0]] for c in captions])
+
+
+def alike(names):
+    """{name: the other names that share a word with it; all others where none does}."""
+    owners = {}
+    for name in names:
+        for word in name.split():
+            owners.setdefault(word, set()).add(name)
+    like = {name: sorted(set().union(*(owners[w] for w in name.split())) - {name}) for name in set(names)}
+    return {name: near or sorted(set(names) - {name}) for name, near in like.items()}
+
+
 def contrast(right, wrong, width=0.015):
     """[B] from the noise errors with the right captions [B] and with wrong ones [B]: a softplus of the difference, whose
     slope goes from 0, where the right one is clearly the smaller, to 1, where the wrong one is."""
@@ -320,10 +337,13 @@ class Run:
     def train(self, batch_loss, held_out_loss, export, log, share=1.0):
         """Steps on batch_loss() until the minutes are spent; every five of them, and at the end, save and export.
 
-        At the end the averages become `share` of themselves and for the rest those of the least held-out loss: what
-        these knew of other styles stays, and most of what the last ones draw sharper.
+        At the end the averages become `share` of themselves and for the rest those of the least held-out loss, which may
+        be what the run began with: what these knew of other styles stays, and most of what the last ones draw sharper.
         """
-        name, mean, self.clock = self.path.stem, 0.0, time.time()
+        name, mean = self.path.stem, 0.0
+        if not self.step:
+            self.consider(held_out_loss, log)
+        self.clock = time.time()
         more = self.spent < self.minutes
         while more:
             loss = batch_loss()
@@ -332,15 +352,19 @@ class Run:
             if self.step % 200 == 0 or not more:
                 log(f"{name} step {self.step} {self.spent:.1f} min loss {mean:.4f}")
             if self.spent - self.saved > 5 or not more:
-                with torch.no_grad():
-                    held_out = held_out_loss(*self.ema.values()).item()
-                log(f"{name} step {self.step} {self.spent:.1f} min held-out loss {held_out:.4f}")
-                if held_out < self.best[0]:
-                    self.best = held_out, copy.deepcopy({k: m.state_dict() for k, m in self.ema.items()})
+                self.consider(held_out_loss, log)
                 self.save()
                 if not more:
                     self.mix(share)
                 export()
+
+    @torch.no_grad()
+    def consider(self, held_out_loss, log):
+        """Measure the averages; keep a copy where none before had a smaller loss."""
+        held_out = held_out_loss(*self.ema.values()).item()
+        log(f"{self.path.stem} step {self.step} {self.spent:.1f} min held-out loss {held_out:.4f}")
+        if held_out < self.best[0]:
+            self.best = held_out, copy.deepcopy({k: m.state_dict() for k, m in self.ema.items()})
 
     @torch.no_grad()
     def mix(self, share):
@@ -492,7 +516,7 @@ def train_unet(args, device, vae, log):
     if args.start:
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start, subfolder="unet").state_dict())
         text.load_state_dict(CLIPTextModel.from_pretrained(args.start, subfolder="text_encoder").state_dict())
-    run = Run(args.work / "unet.pt", {"unet": unet, "text": text}, 1e-3, args.minutes)
+    run = Run(args.work / "unet.pt", {"unet": unet, "text": text}, 5e-4 if args.start else 1e-3, args.minutes)
     run.ema["unet"].set_attn_processor(AttnProcessor())
     log(f"unet {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M, text "
         f"{sum(p.numel() for p in text.parameters()) / 1e6:.2f} M")
@@ -516,28 +540,34 @@ def train_unet(args, device, vae, log):
         (args.out / "pds.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n")
         (args.out / "captions.txt").write_text((HERE / "captions.txt").read_text())
 
-    # recoloured drawings are many and easy: a third of the share of the others
-    weights = torch.tensor([0.35 if c[0].split()[0] in HUES and len(c) == 1 else 1.0 for c in captions])
+    weights, names = shares(captions), sorted({c[0] for c in captions})
+    like = alike(names)
     rng = torch.Generator().manual_seed(100 + run.step)
     picker = random.Random(run.step)
 
     def batch_loss():
         done = run.spent / args.minutes
-        set_dropout(unet, 0.1 * min(1, 2 - 2 * done))
+        apart = done < 0.75  # until then captions are told apart; dropout falls to 0 meanwhile
+        set_dropout(unet, 0.1 * max(0, 1 - done / 0.75))
         rows = torch.multinomial(weights, args.batch, replacement=True, generator=rng)
-        plain = torch.rand(args.batch, generator=rng) < 0.5 + 0.4 * done  # ever more as they are
+        plain = torch.rand(args.batch, generator=rng) < 0.6 + 0.3 * done  # ever more as they are
         pool = 2 * torch.randint(len(latents) // 2, (args.batch,), generator=rng) + plain
         x0 = (latents[pool, rows].float() * scaling).to(device, memory_format=torch.channels_last)
         words = ["" if picker.random() < 0.1 else phrase(captions[i], picker) for i in rows.tolist()]
         ids = torch.stack([tokens[w] for w in words]).to(device)
         t = draw_timesteps(scheduler, args.batch, rng).to(device)
         noise = torch.randn(x0.shape, generator=rng).to(device)
-        # every fourth picture once more, with the caption of another one
+        if not apart:
+            return errors_of(unet, text, x0, ids, noise, t).mean()
+        # every fourth picture once more, with another caption, for half of them one that shares a word
+        others = [picker.choice(like[captions[i][0]] if picker.random() < 0.5 else names) for i in rows[::4].tolist()]
         again = lambda x: torch.cat([x, x[::4]])
-        errors = errors_of(unet, text, again(x0), torch.cat([ids, ids[::4].roll(1, 0)]), again(noise), again(t))
+        wrong_ids = torch.stack([tokens[w] for w in others]).to(device)
+        errors = errors_of(unet, text, again(x0), torch.cat([ids, wrong_ids]), again(noise), again(t))
         right, wrong = errors[:args.batch], errors[args.batch:]
-        said = torch.tensor([bool(w) for w in words[::4]], device=device)
-        return right.mean() + contrast(right[::4], wrong)[said].sum() / args.batch
+        told = [bool(w) and other not in captions[i] for w, other, i in zip(words[::4], others, rows[::4].tolist())]
+        told = torch.tensor(told, device=device)
+        return right.mean() + contrast(right[::4], wrong)[told].sum() / args.batch
 
     run.train(batch_loss, lambda *ema: errors_of(*ema, *held).mean(), export, log, share=0.6)
 
@@ -704,13 +734,19 @@ def train_instruct(args, device, log):
 
 # ---- what came of it ----------------------------------------------------------------------------------
 
-def sample_sheet(pipe, captions, path, guidance=5.0, seed=0, columns=8):
-    """DDIM samples with their captions under them, one seed, none picked."""
+def sample_sheet(pipe, captions, path, guidance=5.0, perturbed=1.5, seed=0, columns=8):
+    """DDIM samples with their captions under them, one seed, none picked.
+
+    Beside the guidance away from the empty caption there is one away from what the network predicts when its
+    self-attention is the identity, of strength `perturbed` (perturbed-attention guidance, arXiv 2403.17377): cleaner
+    outlines.
+    """
+    pipe = StableDiffusionPAGPipeline.from_pipe(pipe, pag_applied_layers=["down", "up"])
     pipe.set_progress_bar_config(disable=True)
     rng, pictures = torch.Generator().manual_seed(seed), []
     for i in range(0, len(captions), 8):
-        pictures += pipe(captions[i:i + 8], num_inference_steps=30, guidance_scale=guidance, generator=rng,
-                         height=SIZE, width=SIZE).images
+        pictures += pipe(captions[i:i + 8], num_inference_steps=30, guidance_scale=guidance, pag_scale=perturbed,
+                         generator=rng, height=SIZE, width=SIZE).images
     labelled([p.resize((128, 128), Image.BICUBIC) for p in pictures], captions, path, columns)
 
 
