@@ -547,8 +547,8 @@ def train_unet(args, device, vae, log):
 
     def batch_loss():
         done = run.spent / args.minutes
-        apart = done < 0.75  # until then captions are told apart; dropout falls to 0 meanwhile
-        set_dropout(unet, 0.1 * max(0, 1 - done / 0.75))
+        early = max(0, 1 - done / 0.75)  # falls to 0 at three quarters; until then captions are told apart
+        set_dropout(unet, 0.1 * early)
         rows = torch.multinomial(weights, args.batch, replacement=True, generator=rng)
         plain = torch.rand(args.batch, generator=rng) < 0.6 + 0.3 * done  # ever more as they are
         pool = 2 * torch.randint(len(latents) // 2, (args.batch,), generator=rng) + plain
@@ -557,7 +557,7 @@ def train_unet(args, device, vae, log):
         ids = torch.stack([tokens[w] for w in words]).to(device)
         t = draw_timesteps(scheduler, args.batch, rng).to(device)
         noise = torch.randn(x0.shape, generator=rng).to(device)
-        if not apart:
+        if not early:
             return errors_of(unet, text, x0, ids, noise, t).mean()
         # every fourth picture once more, with another caption, for half of them one that shares a word
         others = [picker.choice(like[captions[i][0]] if picker.random() < 0.5 else names) for i in rows[::4].tolist()]
@@ -565,9 +565,9 @@ def train_unet(args, device, vae, log):
         wrong_ids = torch.stack([tokens[w] for w in others]).to(device)
         errors = errors_of(unet, text, again(x0), torch.cat([ids, wrong_ids]), again(noise), again(t))
         right, wrong = errors[:args.batch], errors[args.batch:]
-        told = [bool(w) and other not in captions[i] for w, other, i in zip(words[::4], others, rows[::4].tolist())]
-        told = torch.tensor(told, device=device)
-        return right.mean() + contrast(right[::4], wrong)[told].sum() / args.batch
+        # none is wrong for the empty caption, nor another name of the same picture
+        really = [w != "" and o not in captions[i] for w, o, i in zip(words[::4], others, rows[::4].tolist())]
+        return right.mean() + contrast(right[::4], wrong)[torch.tensor(really, device=device)].sum() / args.batch
 
     run.train(batch_loss, lambda *ema: errors_of(*ema, *held).mean(), export, log, share=0.6)
 
