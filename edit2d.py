@@ -6,13 +6,16 @@
     mask = diffedit_mask(prior, x0, y_tgt, y_src)          # DiffEdit (Couairon et al., arXiv 2210.11427)
 
 `prior` is what pds.py takes: abar [T] and eps(x_t, t, y), guidance included, and for ddpm_inversion an attribute
-`guidance` to set on a copy of it. `editor` is an InstructPix2Pix of prior.py.
+`guidance` to set on a copy of it. `editor` is an InstructPix2Pix of prior.py. Picture is what --mode image edits; it
+also needs the prior's encode and decode.
 """
 import copy
+from pathlib import Path
 
 import torch
 
 from pds import add_noise, posterior, stochastic_latent
+from report import to_pil, write
 
 
 def ddim_timesteps(T, steps):
@@ -90,8 +93,9 @@ def ddpm_inversion(prior, x0, y_tgt, y_src, steps=100, skip=0.36, guidance_src=3
 def instruct_pix2pix(editor, picture, y, x0=None, steps=20, skip=0.0, generator=None):
     """Edit a picture [B,3,H,W] in [0,1] as the instruction y says -> x0 [B,C,h,w], by deterministic DDIM.
 
-    x0: the latent that is noised and denoised, None: the picture's own. With skip 0 it hardly counts; Instruct-NeRF2NeRF
-    (Haque et al., arXiv 2303.12789) gives a scene's render here, the photograph as the picture, and a skip of its own.
+    x0: the latent that is noised and denoised, None: the picture's own. With skip 0 it hardly matters.
+    Instruct-NeRF2NeRF (Haque et al., arXiv 2303.12789) passes a scene's render here, the photograph as the picture, and
+    a skip of its own.
     """
     editor = editor.of(picture)
     return sdedit(editor, editor.encode(picture) if x0 is None else x0, y, steps, skip, generator)
@@ -113,6 +117,63 @@ def diffedit_mask(prior, x0, y_tgt, y_src, noises=16, level=0.5, generator=None)
     return total > 0.5 * top.reshape(-1, 1, 1, 1)
 
 
+@torch.no_grad()
+def subject_masks(prior, scene, views, source, target):
+    """The subject of an edit in each view of a scene: a list of [1,1,h,w] bool, the DiffEdit mask of the two prompts,
+    widened by one latent pixel. It leaves the prior with a guidance of 1."""
+    prior.guidance, generator, masks = 1.0, torch.Generator().manual_seed(0), []
+    for view in views:
+        x0 = prior.encode(scene.render(view, prior.size))
+        mask = diffedit_mask(prior, x0, prior.embed(target), prior.embed(source), generator=generator)
+        masks.append(torch.nn.functional.max_pool2d(mask.float(), 3, 1, 1) > 0)
+    return masks
+
+
 def _draw(like, generator):
     """Noise in the shape of `like`, drawn on the generator's device: a seed means the same on every machine."""
     return torch.randn(like.shape, generator=generator, device=generator.device if generator else "cpu").to(like)
+
+
+# ---- the picture that is edited -------------------------------------------------------------------------
+
+class Picture(torch.nn.Module):
+    """A square picture to edit; theta is its latent, drawn by the prior's decoder, or the pixels themselves."""
+
+    def __init__(self, pixels, prior, in_pixels=False):
+        """pixels: [1,3,S,S] in [0,1]; in_pixels: optimise the pixels instead of the latent."""
+        super().__init__()
+        with torch.no_grad():
+            theta = pixels.clone() if in_pixels else prior.encode(pixels)
+        self.theta = torch.nn.Parameter(theta.to(prior.device))
+        self.draw = (lambda theta: theta) if in_pixels else prior.decode
+        self.in_pixels = in_pixels
+
+    def __deepcopy__(self, memo):
+        twin = copy.copy(self)
+        twin._parameters = {"theta": torch.nn.Parameter(self.theta.detach().clone())}
+        return twin
+
+    def param_groups(self, rate):
+        return [{"name": "theta", "params": [self.theta], "lr": rate}]
+
+    def sample_view(self, generator=None):
+        return None
+
+    def render(self, view=None, size=None):
+        picture = self.draw(self.theta)
+        if size is not None and size != picture.shape[-1]:
+            picture = torch.nn.functional.interpolate(picture, size=(size, size), mode="bicubic").clamp(0, 1)
+        return picture
+
+    @torch.no_grad()
+    def project_(self):
+        if self.in_pixels:
+            self.theta.clamp_(0, 1)
+
+    def put(self, pixels):
+        """Show these pixels [1,3,S,S] from now on."""
+        self.theta, self.draw, self.in_pixels = torch.nn.Parameter(pixels), lambda theta: theta, True
+
+    @torch.no_grad()
+    def save(self, path):
+        write(Path(path), to_pil(self.render()))

@@ -94,7 +94,7 @@ def pds_coefficients(abar, t, s, kind="official"):
         kind: "official"   what the released code computes: the ONE-step beta_t paired with an x_s that lies two
                            steps back (500 of 1000 sampling steps). That mismatch is what makes psi > 0.
               "consistent" the posterior q(x_s | x_t, x0) of the same stride: psi is 0 at every stride, and PDS is
-                           DDS with the weight chi(t).
+                           DDS with the weight chi(t) = sqrt(SNR_s / SNR_t - 1), SNR = abar / (1 - abar).
               (psi, chi)   two constants, or two tensors [B].
               callable     (abar, t, s) -> (psi, chi), for example `dreamcatalyst`.
     Returns:

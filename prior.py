@@ -179,8 +179,7 @@ class Prior:
         """
         if self.guidance == 1:
             return self._predict(x_t, t, [y])[0]
-        uncond, cond = self._predict(x_t, t, [self.unconditional(), y])
-        return uncond + self.guidance * (cond - uncond)
+        return guided(self._predict(x_t, t, [self.unconditional(), y]), self.guidance)
 
     def _predict(self, x_t, t, prompts, images=()):
         """The plain noise prediction for each prompt (beside its image), in one network call."""
@@ -227,7 +226,8 @@ class InstructPix2Pix(Prior):
             try:
                 for key, value in load_file(tuned).items():
                     part, name = key.split(".", 1)
-                    states[part][name] = value
+                    old = f"text_model.{name}"  # the name in transformers 4, and in the files of both
+                    states[part][old if old in states[part] else name] = value
                 for part, state in states.items():
                     getattr(pipe, part).load_state_dict(state)
             except (SafetensorError, RuntimeError, KeyError) as e:  # damaged, or of another model
@@ -253,9 +253,14 @@ class InstructPix2Pix(Prior):
         if self.image is None:
             raise ValueError("which picture is edited? Take model.of(picture)")
         null = self.unconditional()
-        uncond, pictured, full = self._predict(x_t, t, [null, null, y],
-                                               [torch.zeros_like(self.image), self.image, self.image])
-        return uncond + self.image_guidance * (pictured - uncond) + self.guidance * (full - pictured)
+        predictions = self._predict(x_t, t, [null, null, y], [torch.zeros_like(self.image), self.image, self.image])
+        return guided(predictions, self.image_guidance, self.guidance)
+
+
+def guided(predictions, *scales):
+    """Classifier-free guidance: the first prediction, and `scales` times the way from each one to the next."""
+    first, *_ = predictions
+    return first + sum(scale * (b - a) for scale, a, b in zip(scales, predictions, predictions[1:]))
 
 
 def read_captions(text):

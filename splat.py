@@ -1,6 +1,6 @@
 """3D Gaussian splatting in plain PyTorch: tiled rendering, its gradients, fitting, and the files of viewers.
 
-    scene = load_scene("examples/apple")           # the scenes of nerf.py
+    scene = load_scene("examples/apple")           # of scene.py
     splats = Splats.fit(scene, seconds=60)         # process CPU time on a CPU, wall time on a GPU
     psnr, views = evaluate(splats, scene)          # on the held-out views
     picture = splats.render(view=3, size=64)       # [1,3,64,64] in [0,1], differentiable
@@ -9,15 +9,15 @@
 The method is Kerbl et al.'s (arXiv 2308.04079), its projection EWA splatting (Zwicker et al., 2001).
 """
 import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.functional import avg_pool3d, logsigmoid, threshold_
-from tqdm import tqdm
 
-from nerf import NeRF, SceneError, cell_points, over, spherical_harmonics, uncontract, visual_hull
+from files import replacing
+from fit import Fit
+from scene import Representation, SceneError, cell_points, over, spherical_harmonics, uncontract, visual_hull
 
 ATTRIBUTES = ("means", "log_scales", "quaternions", "opacities", "sh_dc", "sh_rest")
 SEEN = 1 / 255  # an alpha below this is not drawn
@@ -231,7 +231,7 @@ def _transmittance(alpha, before):
 
 # ---- the splats ---------------------------------------------------------------------------------------
 
-class Splats(torch.nn.Module):
+class Splats(Representation):
     """N Gaussians, and how to draw, fit and edit them.
 
     Attributes:
@@ -241,19 +241,13 @@ class Splats(torch.nn.Module):
 
     def __init__(self, scene, means, log_scales, quaternions, opacities, sh_dc, sh_rest):
         """scene: a Scene, which is kept; the others: tensors of the shapes above."""
-        super().__init__()
-        self.scene = scene
+        super().__init__(scene)
         for name, value in zip(ATTRIBUTES, (means, log_scales, quaternions, opacities, sh_dc, sh_rest)):
             setattr(self, name, torch.nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format)))
-        self.register_buffer("centre", scene.centre.clone())
-        self.register_buffer("background", scene.background.clone())
         position = torch.stack([v.camera.pose[:, 3] for v in scene.train])
         # the unit of the rates, as in the paper's code
         self.extent = 1.1 * (position - position.mean(0)).norm(dim=1).max().clamp_min(0.1 * scene.half).item()
         self.near = 0.05 * scene.half
-
-    # they ask for a Scene and for render only
-    camera, photograph, sample_view, dataset = NeRF.camera, NeRF.photograph, NeRF.sample_view, NeRF.dataset
 
     def colours(self, camera):
         """rgb [N,3] of the Gaussians as seen by a Camera."""
@@ -272,18 +266,10 @@ class Splats(torch.nn.Module):
         drawn = _Composite.apply(quadratics(uv, cov, self.opacities), self.colours(camera), tiles)
         return tiles.picture(drawn, camera), uv
 
-    def render(self, view=None, size=None, generator=None):
-        """The picture [1,3,H,W] in [0,1] of a view (see NeRF.camera), differentiable in all parameters.
-
-        A pinhole's picture: distortion of the lens is ignored. With a generator (a CPU's) the pixel centres are
-        shifted by up to half a pixel, as in NeRF.render.
-        """
-        camera = self.camera(view, size)
-        if generator is not None:
-            camera = camera.shifted(*(torch.rand(2, generator=generator) - 0.5).tolist())
+    def rgb(self, camera):
+        """The picture [3,H,W] of a Camera; a pinhole's, as distortion of the lens is ignored."""
         picture = self.draw(camera)[0]
-        rgb = picture[:3] + picture[3:] * self.background[:, None, None]
-        return (rgb + (rgb.clamp(0, 1) - rgb).detach())[None]  # the gradient goes through
+        return picture[:3] + picture[3:] * self.background[:, None, None]
 
     @torch.no_grad()
     def depth(self, view=None, size=None):
@@ -321,9 +307,9 @@ class Splats(torch.nn.Module):
         """Write a .ply of 3DGS or, without sh_rest and rounded to 8 bits, a .splat; never half a file."""
         path = Path(path)
         values = {name: getattr(self, name).detach().cpu().float() for name in ATTRIBUTES}
-        part = path.with_name(f".{path.name}.part")
-        part.write_bytes(FILES[_suffix(path)][1](**values))
-        part.replace(path)
+        data = FILES[_suffix(path)][1](**values)
+        with replacing(path) as part:
+            part.write_bytes(data)
 
     @classmethod
     def load(cls, path, scene, device="cpu"):
@@ -393,76 +379,46 @@ class Splats(torch.nn.Module):
             FloatingPointError: the loss is no longer finite.
         """
         device = torch.device(device)
-        clock = time.process_time if device.type == "cpu" else time.perf_counter
-        started = clock()
-        seconds = 60 if seconds is None and steps is None else seconds
         default = (dict(count=2000, limit=10000, degree=1) if device.type == "cpu" else
                    dict(count=20000, limit=300000, degree=3))
         sizes = default | sizes
-        checkpoint = Path(checkpoint) if checkpoint else None
+        fit = Fit(scene, sizes, ("splats", "moved"), seconds, steps, checkpoint, device)
         generator = torch.Generator().manual_seed(seed)
-        saved = None
-        if checkpoint and checkpoint.exists():
-            saved = _read_checkpoint(checkpoint, scene, sizes, device)
-            splats = cls(scene, *(saved["splats"][name] for name in ATTRIBUTES))
+        if fit.saved:
+            splats = cls(scene, *(fit.saved["splats"][name] for name in ATTRIBUTES))
         else:
             splats = cls.start(scene, sizes["count"], sizes["degree"], generator)
         splats.to(device)
+        # of each Gaussian: the sum of how far its mean was pulled over the screen, and in how many pictures
+        moved = fit.saved["moved"] if fit.saved else torch.zeros(2, len(splats.means), device=device)
         # several times the paper's rates: it takes 30 000 steps, a minute on a CPU has 2000
         optimiser = torch.optim.Adam(splats.param_groups(4e-3, 4e-2, 2e-2, 1e-1, 4e-2), betas=(0.9, 0.99), fused=True)
         rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
-        state = dict(step=0, spent=0.0, moved=torch.zeros(2, len(splats.means), device=device))
-        if saved:
-            optimiser.load_state_dict(saved.pop("optimiser"))
-            generator.set_state(saved.pop("generator").cpu())
-            state = {name: saved[name] for name in state}
-            started -= state["spent"]
+        views = len(scene.train)
 
-        def keep():
-            part = checkpoint.with_name(f".{checkpoint.name}.part")
-            torch.save(state | dict(splats=splats.state_dict(), optimiser=optimiser.state_dict(), sizes=sizes,
-                                    generator=generator.get_state(), fingerprint=scene.fingerprint), part)
-            part.replace(checkpoint)
+        def state():
+            return dict(splats=splats.state_dict(), moved=moved)
 
-        def share():  # of the fit that is done
-            return max(state["step"] / steps if steps else 0.0, state["spent"] / seconds if seconds else 0.0)
-
-        written, first, views = time.monotonic(), state["step"], len(scene.train)
-        with tqdm(total=steps, initial=first, desc="fit", unit="step", disable=not progress) as bar:
-            while share() < 1:
-                step = state["step"]
-                for group in optimiser.param_groups:
-                    group["lr"] = rates[group["name"]] * (0.01 if group["name"] == "means" else 0.2) ** share()
-                # each view once before any comes again
-                order = torch.randperm(views, generator=torch.Generator().manual_seed(seed + step // views))
-                view = scene.train[order[step % views]]
-                loss, error, uv = splats._fit_step(view, generator)
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                splats.project_()
-                half = uv.new_tensor([[view.camera.width], [view.camera.height]]) / 2
-                moved = (uv.grad * half).norm(dim=0)  # as if pictures of all sizes were one
-                state["moved"] += torch.stack((moved, (moved > 0).float()))
-                state["step"] += 1
-                if state["step"] % 100 == 0:
-                    grow = 0.15 if share() < 0.6 else 0
-                    splats._densify(optimiser, state["moved"][0] / state["moved"][1].clamp_min(1), sizes["limit"], grow,
-                                    generator)
-                    state["moved"] = state["moved"].new_zeros(2, len(splats.means))
-                if step % 20 == 0:
-                    if not torch.isfinite(loss):
-                        raise FloatingPointError(f"{scene.path}: the loss is {loss.item()} at step {step}")
-                    psnr = -10 * math.log10(error.item() + 1e-12)
-                    bar.set_postfix(psnr=f"{psnr:.1f} dB", splats=len(splats.means), refresh=False)
-                bar.update()
-                state["spent"] = clock() - started
-                if checkpoint and time.monotonic() - written > 15:
-                    keep()
-                    written = time.monotonic()
-        if checkpoint and (state["step"] > first or not checkpoint.exists()):
-            keep()
-        splats.fitted = {"steps": state["step"], "seconds": state["spent"]}
+        for step in fit.run(optimiser, generator, state, progress):
+            for group in optimiser.param_groups:
+                group["lr"] = rates[group["name"]] * (0.01 if group["name"] == "means" else 0.2) ** fit.share(step)
+            # each view once before any comes again
+            order = torch.randperm(views, generator=torch.Generator().manual_seed(seed + step // views))
+            view = scene.train[order[step % views]]
+            loss, error, uv = splats._fit_step(view, generator)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            splats.project_()
+            half = uv.new_tensor([[view.camera.width], [view.camera.height]]) / 2
+            pull = (uv.grad * half).norm(dim=0)  # as if pictures of all sizes were one
+            moved += torch.stack((pull, (pull > 0).float()))
+            if (step + 1) % 100 == 0:
+                grow = 0.15 if fit.share(step + 1) < 0.6 else 0
+                splats._densify(optimiser, moved[0] / moved[1].clamp_min(1), sizes["limit"], grow, generator)
+                moved = moved.new_zeros(2, len(splats.means))
+            fit.report(loss, error, splats=len(splats.means))
+        splats.fitted = {"steps": fit.step, "seconds": fit.spent}
         return splats
 
     def _fit_step(self, view, generator):
@@ -472,7 +428,7 @@ class Splats(torch.nn.Module):
         behind = self.background
         if self.scene.bounded:
             behind = torch.rand(3, generator=generator).to(behind)
-        wanted = over(view.pixels.to(behind.device).permute(2, 0, 1).float() / 255, behind)
+        wanted = over(view.picture(behind.device), behind)
         error = picture[:3] + picture[3:] * behind[:, None, None] - wanted
         return error.abs().mean(), error.detach().square().mean(), uv
 
@@ -506,22 +462,6 @@ class Splats(torch.nn.Module):
         offset = torch.randn(len(twins), 3, generator=generator).to(scales.device) * self.log_scales[twins].exp()
         self.means[twins] += (rotations(self.quaternions[twins]) * offset.T).sum(1).T
         self.log_scales[twins] -= math.log(1.6)
-
-
-def _read_checkpoint(path, scene, sizes, device):
-    """What Splats.fit keeps: a dict of step, spent, moved, splats, optimiser and generator."""
-    try:
-        state = torch.load(path, map_location=device)
-        fingerprint, made = state.pop("fingerprint"), state.pop("sizes")
-        state["splats"], state["moved"]
-    except Exception as e:  # torch.load raises a dozen kinds for a damaged file
-        reason = (str(e) or repr(e)).splitlines()[0][:200]
-        raise SceneError(f"{path}: no readable checkpoint of a fit: {reason}") from e
-    if fingerprint != scene.fingerprint:
-        raise SceneError(f"{path}: is the fit of another scene than {scene.path}")
-    if made != sizes:
-        raise SceneError(f"{path}: has other sizes, {made}, than {sizes}")
-    return state
 
 
 # ---- files --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The method in the plane (the paper's Figure 2): samples of p(x0 | y=1) pushed to p(x0 | y=2) by SDS, DDS and PDS.
+"""The method in the plane: samples of p(x0 | y=1) pushed to p(x0 | y=2) by SDS, DDS and PDS.
 
     python toy.py                       # or python run.py --mode toy; writes toy.png and toy.svg
 

@@ -537,6 +537,7 @@ def train_unet(args, device, vae, log):
                                        requires_safety_checker=False)
         half.to(dtype=torch.float16)
         half.save_pretrained(args.out, safe_serialization=True)
+        readable_by_transformers_4(args.out)
         (args.out / "pds.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n")
         (args.out / "captions.txt").write_text((HERE / "captions.txt").read_text())
 
@@ -577,6 +578,17 @@ def train_unet(args, device, vae, log):
 INSTRUCTIONS = ["make it a ", "make it a ", "turn it into a ", "make it ", ""]
 TUNED = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks.2", "conv_norm_out",
          "conv_out")
+
+
+def readable_by_transformers_4(folder):
+    """Rename in a saved pipeline what transformers 5 writes differently: the text encoder's keys, the tokenizer's class.
+
+    transformers 4 would otherwise draw the text encoder at random, without a word; both versions read the old names.
+    """
+    path, index = folder / "text_encoder" / "model.safetensors", folder / "model_index.json"
+    state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})
+    index.write_text(index.read_text().replace('"CLIPTokenizer"', '"CLIPTokenizerFast"'))
 
 
 def widen(unet):
@@ -695,9 +707,10 @@ def train_instruct(args, device, log):
     def export():
         before = StableDiffusionPipeline.from_pretrained(args.out)
         old = {f"unet.{k}": v for k, v in before.unet.state_dict().items()}
-        old |= {f"text_encoder.{k}": v for k, v in before.text_encoder.state_dict().items()}
+        text_key = lambda k: f"text_encoder.{k.removeprefix('text_model.')}"
+        old |= {text_key(k): v for k, v in before.text_encoder.state_dict().items()}
         new = {f"unet.{k}": v for k, v in run.ema["unet"].state_dict().items()}
-        new |= {f"text_encoder.{k}": v for k, v in run.ema["text"].state_dict().items()}
+        new |= {text_key(k): v for k, v in run.ema["text"].state_dict().items()}
         same = lambda k: new[k].shape == old[k].shape and new[k].equal(old[k].float())
         part = args.out / "instruct.safetensors.part"
         save_file({k: v.half().contiguous() for k, v in new.items() if not same(k)}, part)

@@ -1,0 +1,71 @@
+"""Measurements behind the figures in the README; every command prints its figures beside their bars.
+
+    python -m bench svg-fidelity ICONS.json...      # against resvg (icon sets, e.g. npm @iconify-json/noto)
+    python -m bench svg-gradients                   # against finite differences
+    python -m bench svg-speed                       # against plain autograd; memory; cost table; fits
+    python -m bench svg-roundtrip ICONS.json...     # save, then resvg, against the own render
+    python -m bench nerf-grid                       # the hash grid against nn.Embedding
+    python -m bench nerf-fit SCENE --at 10 30 60    # PSNR over time, rays/s, memory
+    python -m bench nerf-deferred SCENE             # deferred image gradients against direct ones; memory
+    python -m bench splat-speed                     # 3D Gaussians against two plain formulations
+    python -m bench splat-memory                    # what 10 000 of them add to a process
+    python -m bench splat-fit SCENE --at 10 30 60   # PSNR over time, files
+    python -m bench step                            # a PDS step: the network, and everything else
+
+Run it in the root of the repository, with OMP_NUM_THREADS=1 for figures of one core. The exit code is 1 where a bar was
+missed. The table of all edits is `python run.py --mode bench`.
+"""
+import argparse
+import importlib
+import sys
+
+from report import exit_code, number
+
+
+def measure(args):
+    """Run the command MODULE-FUNCTION, or MODULE alone, of this folder; returns the number of bars missed."""
+    module, _, function = args.command.partition("-")
+    return getattr(importlib.import_module(f"bench.{module}"), function or module)(args)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = lambda name, help_line: commands.add_parser(name, help=help_line).add_argument
+    for name, help_line in (("svg-fidelity", "PSNR of renders against resvg"),
+                            ("svg-roundtrip", "save, render with resvg, compare")):
+        a = command(name, help_line)
+        a("icons", nargs="+", help="icons.json of an iconify set")
+        a("--count", type=int, default=200, help="icons of each set (default 200)")
+    command("svg-gradients", "gradients against finite differences")
+    command("svg-speed", "time, memory, cost table, fits")
+    a = command("nerf-grid", "the hash grid against nn.Embedding")
+    a("--points", type=int, default=20000)
+    for name, help_line in (("nerf-fit", "PSNR over time, rays/s, memory of fits"),
+                            ("splat-fit", "PSNR over time; the files of the last fit")):
+        a = command(name, help_line)
+        a("scene")
+        a("--at", type=float, nargs="+", default=[10, 30, 60], help="seconds of process CPU time, a fit each")
+        a("--bars", type=float, nargs="+", help="PSNR that each must reach")
+        a("--downscale", type=int, default=1)
+        a("--seed", type=int, default=0)
+        a("--device", default="cpu")
+    a = command("nerf-deferred", "deferred image gradients against direct ones; memory")
+    a("scene")
+    a("--seconds", type=float, default=10, help="of the fit")
+    for hidden, kind in (("--only", int), ("--how", str), ("--nerf", str)):
+        a(hidden, type=kind, help=argparse.SUPPRESS)
+    a = command("splat-speed", "against a dense formulation and a loop over tiles")
+    a("--size", type=int, default=128, help="of the picture, a multiple of 64")
+    a = command("splat-memory", "peak memory of a forward and a backward")
+    a("--size", type=int, default=128)
+    a("--only", type=int, help=argparse.SUPPRESS)
+    a = command("step", "a PDS step of run.py")
+    a("--steps", type=number(int, 3), default=200)
+    args = parser.parse_args(argv)
+    return exit_code("bench", lambda: 1 if measure(args) else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The course of a fit to a scene: its time, its progress bar and its checkpoints.
+
+    fit = Fit(scene, sizes, seconds=60, checkpoint="fit.pt")
+    for step in fit.run(optimiser, generator, lambda: {"nerf": nerf.state_dict()}):
+        ...                                        # a step of the optimiser, its rate scaled by fit.share(step)
+        fit.report(loss, error)
+"""
+import math
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from files import replacing
+from scene import SceneError
+
+
+class Fit:
+    """What every fit does around its steps.
+
+    Attributes:
+        step, spent: how many steps are done, and the seconds that they took; of a resumed fit, all of them.
+        saved: what the checkpoint that is resumed holds, until `run`; None for a new fit.
+    """
+
+    def __init__(self, scene, sizes, names=(), seconds=None, steps=None, checkpoint=None, device="cpu"):
+        """The clock starts now.
+
+        Args:
+            sizes: a dict; only a checkpoint of a fit with the same sizes is resumed.
+            names: of what its checkpoints must hold besides.
+            seconds, steps: see `share`. 60 seconds if neither is given.
+            checkpoint: a path, or None. The file there, if there is one, is resumed.
+            device: on a CPU, seconds are process CPU time; elsewhere they are wall time.
+        Raises:
+            SceneError: the checkpoint is damaged, of another scene or of other sizes.
+        """
+        self.clock = time.process_time if torch.device(device).type == "cpu" else time.perf_counter
+        self.started = self.clock()
+        self.scene, self.sizes = scene, sizes
+        self.seconds, self.steps = 60 if seconds is None and steps is None else seconds, steps
+        self.checkpoint = Path(checkpoint) if checkpoint else None
+        self.step, self.spent, self.saved = 0, 0.0, None
+        if self.checkpoint and self.checkpoint.exists():
+            self.saved = self._read(("step", "spent", "optimiser", "generator", *names), device)
+            self.step, self.spent = self.saved["step"], self.saved["spent"]
+            self.started -= self.spent
+
+    def _read(self, names, device):
+        path = self.checkpoint
+        try:
+            saved = torch.load(path, map_location=device, weights_only=True)
+            fingerprint, sizes = saved["fingerprint"], saved["sizes"]
+            [saved[name] for name in names]
+        except Exception as e:  # torch.load raises a dozen kinds for a damaged file
+            reason = (str(e) or repr(e)).splitlines()[0][:200]
+            raise SceneError(f"{path}: no readable checkpoint of a fit: {reason}") from e
+        if fingerprint != self.scene.fingerprint:
+            raise SceneError(f"{path}: is the fit of another scene than {self.scene.path}")
+        if sizes != self.sizes:
+            raise SceneError(f"{path}: has other sizes, {sizes}, than {self.sizes}")
+        return saved
+
+    def share(self, step):
+        """Share of the fit that is done before a step, from 0: of its steps or of its time, whichever is larger."""
+        return max(step / self.steps if self.steps else 0.0, self.spent / self.seconds if self.seconds else 0.0)
+
+    def run(self, optimiser, generator, state, progress=True):
+        """The numbers of the steps that are left, to be taken by the caller.
+
+        A checkpoint is written every 15 seconds and at the end; a fit that had its time takes no step and leaves
+        its checkpoint as it is.
+
+        Args:
+            optimiser, generator: restored from the checkpoint that is resumed, and kept in the next ones.
+            state: called for a dict, which the checkpoints hold besides.
+            progress: show a bar.
+        """
+        if self.saved:
+            optimiser.load_state_dict(self.saved["optimiser"])
+            generator.set_state(self.saved["generator"].cpu())
+            self.saved = None  # its memory is free
+
+        def keep():
+            with replacing(self.checkpoint) as part:
+                torch.save(state() | dict(step=self.step, spent=self.spent, optimiser=optimiser.state_dict(),
+                                          generator=generator.get_state(), sizes=self.sizes,
+                                          fingerprint=self.scene.fingerprint), part)
+
+        written, first = time.monotonic(), self.step
+        with tqdm(total=self.steps, initial=first, desc="fit", unit="step", disable=not progress) as self.bar:
+            while self.share(self.step) < 1:
+                yield self.step
+                self.step += 1
+                self.bar.update()
+                self.spent = self.clock() - self.started
+                if self.checkpoint and time.monotonic() - written > 15:
+                    keep()
+                    written = time.monotonic()
+        if self.checkpoint and (self.step > first or not self.checkpoint.exists()):
+            keep()
+
+    def report(self, loss, error, **figures):
+        """Every 20th step, the first included, look at what it gave; every step would wait for the device.
+
+        Args:
+            loss, error: tensors of one element; the error is a mean square, for the PSNR beside the bar.
+            figures: go beside the bar as well.
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        if self.step % 20:
+            return
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"{self.scene.path}: the loss is {loss.item()} at step {self.step}")
+        psnr = -10 * math.log10(error.item() + 1e-12)
+        self.bar.set_postfix(psnr=f"{psnr:.1f} dB", **figures, refresh=False)

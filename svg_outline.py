@@ -1,0 +1,303 @@
+"""SVG's numbers, lengths, transforms and outlines: text to matrices, and to lines and cubics. No XML, no CSS.
+
+Coordinates are x right, y down; points are complex numbers x + iy, transforms 3x3 matrices for column vectors.
+"""
+import math
+import re
+
+import numpy as np
+
+
+class SVGError(ValueError):
+    """The file cannot be read, drawn or written: one line that names the file and the reason."""
+
+
+# ------------------------------------------------------------------ values: numbers, lengths, transforms
+
+DIGITS = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+NUMBER = re.compile(r"[\s,]*" + DIGITS)
+FLAG = re.compile(r"[\s,]*([01])")    # an arc's flags may be packed: "a1 1 0 011 1"
+COMMAND = re.compile(r"[\s,]*([MmZzLlHhVvCcSsQqTtAa])")
+ARGUMENTS = dict(M=2, L=2, H=1, V=1, C=6, S=4, Q=4, T=2, A=7, Z=0)
+UNITS = {"": 1, "px": 1, "pt": 4 / 3, "pc": 16, "mm": 96 / 25.4, "cm": 96 / 2.54, "in": 96, "em": 16, "ex": 8}
+
+
+def number(text):
+    """A float that can be squared without overflow; where it is drawn, the limit of coordinates applies."""
+    return min(max(float(text), -1e18), 1e18)
+
+
+def numbers(text):
+    return [number(n) for n in re.findall(DIGITS, text or "")]
+
+
+def length(text, percent_of=1.0, default=0.0):
+    """A length in user units (px); `percent_of` is what 100 % means; an unreadable one is the default."""
+    match = re.fullmatch(NUMBER.pattern + r"\s*(%|[a-z]*)\s*", text or "")
+    if not match or match[2] not in (*UNITS, "%"):
+        return default
+    return number(match[1]) * (percent_of / 100 if match[2] == "%" else UNITS[match[2]])
+
+
+def affine(a=1.0, b=0.0, c=0.0, d=1.0, e=0.0, f=0.0):
+    return np.array([[a, c, e], [b, d, f], [0.0, 0.0, 1.0]])
+
+
+def transform(text):
+    """An SVG transform list -> 3x3 matrix (column vectors)."""
+    matrix = affine()
+    for name, inner in re.findall(r"\b(\w+)\s*\(([^()]*)\)", text or ""):
+        v = numbers(inner)
+        if name == "matrix" and len(v) == 6:
+            step = affine(*v)
+        elif name == "translate" and v:
+            step = affine(e=v[0], f=v[1] if len(v) > 1 else 0)
+        elif name == "scale" and v:
+            step = affine(a=v[0], d=v[-1])
+        elif name == "rotate" and v:
+            cos, sin = math.cos(math.radians(v[0])), math.sin(math.radians(v[0]))
+            x, y = v[1:3] if len(v) == 3 else (0, 0)
+            step = affine(e=x, f=y) @ affine(cos, sin, -sin, cos) @ affine(e=-x, f=-y)
+        elif name in ("skewX", "skewY") and v:
+            tan = math.tan(math.radians(v[0]))
+            step = affine(c=tan) if name == "skewX" else affine(b=tan)
+        else:
+            continue
+        matrix = matrix @ step
+    return matrix
+
+
+def matrix_text(matrix, separator=" "):
+    return "matrix({})".format(separator.join(f"{v:.9g}" for v in matrix[:2].T.flat))
+
+
+def fit(viewbox, aspect, x, y, width, height):
+    """Matrix that takes a viewBox (min x, min y, w, h) to the rectangle, as preserveAspectRatio says."""
+    sx, sy = width / viewbox[2], height / viewbox[3]
+    align = re.search(r"x(Min|Mid|Max)Y(Min|Mid|Max)|none", aspect or "") or re.match("(Mid)(Mid)", "MidMid")
+    if align[0] != "none":
+        sx = sy = max(sx, sy) if "slice" in (aspect or "") else min(sx, sy)
+        share = dict(Min=0.0, Mid=0.5, Max=1.0)
+        x += share[align[1]] * (width - sx * viewbox[2])
+        y += share[align[2]] * (height - sy * viewbox[3])
+    return affine(sx, 0, 0, sy, x - sx * viewbox[0], y - sy * viewbox[1])
+
+
+LAST_STOP = affine(0, 0, 0, 0, 1, 0)  # t = 1 everywhere: what a gradient of no extent shows
+
+
+def linear_unit(x1, y1, x2, y2):
+    """Matrix that takes the gradient vector to 0 .. 1 along x."""
+    square = (x2 - x1) ** 2 + (y2 - y1) ** 2
+    if square <= 1e-18:
+        return LAST_STOP
+    vx, vy = (x2 - x1) / square, (y2 - y1) / square
+    return affine(vx, 0, vy, 0, -x1 * vx - y1 * vy, 0)
+
+
+def radial_unit(cx, cy, r, fx, fy):
+    """Matrix that takes the circle to the unit circle, and the focus (x, y) there."""
+    if r <= 1e-9:
+        return LAST_STOP, None
+    focus = complex(0 if fx is None else (fx - cx) / r, 0 if fy is None else (fy - cy) / r)
+    focus *= min(1.0, 0.999 / max(abs(focus), 1e-9))      # the focus stays inside the circle
+    return affine(1 / r, 0, 0, 1 / r, -cx / r, -cy / r), (focus.real, focus.imag)
+
+
+# ------------------------------------------------------------------ outlines: every shape as lines and cubics
+
+class Outline:
+    """Subpaths of straight lines and cubic Beziers over shared points (complex numbers: x + iy).
+
+    A line is stored as the cubic (p, p, q, q), so that one index table [curves, 4] holds everything.
+    Quadratics become cubics, arcs and circles cubics of at most 90 degrees each.
+    """
+
+    def __init__(self):
+        self.points, self.curves = [], []
+        self.subpaths = []            # each [first curve, first point, closed]
+
+    def move(self, p):
+        self.points.append(p)
+        self.subpaths.append([len(self.curves), len(self.points) - 1, False])
+
+    def line(self, p):
+        self.curve(p)
+
+    def curve(self, *points):
+        if self.subpaths[-1][2]:      # drawing on after a close starts anew at the same place
+            self.move(self.points[self.subpaths[-1][1]])
+        sub, last = self.subpaths[-1], len(self.points) - 1
+        if sub[0] == len(self.curves):
+            last = sub[1]
+        self.points += points
+        n = len(self.points) - 1
+        self.curves.append((last, n - 2, n - 1, n) if len(points) == 3 else (last, last, n, n))
+
+    def arc(self, rx, ry, degrees, large, sweep, end):
+        start, rx, ry = self.points[-1], abs(rx), abs(ry)
+        turn = complex(math.cos(math.radians(degrees)), math.sin(math.radians(degrees)))
+        if start == end:
+            return
+        if min(rx, ry) < 1e-12:
+            return self.line(end)
+
+        def to_circle(p):
+            return complex((p / turn).real / rx, (p / turn).imag / ry)
+        half = (to_circle(end) - to_circle(start)) / 2
+        if not large and abs(half) < 1e-6:        # straight to within rounding
+            return self.line(end)
+        grow = max(abs(half), 1.0)    # radii too small to reach are scaled up
+        rx, ry, half = rx * grow, ry * grow, half / grow
+        towards = 1j * half / abs(half) * math.sqrt(max(0.0, 1 - abs(half) ** 2))
+        centre = (to_circle(start) + to_circle(end)) / 2 + (towards if large != sweep else -towards)
+        spoke, last = to_circle(start) - centre, to_circle(end) - centre
+        angle = np.angle(last / spoke)
+        if sweep and angle < 0 or not sweep and angle > 0:
+            angle += 2 * math.pi * (1 if sweep else -1)
+        count = max(1, math.ceil(abs(angle) / (math.pi / 2) - 1e-6))
+        reach = 4j / 3 * math.tan(angle / count / 4)          # along the tangent, to a piece's handles
+
+        def from_circle(p):
+            return complex(rx * (centre + p).real, ry * (centre + p).imag) * turn
+        for k in range(count):
+            a, b = (spoke * complex(math.cos(t), math.sin(t)) for t in (angle * np.array([k, k + 1]) / count))
+            corner = end if k == count - 1 else from_circle(b)
+            self.curve(from_circle(a * (1 + reach)), from_circle(b * (1 - reach)), corner)
+
+    def close(self):
+        sub = self.subpaths[-1]
+        if sub[2]:
+            return
+        gap = abs(self.points[-1] - self.points[sub[1]])
+        if sub[0] < len(self.curves) and self.curves[-1][:2] != (sub[1], sub[1]) \
+                and gap <= 1e-6 * max(map(abs, self.points[-4:])):
+            self.points.pop()         # the path returned to its start by itself: one shared point
+            curve = self.curves.pop()
+            ends = (sub[1], sub[1]) if curve[0] == curve[1] else (curve[2], sub[1])
+            self.curves.append((*curve[:2], *ends))
+        else:
+            self.curves.append((len(self.points) - 1, len(self.points) - 1, sub[1], sub[1]))
+        sub[2] = True
+
+    def drawn(self):
+        """(first curve, one past the last, first point, closed) of every subpath that has curves."""
+        bounds = [first for first, _, _ in self.subpaths[1:]] + [len(self.curves)]
+        return [(first, stop, start, closed) for (first, start, closed), stop in zip(self.subpaths, bounds)
+                if first < stop]
+
+    def data(self, points):
+        """Path data with these coordinates [n, 2] in place of the stored ones."""
+        def text(i):
+            return f"{points[i][0]:.7g} {points[i][1]:.7g}"
+        parts = []
+        for first, stop, start, closed in self.drawn():
+            parts.append("M" + text(start))
+            for k in range(first, stop):
+                p, a, b, q = self.curves[k]
+                if p != a:
+                    parts.append(f"C{text(a)} {text(b)} {text(q)}")
+                elif not (closed and k == stop - 1):          # Z draws the last line itself
+                    parts.append("L" + text(q))
+            parts += "Z" * closed
+        return "".join(parts)
+
+
+def path_outline(data):
+    """Path data -> Outline. As the specification asks, a path with an error is drawn up to the error."""
+    outline, at, command, pos, handle = Outline(), 0j, None, 0, None
+    while True:
+        if match := COMMAND.match(data, pos):
+            command, pos = match[1], match.end()
+        elif command in (None, "Z", "z") or not NUMBER.match(data, pos):
+            return outline
+        kind, v = command.upper(), []
+        if not outline.points and kind != "M":
+            return outline
+        for k in range(ARGUMENTS[kind]):
+            match = (FLAG if kind == "A" and k in (3, 4) else NUMBER).match(data, pos)
+            if not match:
+                return outline
+            v.append(number(match[1]))
+            pos = match.end()
+        base = at if command.islower() else 0j
+        p = [base + complex(*v[k:k + 2]) for k in range(0, len(v) - 1, 2)]
+        # S and T mirror the last handle only after a curve of their own family
+        mirrored = 2 * at - handle[1] if handle and handle[0] == {"S": "C", "T": "Q"}.get(kind) else at
+        handle = None
+        if kind == "M":
+            at = p[0]
+            outline.move(at)
+            command = "l" if command == "m" else "L"
+        elif kind == "Z":
+            outline.close()
+            at = outline.points[outline.subpaths[-1][1]]
+        elif kind in "LHV":
+            x, y = (p[0].real, p[0].imag) if kind == "L" else (base.real + v[0], at.imag)
+            at = complex(at.real, base.imag + v[0]) if kind == "V" else complex(x, y)
+            outline.line(at)
+        elif kind in "CS":
+            p = [mirrored, *p] if kind == "S" else p
+            outline.curve(*p)
+            at, handle = p[2], ("C", p[1])
+        elif kind in "QT":
+            q, end = p if kind == "Q" else (mirrored, p[0])
+            outline.curve(at + (q - at) * 2 / 3, end + (q - end) * 2 / 3, end)
+            at, handle = end, ("Q", q)
+        else:
+            at = base + complex(v[5], v[6])
+            outline.arc(v[0], v[1], v[2], v[3] > 0, v[4] > 0, at)
+
+
+def box_outline(x, y, width, height, rx=0.0, ry=0.0):
+    """Rectangle with rounded corners."""
+    outline = Outline()
+    if width <= 0 or height <= 0:
+        return outline
+    rx, ry = min(rx, width / 2), min(ry, height / 2)
+    # where the straight sides end
+    left, right, top, bottom = x + rx, x + width - rx, y + ry, y + height - ry
+    outline.move(complex(left, y))
+    for side, corner in (((right, y), (x + width, top)), ((x + width, bottom), (right, y + height)),
+                         ((left, y + height), (x, bottom)), ((x, top), (left, y))):
+        if abs(complex(*side) - outline.points[-1]) > 1e-9 * (width + height):
+            outline.line(complex(*side))
+        if rx > 0 and ry > 0:
+            outline.arc(rx, ry, 0, False, True, complex(*corner))
+    outline.close()
+    return outline
+
+
+def ellipse_outline(cx, cy, rx, ry):
+    outline = Outline()
+    if rx > 0 and ry > 0:
+        outline.move(complex(cx + rx, cy))
+        for x, y in ((cx, cy + ry), (cx - rx, cy), (cx, cy - ry), (cx + rx, cy)):
+            outline.arc(rx, ry, 0, False, True, complex(x, y))
+        outline.close()
+    return outline
+
+
+SHAPES = {"path", "circle", "ellipse", "rect", "line", "polyline", "polygon"}
+GEOMETRY = ("d", "cx", "cy", "r", "rx", "ry", "x", "y", "width", "height", "points", "x1", "y1", "x2", "y2")
+
+
+def shape_outline(tag, attributes, units):
+    """Outline of one of SHAPES; units(text, name, default): a length in user units."""
+    def size(*names, default=0.0):
+        return [units(attributes.get(name), name, default) for name in names]
+    if tag == "path":
+        return path_outline(attributes.get("d", ""))
+    if tag == "rect":
+        rx, ry = size("rx", "ry", default=None)
+        rx, ry = (ry or 0 if rx is None else rx), (rx or 0 if ry is None else ry)
+        return box_outline(*size("x", "y", "width", "height"), max(rx, 0), max(ry, 0))
+    if tag in ("circle", "ellipse"):
+        return ellipse_outline(*size("cx", "cy"), *(size("r", "r") if tag == "circle" else size("rx", "ry")))
+    v = size("x1", "y1", "x2", "y2") if tag == "line" else numbers(attributes.get("points"))
+    outline = Outline()
+    for k in range(0, len(v) - 1, 2):
+        (outline.line if k else outline.move)(complex(v[k], v[k + 1]))
+    if tag == "polygon" and outline.points:
+        outline.close()
+    return outline

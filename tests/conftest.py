@@ -1,0 +1,213 @@
+"""What the tests share: drawings, a scene, tiny random pipelines, and the command line on them."""
+import ast
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scene import load_scene  # noqa: E402
+from svg_raster import SVG  # noqa: E402
+
+torch.set_num_threads(1)
+
+BETAS = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion's
+ABAR = (1 - BETAS).cumprod(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """A line for each test file: its subject, which is the first line of its docstring, and how many tests passed."""
+    passed = {}
+    for result in terminalreporter.stats.get("passed", []):
+        path = result.nodeid.split("::")[0]
+        passed[path] = passed.get(path, 0) + 1
+    if passed:
+        terminalreporter.section("what was tested")
+    for path in sorted(passed):
+        subject = ast.get_docstring(ast.parse((terminalreporter.config.rootpath / path).read_text())) or path
+        terminalreporter.write_line(f"{passed[path]:4} {subject.splitlines()[0]}")
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Python's own reaction to Ctrl-C: in a background job it would be ignored, and inherited by the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def rand(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# ---- drawings -----------------------------------------------------------------------------------------
+
+XMLNS = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+STOPS = ('<stop offset=".1" stop-color="#f00"/><stop offset=".6" stop-color="#0f0" stop-opacity=".6"/>'
+         '<stop offset="1" stop-color="#00f"/>')
+
+
+def svg_text(body, attributes='viewBox="0 0 32 32"'):
+    return f"<svg {XMLNS} {attributes}>{body}</svg>"
+
+
+@pytest.fixture
+def load_svg(tmp_path):
+    def load(body, attributes='viewBox="0 0 32 32"', **options):
+        path = tmp_path / "drawing.svg"
+        path.write_text(svg_text(body, attributes))
+        return SVG.load(path, **{"size": 32, **options})
+    return load
+
+
+def darkness(svg, **options):
+    """Sum over pixels of 1 - value: the area in pixels of what is painted black."""
+    with torch.no_grad():
+        return float((1 - svg.render(**options)[0, 0]).double().sum())
+
+
+
+# ---- a scene ------------------------------------------------------------------------------------------
+
+NERF_SIZES = dict(levels=6, table=2 ** 14, width=16)
+
+
+def nerf_pose(azimuth, elevation=0.3, distance=4.0):
+    """Camera-to-world [4,4] that looks at the origin from an azimuth around z."""
+    back = torch.tensor([math.cos(azimuth) * math.cos(elevation), math.sin(azimuth) * math.cos(elevation),
+                         math.sin(elevation)], dtype=torch.float64)
+    right = torch.linalg.cross(torch.tensor([0, 0, 1.0], dtype=torch.float64), back)
+    right /= right.norm()
+    pose = torch.eye(4, dtype=torch.float64)
+    pose[:3] = torch.stack((right, torch.linalg.cross(back, right), back, distance * back), 1)
+    return pose
+
+
+def nerf_scene(folder, views=12, size=24, radius=0.8, alpha=True, split=True, **keys):
+    """A sphere around the origin whose colour is its normal, written as Blender's files or as one transforms.json."""
+    angle, frames = 0.6, {"train": [], "test": []}
+    for i in range(views):
+        pose = nerf_pose(i * 2.4, 0.1 + 0.06 * i)
+        fine = 4 * size
+        v, u = torch.meshgrid(torch.arange(fine), torch.arange(fine), indexing="ij")
+        focal = fine / 2 / math.tan(angle / 2)
+        d = torch.stack(((u + 0.5 - fine / 2) / focal, -(v + 0.5 - fine / 2) / focal, -torch.ones(fine, fine)), -1)
+        d = (d / d.norm(dim=-1, keepdim=True)).double() @ pose[:3, :3].T
+        along = d @ pose[:3, 3]
+        root = along ** 2 - pose[:3, 3].square().sum() + radius ** 2
+        hit = root > 0
+        normal = (pose[:3, 3] + (-along - root.clamp_min(0).sqrt())[..., None] * d) / radius
+        rgba = torch.cat((normal / 2 + 0.5, torch.ones(fine, fine, 1)), -1) * hit[..., None]
+        rgba = rgba.view(size, 4, size, 4, 4).mean((1, 3))
+        rgba[..., :3] /= rgba[..., 3:].clamp_min(1e-6)
+        if not alpha:
+            rgba = rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]
+        part = "test" if split and i % 4 == 3 else "train"
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        Image.fromarray((rgba * 255).round().byte().numpy()).save(folder / part / f"{i}.png")
+        frames[part].append({"file_path": f"{part}/{i}" + ("" if split else ".png"), "transform_matrix": pose.tolist()})
+    for part in ("train", "test") if split else ("train",):
+        name = f"transforms_{part}.json" if split else "transforms.json"
+        (folder / name).write_text(json.dumps({"camera_angle_x": angle, "frames": frames[part]} | keys))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nerf_sphere(tmp_path_factory):
+    return load_scene(nerf_scene(tmp_path_factory.mktemp("sphere")))
+
+
+
+# ---- tiny random pipelines ----------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory):
+    """Tiny random pipelines saved to disk: epsilon, v-prediction with TAESD's autoencoder, SDXL, InstructPix2Pix."""
+    import diffusers
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    root, made = tmp_path_factory.mktemp("pipelines"), {}
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = symbols + [s + "</w>" for s in symbols] + ["<|startoftext|>", "<|endoftext|>"]
+    (root / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(symbols)}))
+    (root / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(root, model_max_length=12)
+    text = CLIPTextConfig(vocab_size=len(symbols), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+                          num_attention_heads=2, max_position_embeddings=12, projection_dim=8,
+                          bos_token_id=len(symbols) - 2, eos_token_id=len(symbols) - 1, pad_token_id=len(symbols) - 1)
+    net = dict(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=[8, 16],
+               down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+               up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], attention_head_dim=2, norm_num_groups=4)
+    added = dict(addition_embed_type="text_time", addition_time_embed_dim=4,
+                 projection_class_embeddings_input_dim=8 + 6 * 4)
+    for kind in ("sd", "v", "xl", "instruct"):
+        torch.manual_seed(0)
+        net["in_channels"] = 8 if kind == "instruct" else 4
+        schedule = diffusers.DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False,
+            set_alpha_to_one=False, prediction_type="v_prediction" if kind == "v" else "epsilon")
+        if kind == "v":
+            vae = diffusers.AutoencoderTiny(encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8],
+                                            num_encoder_blocks=[1, 1], num_decoder_blocks=[1, 1], scaling_factor=1.0)
+        else:
+            vae = diffusers.AutoencoderKL(block_out_channels=[8, 8], norm_num_groups=4, layers_per_block=1,
+                                          down_block_types=["DownEncoderBlock2D"] * 2, sample_size=16,
+                                          up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4,
+                                          scaling_factor=0.7, shift_factor=0.1)
+        if kind == "xl":
+            pipe = diffusers.StableDiffusionXLPipeline(
+                vae=vae, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
+                tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=schedule, force_zeros_for_empty_prompt=True,
+                unet=diffusers.UNet2DConditionModel(cross_attention_dim=32, **net, **added))
+        else:
+            kind_of = {"instruct": diffusers.StableDiffusionInstructPix2PixPipeline}
+            pipe = kind_of.get(kind, diffusers.StableDiffusionPipeline)(
+                vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, scheduler=schedule,
+                unet=diffusers.UNet2DConditionModel(cross_attention_dim=16, **net), safety_checker=None,
+                feature_extractor=None, requires_safety_checker=False)
+        pipe.save_pretrained(root / kind)
+        made[kind] = root / kind
+    return made
+
+
+
+# ---- the command line ---------------------------------------------------------------------------------
+
+DRAWING = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><g id="face">
+<circle cx="16" cy="16" r="14" fill="#fc3"/><path d="M8 20q8 8 16 0z" fill="#622"/></g></svg>"""
+
+
+@pytest.fixture
+def small_pictures(monkeypatch):
+    """Few and small pictures in what a run reports."""
+    import report
+    for name, value in {"FRAMES": 2, "FRAME_SIZE": 24, "SIDE_SIZE": 24, "VIEWS": 4}.items():
+        monkeypatch.setattr(report, name, value)
+
+
+@pytest.fixture
+def command(pipelines, tmp_path):
+    """run.main on a drawing and the tiny pipeline; later flags win."""
+    import run  # diffusers takes seconds to import, and the tests of the renderers do without it
+    (tmp_path / "face.svg").write_text(DRAWING)
+    Image.new("RGB", (20, 12), "tomato").save(tmp_path / "red.png")
+
+    def call(*flags, out="out", mode="svg"):
+        file = {"svg": "face.svg", "image": "red.png"}[mode]
+        return run.main(["--mode", mode, f"--{mode}", str(tmp_path / file), "--source", "a face", "--target", "a cat",
+                         "--model", str(pipelines["sd"]), "--steps", "6", "--every", "2", "--device", "cpu",
+                         "--out", str(tmp_path / out), *map(str, flags)])
+    return call
+
+
+def outputs(folder):
+    """The bytes of every result; the checkpoint and config.json hold times or paths."""
+    skip = ("checkpoint.pt", "config.json", "export")
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in skip}

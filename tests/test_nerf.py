@@ -1,0 +1,340 @@
+"""NeRF: the hash grid, volume rendering, deferred gradients, the fit and its files."""
+import copy
+import math
+import time
+
+import pytest
+import torch
+from conftest import NERF_SIZES, nerf_scene
+from torch.testing import assert_close
+
+import nerf as nerf_module
+from nerf import HashGrid, NeRF, volume_weights
+from scene import SceneError, cell_points, depth_picture, evaluate, load_scene
+
+
+@pytest.fixture(scope="module")
+def nerf_fitted(nerf_sphere):
+    return NeRF.fit(nerf_sphere, steps=300, progress=False, **NERF_SIZES)
+
+
+class SolidBall(NeRF):
+    """A field in closed form: an opaque ball of a given colour in the middle of the box."""
+    radius = 0.8
+
+    class Identity(torch.nn.Module):
+        def forward(self, x, known=None):
+            return x
+
+    @classmethod
+    def of(cls, scene):
+        ball = cls(scene, **NERF_SIZES)
+        ball.grid = cls.Identity()
+        ball.occupied.fill_(True)
+        ball.bounds.copy_(torch.tensor([[-1.0] * 3, [1.0] * 3]) * ball.extent)
+        ball.step = 1 / 256
+        return ball
+
+    def density(self, x):
+        place = (x * 2 - 1) * self.extent * self.scene.half + self.centre[:, None]
+        return 1e5 * (place.norm(dim=0) < self.radius), torch.zeros(16, x.shape[1])
+
+    def colour(self, out, sh):
+        return torch.tensor([[0.2], [0.4], [0.6]]).expand(-1, out.shape[1])
+
+
+# ---- the hash grid ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [2 ** 4, 2 ** 12])  # all but the first level hashed; all levels dense
+def test_grid_against_a_loop_over_corners(size):
+    torch.manual_seed(0)
+    grid = HashGrid(3, size, 1, 9).double()
+    grid.table.data.normal_()
+    x = torch.rand(3, 7, dtype=torch.float64)
+    out = grid(x)
+    for level, cells in enumerate(grid.cells):
+        for n in range(7):
+            place = [float(c) * cells for c in x[:, n]]
+            wanted = torch.zeros(2, dtype=torch.float64)
+            for corner in range(8):
+                at = [int(p) + (corner >> k & 1) for k, p in enumerate(place)]
+                weight = math.prod(1 - abs(p - a) for p, a in zip(place, at))
+                if (cells + 1) ** 3 <= size:
+                    entry = at[0] + (cells + 1) * (at[1] + (cells + 1) * at[2])
+                else:
+                    entry = sum(a * s for a, s in zip(at, HashGrid.STRIDES)) % size
+                wanted += weight * grid.table[grid.start[level] + entry].detach()
+            assert_close(out[[level, 3 + level], n], wanted)
+
+
+def test_grid_gradcheck_and_known_features():
+    torch.manual_seed(0)
+    grid = HashGrid(2, 2 ** 5, 2, 6).double()
+    x = torch.rand(3, 11, dtype=torch.float64)
+    table = torch.randn_like(grid.table).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: nerf_module._Interpolate.apply(t, x, grid, None), table)
+    grid.table.data.copy_(table)
+    grid(x).square().sum().backward()
+    once = grid.table.grad.clone()
+    grid.table.grad = None
+    grid(x, grid(x).detach()).square().sum().backward()
+    assert torch.equal(once, grid.table.grad)
+
+
+def test_grid_at_the_upper_face_and_without_points():
+    grid = HashGrid(2, 2 ** 10, 2, 4)
+    grid.table.data.fill_(1.0)
+    assert_close(grid(torch.ones(3, 2)), torch.ones(4, 2))
+    grid(torch.empty(3, 0)).sum().backward()
+    assert grid.table.grad.abs().sum() == 0
+    with pytest.raises(ValueError, match="power of two"):
+        HashGrid(2, 1000, 2, 4)
+
+
+# ---- volume rendering ----------------------------------------------------------------------------------------
+
+def test_volume_weights_against_a_loop():
+    torch.manual_seed(0)
+    ray = torch.tensor([0, 0, 0, 2, 2, 5])  # rays 1, 3 and 4 have no samples
+    tau = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    weights, light = [], {}
+    for t, r in zip(tau, ray.tolist()):
+        weights.append(light.get(r, 1.0) * (1 - torch.exp(-t)))
+        light[r] = light.get(r, 1.0) * torch.exp(-t)
+    wanted, ours = torch.stack(weights), volume_weights(tau, ray, 6)
+    assert_close(ours, wanted)
+    factor = torch.randn(6, dtype=torch.float64)
+    assert_close(torch.autograd.grad((ours * factor).sum(), tau)[0],
+                               torch.autograd.grad((wanted * factor).sum(), tau)[0])
+
+
+def test_volume_weights_keep_their_precision_behind_many_opaque_rays():
+    count, each = 4000, 8
+    tau = torch.full((count * each,), 500.0)
+    tau[-each:] = torch.linspace(0.01, 0.3, each)
+    weights = volume_weights(tau, torch.arange(count).repeat_interleave(each), count)
+    last = tau[-each:].double()
+    wanted = torch.exp(last - last.cumsum(0)) * (1 - torch.exp(-last))
+    assert_close(weights[-each:].double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_a_ball_covers_its_area_and_lies_at_its_depth(nerf_sphere):
+    ball = SolidBall.of(nerf_sphere)
+    camera = ball.camera(0, 96)
+    with torch.no_grad():
+        picture, depth = ball.render(camera), ball.depth(camera)
+    inside = (picture[0, 2] < 0.8).float()
+    distance, focal = 4.0, camera.lens[0]
+    disc = math.pi * focal ** 2 * ball.radius ** 2 / (distance ** 2 - ball.radius ** 2)  # of the tangent cone
+    assert inside.sum().item() == pytest.approx(disc, rel=0.02)
+    assert_close(picture[0, :, 48, 48], torch.tensor([0.2, 0.4, 0.6]))
+    assert (picture[0, :, 0, 0] == 1).all() and depth[0, 0, 0, 0] == 0
+    assert depth[0, 0, 48, 48].item() == pytest.approx(distance - ball.radius, abs=0.02)
+    assert (depth_picture(depth)[0, :, 48, 48] > 0.9).all()
+
+
+def test_a_ball_lies_where_the_photographs_show_it(nerf_sphere):
+    ball = SolidBall.of(nerf_sphere)
+    for view in (0, 4):
+        with torch.no_grad():
+            drawn = (ball.render(view, 48) < 0.9).any(1)
+        shown = (ball.photograph(view, 48) < 0.9).any(1)
+        assert (drawn != shown).float().mean() < 0.05
+
+
+def test_hull_holds_the_object_and_little_else(nerf_sphere):
+    nerf = NeRF(nerf_sphere, **NERF_SIZES)
+    place = (cell_points(torch.arange(64 ** 3), 64) * 2 - 1) * nerf_sphere.half + nerf_sphere.centre[:, None]
+    ball = place.norm(dim=0) < 0.8
+    assert nerf.occupied[ball].all() and nerf.occupied.sum() < 2.5 * ball.sum()
+    assert nerf.seen.sum() > nerf.occupied.sum()
+
+
+# ---- gradients of pictures ----------------------------------------------------------------------------
+
+def test_deferred_gradients_equal_direct_ones(nerf_fitted, monkeypatch):
+    nerf = copy.deepcopy(nerf_fitted)
+    weighting = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def gradient(chunk):
+        monkeypatch.setattr(NeRF, "chunk", chunk)
+        nerf.zero_grad()
+        picture = nerf.render(1, 32)
+        (picture * weighting).sum().backward()
+        return picture.detach(), torch.cat([p.grad.flatten() for p in nerf.parameters()])
+    (a, direct), (b, deferred) = gradient(10 ** 6), gradient(100)
+    assert_close(a, b, rtol=0, atol=1e-6)
+    assert (direct - deferred).norm() <= 1e-5 * direct.norm()
+    assert direct.norm() > 0
+
+
+def test_deferred_gradients_keep_the_occupancy_they_were_drawn_with(nerf_fitted, monkeypatch):
+    monkeypatch.setattr(NeRF, "chunk", 100)
+    nerf = copy.deepcopy(nerf_fitted)
+    (wanted,) = torch.autograd.grad(nerf.render(1, 32).sum(), [nerf.rgb_out])
+    picture = nerf.render(1, 32)
+    nerf.occupied = torch.zeros_like(nerf.occupied)
+    assert torch.equal(torch.autograd.grad(picture.sum(), [nerf.rgb_out])[0], wanted)
+    assert not nerf.occupied.any()
+
+
+def test_deferred_gradients_of_changed_parameters_raise(nerf_fitted, monkeypatch):
+    monkeypatch.setattr(NeRF, "chunk", 100)
+    nerf = copy.deepcopy(nerf_fitted)
+    picture = nerf.render(1, 32)
+    with torch.no_grad():
+        nerf.rgb_out.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        picture.sum().backward()
+
+
+@pytest.mark.parametrize("chunk", [100, 10 ** 6])
+def test_nothing_to_see_is_the_background(nerf_sphere, monkeypatch, chunk):
+    monkeypatch.setattr(NeRF, "chunk", chunk)
+    nerf = NeRF(nerf_sphere, **NERF_SIZES)
+    nerf.occupied = torch.zeros_like(nerf.occupied)
+    nerf.bounds = nerf._bounds()
+    picture = nerf.render(0, 16)
+    assert (picture == 1).all()
+    picture.sum().backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in nerf.parameters())
+
+
+def test_render_has_no_side_effects(nerf_fitted):
+    before = copy.deepcopy(nerf_fitted.state_dict())
+    a = nerf_fitted.render(2, 32)
+    b = nerf_fitted.render(2, 32)
+    assert torch.equal(a, b) and a.shape == (1, 3, 32, 32) and a.min() >= 0 and a.max() <= 1
+    assert nerf_fitted.render(2).shape == (1, 3, 24, 24)
+    after = nerf_fitted.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_an_edit_can_grow_geometry(nerf_fitted):
+    """Towards pictures of a larger ball: what is added lies outside of all that was occupied."""
+    nerf, scene = copy.deepcopy(nerf_fitted), nerf_fitted.scene
+    larger = SolidBall.of(scene)
+    larger.radius = 0.95
+    with torch.no_grad():
+        wanted = [larger.render(view, 24) for view in range(len(scene.train))]
+        error = [(nerf.render(v, 24) - w).square().mean() for v, w in enumerate(wanted)]
+    optimiser, generator = torch.optim.Adam(nerf.param_groups(1e-2)), torch.Generator().manual_seed(0)
+    for _ in range(120):
+        view = nerf.sample_view(generator)
+        optimiser.zero_grad()
+        (nerf.render(view, 24) - wanted[view]).square().mean().backward()
+        optimiser.step()
+        nerf.project_()
+    with torch.no_grad():
+        now = [(nerf.render(v, 24) - w).square().mean() for v, w in enumerate(wanted)]
+    assert sum(now) < 0.1 * sum(error)
+
+
+# ---- the fit and its files ----------------------------------------------------------------------------
+
+def test_fit_reaches_the_test_views(nerf_fitted):
+    psnr, views = evaluate(nerf_fitted, nerf_fitted.scene)
+    assert views == 3 and psnr > 22 and nerf_fitted.fitted["steps"] == 300
+
+
+def test_fit_of_a_capture_without_alpha(tmp_path):
+    scene = load_scene(nerf_scene(tmp_path, alpha=False, split=False, aabb_scale=2))
+    assert not scene.bounded and len(scene.test) == 2 and len(scene.train) == 10
+    nerf = NeRF.fit(scene, steps=250, progress=False, **NERF_SIZES)
+    views = [(nerf.render(i, 24).detach() - nerf.photograph(i, 24)).square().mean() for i in range(10)]
+    assert sum(views) / 10 < 0.02  # white walls say little about where they are: training views only
+    nerf.render(0, 24).sum().backward()
+    assert nerf.sky_out.grad.abs().sum() > 0
+
+
+def test_a_killed_fit_resumes_bit_identically(nerf_sphere, tmp_path, monkeypatch):
+    whole = NeRF.fit(nerf_sphere, steps=120, progress=False, **NERF_SIZES)
+    ticks = iter(range(0, 10 ** 6, 20))
+    monkeypatch.setattr(time, "monotonic", lambda: next(ticks))  # a checkpoint after each step
+    step, calls = NeRF.fit_loss, []
+
+    def killed(self, *args):
+        calls.append(1)
+        if len(calls) == 101:
+            raise KeyboardInterrupt
+        return step(self, *args)
+    monkeypatch.setattr(NeRF, "fit_loss", killed)
+    file = tmp_path / "fit.pt"
+    with pytest.raises(KeyboardInterrupt):
+        NeRF.fit(nerf_sphere, steps=120, checkpoint=file, progress=False, **NERF_SIZES)
+    resumed = NeRF.fit(nerf_sphere, steps=120, checkpoint=file, progress=False, **NERF_SIZES)
+    assert len(calls) == 101 + 20 and resumed.fitted["steps"] == 120
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()):
+        assert torch.equal(a, b), name
+    cached = NeRF.fit(nerf_sphere, steps=120, checkpoint=file, progress=False, **NERF_SIZES)
+    assert len(calls) == 121 and torch.equal(cached.grid.table, whole.grid.table)
+
+
+def test_checkpoints_that_are_refused(nerf_fitted, nerf_sphere, tmp_path):
+    other = load_scene(nerf_scene(tmp_path / "other", views=4, radius=0.5))
+    saved, fitted = tmp_path / "nerf.safetensors", tmp_path / "fit.pt"
+    nerf_fitted.save(saved)
+    NeRF.fit(nerf_sphere, steps=1, checkpoint=fitted, progress=False, **NERF_SIZES)
+    contents = fitted.read_bytes()
+    with pytest.raises(SceneError, match="nerf.safetensors: was fitted to another scene"):
+        NeRF.load(saved, other)
+    with pytest.raises(SceneError, match="fit.pt: is the fit of another scene"):
+        NeRF.fit(other, steps=2, checkpoint=fitted, progress=False, **NERF_SIZES)
+    with pytest.raises(SceneError, match="fit.pt: has other sizes"):
+        NeRF.fit(nerf_sphere, steps=2, checkpoint=fitted, progress=False, **NERF_SIZES | dict(width=32))
+    assert fitted.read_bytes() == contents
+    for damaged, message in ((saved, "no readable NeRF"), (fitted, "no readable checkpoint")):
+        damaged.write_bytes(damaged.read_bytes()[:1000])
+        with pytest.raises(SceneError, match=f"{damaged.name}: {message}"):
+            NeRF.load(saved, nerf_sphere) if damaged is saved else NeRF.fit(
+                nerf_sphere, steps=2, checkpoint=fitted, progress=False, **NERF_SIZES)
+
+
+def test_saved_copied_and_restored_nerfs_draw_the_same(nerf_fitted, tmp_path):
+    nerf_fitted.save(tmp_path / "a.safetensors")
+    loaded = NeRF.load(tmp_path / "a.safetensors", nerf_fitted.scene)
+    twin = copy.deepcopy(nerf_fitted)
+    assert twin.scene is nerf_fitted.scene and twin.grid.table is not nerf_fitted.grid.table
+    fresh = NeRF(nerf_fitted.scene, **NERF_SIZES)
+    fresh.load_state_dict(nerf_fitted.state_dict())
+    for other in (loaded, twin, fresh):
+        assert torch.equal(other.render(3, 40), nerf_fitted.render(3, 40))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_dataset_starts_as_the_renders_and_pictures_can_be_replaced(nerf_fitted):
+    nerf, generator = copy.deepcopy(nerf_fitted), torch.Generator().manual_seed(0)
+    dataset = nerf.dataset(16)
+    assert nerf.data_loss(dataset, generator).item() < 1e-3  # nothing to fit yet
+    camera = nerf.camera(2, 16)
+    with torch.no_grad():
+        dataset.replace(2, 1 - nerf.render(camera))
+    assert (dataset.pixels.view(-1, 16, 16, 3)[2].float() - 255 * (1 - nerf.render(camera)[0].detach()).permute(1, 2, 0)
+            ).abs().max() <= 0.5 + 1e-3
+    assert nerf.data_loss(dataset, generator).item() > 1e-3
+
+
+def test_levels_finer_than_the_pictures_keep_what_they_have(nerf_fitted):
+    nerf = copy.deepcopy(nerf_fitted)
+    grads = {}
+    for size in (8, 10 ** 6):
+        nerf.learn_from(size)
+        nerf.zero_grad()
+        nerf.render(0, 16).square().mean().backward()
+        grads[size] = [nerf.grid.table.grad[a:b].clone() for a, b in zip(nerf.grid.start, nerf.grid.start[1:])]
+    coarse = [cells <= 2 * nerf.camera(None, 8).lens[0] / nerf.distance for cells in nerf.grid.cells]
+    coarse[0] = True  # one level always goes on
+    assert not all(coarse)
+    for learns, some, all_ in zip(coarse, grads[8], grads[10 ** 6]):
+        assert_close(some, all_ if learns else torch.zeros_like(all_))
+        assert all_.any()
+
+
+def test_shifted_pixels_are_seen_from_the_same_place(nerf_fitted):
+    camera = nerf_fitted.camera(0, 16)
+    moved = camera.shifted(1, 2).directions().view(3, 16, 16)
+    assert_close(moved[:, :-2, :-1], camera.directions().view(3, 16, 16)[:, 2:, 1:])
+    with torch.no_grad():
+        pictures = [nerf_fitted.render(0, 16, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert_close(pictures[0], pictures[1], atol=0, rtol=0)
+    assert (pictures[0] - pictures[2]).abs().max() > 1e-3

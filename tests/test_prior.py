@@ -1,0 +1,180 @@
+"""prior.py: Prior and InstructPix2Pix against diffusers, prompts, bad models, the shipped model."""
+import shutil
+import warnings
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import pds
+from conftest import ABAR, ROOT, rand
+from edit2d import ddim, ddim_timesteps, instruct_pix2pix
+from prior import InstructPix2Pix, Prior, PriorError, plain, read_captions
+from svg_raster import SVG
+
+
+@pytest.mark.parametrize("kind", ["sd", "v", "xl"])
+def test_eps_against_a_hand_written_call_of_the_same_unet(pipelines, kind):
+    prior = Prior.from_pretrained(pipelines[kind])
+    x_t, t, y = rand(2, 4, 8, 8, dtype=torch.float32), torch.tensor([40, 900]), prior.embed("a cat")
+    empty = prior.embed("")
+
+    def network(y, row):
+        added = None
+        if kind == "xl":
+            size = 8.0 * prior.pipe.vae_scale_factor
+            added = {"text_embeds": y[1], "time_ids": torch.tensor([[size, size, 0.0, 0.0, size, size]])}
+        with torch.no_grad():
+            out = prior.unet(x_t[row:row + 1], t[row], y[0], added_cond_kwargs=added).sample
+        abar = ABAR[t[row]].float()
+        return abar.sqrt() * out + (1 - abar).sqrt() * x_t[row:row + 1] if kind == "v" else out
+
+    if kind == "xl":
+        empty = tuple(torch.zeros_like(part) for part in empty)
+    for guidance in (1.0, 7.5):
+        prior.guidance = guidance
+        rows = [network(empty, i) + guidance * (network(y, i) - network(empty, i)) for i in range(2)]
+        assert_close(prior.eps(x_t, t, y), torch.cat(rows), atol=1e-5, rtol=1e-4)
+    x0 = rand(2, 4, 8, 8, dtype=torch.float32).requires_grad_()
+    pds.pds_loss(prior, x0, torch.zeros(2, 4, 8, 8), y, prior.embed("a dog"), t).backward()
+    assert x0.grad.isfinite().all() and all(p.grad is None for p in prior.unet.parameters())
+
+
+@pytest.mark.parametrize("kind", ["sd", "v", "xl"])
+def test_encode_takes_the_mean_and_is_differentiable(pipelines, kind):
+    prior = Prior.from_pretrained(pipelines[kind])
+    picture = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x0 = prior.encode(picture)
+    with torch.no_grad():
+        out = prior.vae.encode(picture * 2 - 1)
+        expected = out.latents if kind == "v" else (out.latent_dist.mode() - 0.1) * 0.7
+        assert_close(x0, expected)
+        decoded = prior.vae.decode(x0 / prior.scaling + prior.shift).sample
+        assert_close(prior.decode(x0), (decoded / 2 + 0.5).clamp(0, 1))
+    x0.square().sum().backward()
+    assert picture.grad.abs().sum() > 0 and all(p.grad is None for p in prior.vae.parameters())
+    with pytest.raises(ValueError, match="picture must be"):
+        prior.encode(picture[0])
+
+
+def test_instruct_pix2pix_against_the_pipeline_of_diffusers(pipelines):
+    import diffusers
+    editor = InstructPix2Pix.from_pretrained(pipelines["instruct"])
+    pipe = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(pipelines["instruct"])
+    pipe.set_progress_bar_config(disable=True)
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    x_t, y = rand(1, 4, 8, 8, dtype=torch.float32), editor.embed("make it a cat")
+    editor.guidance, editor.image_guidance = 7.5, 1.7
+    wanted = pipe("make it a cat", picture, num_inference_steps=5, guidance_scale=7.5, image_guidance_scale=1.7,
+                  latents=x_t, output_type="latent").images
+    assert_close(ddim(editor.of(picture), x_t, y, ddim_timesteps(1000, 5)), wanted, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="which picture is edited"):
+        editor.eps(x_t, torch.tensor([500]), y)
+    draw = lambda: torch.Generator().manual_seed(0)
+    edited = instruct_pix2pix(editor, picture, y, steps=5, generator=draw())
+    other = instruct_pix2pix(editor, picture.flip(3), y, editor.encode(picture), 5, generator=draw())
+    assert edited.shape == (1, 4, 8, 8) and (edited - other).abs().max() > 1e-3  # the picture counts
+    assert editor.image is None  # `of` tells a copy
+
+
+def test_an_editor_out_of_a_prior_and_what_differs(pipelines, tmp_path):
+    """instruct.safetensors beside a text-to-image pipeline: with weights of zero for the picture it is that prior."""
+    from safetensors.torch import save_file
+    shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    prior = Prior.from_pretrained(tmp_path / "sd")
+    wide = torch.nn.functional.pad(prior.unet.conv_in.weight, (0, 0, 0, 0, 0, 4)).contiguous()
+    save_file({"unet.conv_in.weight": wide}, tmp_path / "sd" / "instruct.safetensors")
+    (tmp_path / "sd" / "captions.txt").write_text("green apple\n")
+    editor = InstructPix2Pix.from_pretrained(tmp_path / "sd")
+    x_t, t, words = rand(1, 4, 8, 8, dtype=torch.float32), torch.tensor([500]), "turn it into a green apple"
+    prior.guidance = editor.guidance
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the caption inside of the instruction is known
+        y = editor.embed(words)
+    got = editor.of(torch.rand(1, 3, 16, 16)).eps(x_t, t, y)
+    assert_close(got, prior.eps(x_t, t, prior.embed(words)), atol=1e-5, rtol=1e-4)
+    (tmp_path / "sd" / "instruct.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(PriorError, match="sd: instruct.safetensors: ") as e:
+        InstructPix2Pix.from_pretrained(tmp_path / "sd")
+    assert "\n" not in str(e.value)
+    with pytest.raises(PriorError, match="takes 4 channels, a latent has 4: no InstructPix2Pix model"):
+        InstructPix2Pix.from_pretrained(pipelines["sd"])
+    another = {"unet.conv_in.weight": wide[:, :, :1].contiguous()}
+    save_file(another, tmp_path / "sd" / "instruct.safetensors")
+    with pytest.raises(PriorError, match="instruct.safetensors: .*conv_in"):
+        InstructPix2Pix.from_pretrained(tmp_path / "sd")
+    with pytest.raises(PriorError, match="edits pictures, it is no prior"):
+        Prior.from_pretrained(pipelines["instruct"])
+
+
+def test_prior_attributes(pipelines):
+    prior = Prior.from_pretrained(str(pipelines["sd"]))
+    assert_close(prior.abar, ABAR, atol=1e-7, rtol=1e-6)
+    assert prior.size == 16 and prior.defaults["guidance"]["pds"] == 100.0
+    assert prior.embed("a cat") is prior.embed("a cat")
+    half = Prior.from_pretrained(str(pipelines["sd"]), dtype=torch.bfloat16)
+    out = half.eps(rand(1, 4, 8, 8, dtype=torch.float32), torch.tensor([500]), half.embed("a cat"))
+    assert half.unet.dtype == torch.bfloat16 and half.vae.dtype == out.dtype == torch.float32
+
+
+def test_models_that_cannot_be_used(pipelines, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "U')
+    for name, message in [(tmp_path / "nothing", "no such model directory"), (tmp_path, "not a diffusers pipeline"),
+                          (broken, "damaged, or no pipeline"), ("nobody/no-such-model", "none on the hub")]:
+        with pytest.raises(PriorError, match=message) as e:
+            Prior.from_pretrained(name)
+        assert str(name) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_prompt_outside_the_vocabulary_warns_and_names_the_nearest(pipelines, tmp_path):
+    text = "# a comment\n# COLOUR is one of red blue\nred apple | apple | COLOUR apple\ncat face | kitten\n"
+    assert read_captions(text) == ["red apple", "apple", "blue apple", "cat face", "kitten"]
+    assert plain("A picture of a Red Apple!") == "red apple" and plain("an apple") == "apple"
+    shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    (tmp_path / "sd" / "captions.txt").write_text(text)
+    prior = Prior.from_pretrained(tmp_path / "sd")
+    with pytest.warns(UserWarning, match="never taught 'a kitten face'; nearest: kitten, cat face"):
+        prior.embed("a kitten face")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prior.embed("a kitten face")  # once is enough
+        prior.embed("a drawing of a blue apple")
+        prior.embed("")
+        Prior.from_pretrained(pipelines["sd"]).embed("anything")  # a model without a list has nothing to say
+
+
+def test_the_shipped_prior_tells_the_example_drawings_apart():
+    """Diffusion classifier (arXiv 2303.16203): the right caption predicts the noise best, in styles never trained on."""
+    folder = ROOT / "models" / "emoji"
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files if p.stem != "instruct") < 25e6
+    assert sum(p.stat().st_size for p in files if p.stem == "instruct") < 12e6
+    prior = Prior.from_pretrained(folder)
+    prior.guidance = 1.0
+    captions = {"smiling-face": "slightly smiling face", "red-heart": "red heart", "red-apple": "red apple",
+                "dog-face": "dog face", "automobile": "red car"}
+    t = torch.tensor([200, 300, 400, 500, 600, 700, 800, 900])
+    y = [tuple(part.expand(8, -1, -1) for part in prior.embed(c)) for c in captions.values()]
+    for row, name in enumerate(captions):
+        with torch.no_grad():
+            x0 = prior.encode(SVG.load(ROOT / "examples" / f"{name}.svg", size=prior.size).render())
+        noise = rand(8, *x0.shape[1:], seed=row, dtype=torch.float32)
+        x_t = pds.add_noise(x0.expand(8, -1, -1, -1), noise, prior.abar, t)
+        errors = torch.stack([(prior.eps(x_t, t, c) - noise).square().mean() for c in y])
+        assert errors.argmin() == row, (name, errors)
+
+
+def test_the_shipped_editor_turns_a_red_heart_blue_in_its_place():
+    editor = InstructPix2Pix.from_pretrained(ROOT / "models" / "emoji")
+    with torch.no_grad():
+        before = SVG.load(ROOT / "examples" / "red-heart.svg", size=editor.size).render()
+        after = editor.decode(instruct_pix2pix(editor, before, editor.embed("make it a blue heart"),
+                                               generator=torch.Generator().manual_seed(0)))
+    inside = (before - 1).abs().sum(1) > 0.5
+    red, _, blue = after.transpose(0, 1)[:, inside].mean(1)
+    assert blue > red + 0.3 and before.transpose(0, 1)[0, inside].mean() > 0.9
+    now = (after - 1).abs().sum(1) > 0.5
+    assert (inside & now).sum() > 0.8 * (inside | now).sum()  # the heart is where it was

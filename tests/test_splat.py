@@ -1,0 +1,377 @@
+"""3D Gaussians: the tiles against every Gaussian at every pixel, the fit, and the files of viewers."""
+import copy
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import nerf_scene
+from torch.testing import assert_close
+
+import splat as splat_module
+from scene import Camera, SceneError, evaluate, load_scene, spherical_harmonics, turntable
+from splat import Splats, Tiles, project, quadratics, rotations
+
+SIZES = dict(count=300, limit=800, degree=1)
+
+
+def splat_camera(size=32, width=None, distance=4.0, angle=0.6):
+    """At `distance` on the z axis, looking at the origin."""
+    pose = torch.eye(4)[:3].clone()
+    pose[2, 3] = distance
+    width = width or size
+    focal = size / 2 / math.tan(angle / 2)
+    return Camera(pose, (focal, focal, width / 2, size / 2, 0, 0, 0, 0, 0, 0), width, size)
+
+
+def splat_random(scene, count=60, degree=3, seed=0, spread=0.7, dtype=torch.float32):
+    """Gaussians of many sizes, shapes and opacities, some of them behind the camera or beside the picture."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+    splats = Splats(scene, draw(count, 3) * spread, -2.0 + 0.6 * draw(count, 3), draw(count, 4), draw(count) * 2,
+                    draw(count, 3), 0.3 * draw(count, (degree + 1) ** 2 - 1, 3))
+    return splats.to(dtype)
+
+
+def splat_dense(splats, camera):
+    """[4,H,W]: every Gaussian at every pixel, plain autograd, nothing taken from the tiles."""
+    uv, depth, cov = project(splats.means, splats.log_scales, splats.quaternions, camera, splats.near)
+    v, u = torch.meshgrid(torch.arange(camera.height) + 0.5, torch.arange(camera.width) + 0.5, indexing="ij")
+    d = torch.stack((u.flatten(), v.flatten())).to(uv)[:, None] - uv[:, :, None]  # [2,N,P]
+    inverse = torch.linalg.inv(torch.stack((cov[0], cov[1], cov[1], cov[2]), 1).view(-1, 2, 2))
+    power = -0.5 * torch.einsum("anp,nab,bnp->np", d, inverse, d)
+    alpha = (splats.opacities.sigmoid()[:, None] * power.exp()).clamp(max=0.99)
+    alpha = torch.where((alpha > 1 / 255) & (depth > splats.near)[:, None], alpha, 0)
+    order = depth.argsort()
+    rgb, alpha = splats.colours(camera)[order], alpha[order]
+    after = torch.cumprod(1 - alpha, 0)
+    before = torch.cat((torch.ones_like(after[:1]), after[:-1]))
+    return torch.cat((rgb.T @ (before * alpha), after[-1:])).view(4, camera.height, camera.width)
+
+
+@pytest.fixture(scope="module")
+def nerf_sphere(tmp_path_factory):
+    return load_scene(nerf_scene(tmp_path_factory.mktemp("sphere")))
+
+
+@pytest.fixture(scope="module")
+def splat_fitted(nerf_sphere):
+    return Splats.fit(nerf_sphere, steps=250, progress=False, **SIZES)
+
+
+# ---- rendering ----------------------------------------------------------------------------------------
+
+def test_a_gaussian_covers_its_integral(nerf_sphere):
+    camera = splat_camera(64)
+    sigma, opacity = 0.15, 0.8
+    splats = Splats(nerf_sphere, torch.zeros(1, 3), torch.full((1, 3), math.log(sigma)),
+                    torch.tensor([[1.0, 0, 0, 0]]), torch.tensor([opacity]).logit(), torch.zeros(1, 3),
+                    torch.zeros(1, 0, 3))
+    picture, _ = splats.draw(camera)
+    variance = (sigma * camera.lens[0] / 4) ** 2 + 0.3  # in square pixels, with the low-pass filter
+    cut = 1 / 255 / opacity  # of the Gaussian's tail
+    assert 1 - picture[3].min().item() == pytest.approx(opacity * math.exp(-0.25 / variance), abs=1e-5)
+    assert (1 - picture[3]).sum().item() == pytest.approx(opacity * 2 * math.pi * variance * (1 - cut), rel=2e-3)
+    assert_close(picture[:3], 0.5 * (1 - picture[3:]).expand(3, -1, -1))  # no harmonics: grey
+
+
+def test_a_rotated_needle_lies_along_its_axis(nerf_sphere):
+    half = math.radians(30) / 2
+    splats = Splats(nerf_sphere, torch.zeros(1, 3), torch.tensor([[0.3, 0.03, 0.03]]).log(),
+                    torch.tensor([[math.cos(half), 0, 0, math.sin(half)]]) * 3, torch.tensor([3.0]), torch.zeros(1, 3),
+                    torch.zeros(1, 0, 3))
+    alpha = 1 - splats.draw(splat_camera(64))[0][3]
+    v, u = torch.meshgrid(31.5 - torch.arange(64), torch.arange(64) - 31.5, indexing="ij")  # v up
+    xx, xy, yy = ((alpha * p).sum().item() for p in (u * u, u * v, v * v))
+    assert math.degrees(0.5 * math.atan2(2 * xy, xx - yy)) == pytest.approx(30, abs=0.5)
+    assert_close(rotations(splats.quaternions)[:, 0, 0], torch.tensor([3 ** 0.5 / 2, 0.5, 0]))
+
+
+@pytest.mark.parametrize("size, width, count", [(40, 40, 60), (33, 50, 60), (24, 24, 700)])
+def test_tiles_against_every_gaussian_at_every_pixel(nerf_sphere, size, width, count):
+    splats = splat_random(nerf_sphere, count).requires_grad_()
+    camera = splat_camera(size, width)
+    weighting = torch.randn(4, size, width, generator=torch.Generator().manual_seed(1))
+    pictures, gradients = [], []
+    for picture in (splats.draw(camera)[0], splat_dense(splats, camera)):
+        pictures.append(picture.detach())
+        gradients.append(torch.autograd.grad((picture * weighting).sum(), list(splats.parameters())))
+    assert (pictures[0] - pictures[1]).abs().max() < 2e-4  # what lies behind the last 1e-4 of the light is not drawn
+    for (name, _), a, b in zip(splats.named_parameters(), *gradients):
+        assert (a - b).norm() < 2e-3 * b.norm(), name
+
+
+def test_gradcheck_of_the_tiles(nerf_sphere):
+    camera = splat_camera(12)
+    splats = splat_random(nerf_sphere, 9, 0, spread=0.3, dtype=torch.float64)
+    with torch.no_grad():
+        splats.opacities[0] = 12.0  # clamped
+        uv, depth, cov = project(splats.means, splats.log_scales, splats.quaternions, camera, 0.1)
+        tiles = Tiles(uv, depth, cov, splats.opacities.sigmoid(), camera, 0.1)
+        quadratic = quadratics(uv, cov, splats.opacities)
+    colour = torch.rand(9, 3, dtype=torch.float64)
+    assert len(tiles.index) > 9  # more than one tile each
+    torch.autograd.gradcheck(lambda q, c: splat_module._Composite.apply(q, c, tiles),
+                             (quadratic.requires_grad_(), colour.requires_grad_()), eps=1e-7, atol=1e-5)
+
+
+def test_lists_end_where_the_light_is_spent(nerf_sphere, monkeypatch):
+    """Blocks of any size draw the same; a wall hides what lies behind and gets its gradient."""
+    splats, camera = splat_random(nerf_sphere, 300), splat_camera(32)
+    with torch.no_grad():
+        splats.opacities += 3
+    whole = splats.draw(camera)[0]
+    gradient = torch.autograd.grad(whole[:3].square().sum(), splats.means)[0]
+    monkeypatch.setattr(splat_module._Composite, "DEPTH", 3)
+    monkeypatch.setattr(splat_module._Composite, "ELEMENTS", 2 ** 10)
+    parts = splats.draw(camera)[0]
+    assert (whole - parts).abs().max() < 2e-4
+    other = torch.autograd.grad(parts[:3].square().sum(), splats.means)[0]
+    assert (gradient - other).norm() < 2e-3 * gradient.norm()
+
+
+@pytest.mark.parametrize("where", ["none", "behind", "beside", "transparent"])
+def test_nothing_in_sight_is_the_background(nerf_sphere, where):
+    splats = splat_random(nerf_sphere, 0 if where == "none" else 5)
+    with torch.no_grad():
+        splats.means[:] = torch.tensor({"beside": [50.0, 0, 0], "behind": [0, 0, 4.1]}.get(where, [0.0, 0, 0]))
+        if where == "transparent":
+            splats.opacities.fill_(-7)
+    picture = splats.render(splat_camera(20))
+    assert (picture == 1).all() and picture.shape == (1, 3, 20, 20)
+    picture.sum().backward()
+    assert all(torch.isfinite(p.grad).all() and (p.grad == 0).all() for p in splats.parameters())
+
+
+def test_behind_and_beside_the_camera_gradients_stay_finite(nerf_sphere):
+    splats = splat_random(nerf_sphere, 200, spread=4)
+    with torch.no_grad():
+        splats.means[:3] = torch.tensor([0.3, 0.2, 4.0])  # in the plane of the camera
+    splats.render(splat_camera(40)).square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in splats.parameters())
+
+
+def test_a_column_of_opaque_gaussians_gives_finite_gradients(nerf_sphere):
+    """No light at all is left behind it, in tiles that have light elsewhere."""
+    splats, camera = splat_random(nerf_sphere, 300, 0), splat_camera(24)
+    with torch.no_grad():
+        splats.means[:150] = torch.linspace(-1, 1, 150)[:, None] * torch.tensor([0, 0, 1.0])
+        splats.opacities[:150] = 9
+    gradients = []
+    for picture in (splats.draw(camera)[0], splat_dense(splats, camera)):
+        gradients.append(torch.autograd.grad(picture[:3].square().sum(), splats.sh_dc)[0])
+    assert torch.isfinite(gradients[0]).all() and (gradients[0] - gradients[1]).norm() < 2e-3 * gradients[1].norm()
+
+
+def test_far_needles_keep_their_place_in_large_pictures(nerf_sphere):
+    """The polynomial in pixels is moved to the tile in float64: its large terms cancel."""
+    splats = splat_random(nerf_sphere, 40, 0)
+    with torch.no_grad():
+        splats.log_scales[:, 0] += 2
+        splats.log_scales[:, 1:] -= 2
+    a, b = (splats.draw(splat_camera(1200, angle=0.1))[0] for splats in (splats, copy.deepcopy(splats).double()))
+    assert (a - b).abs().max() < 5e-3
+
+
+def test_harmonics_are_those_of_the_nerf(nerf_sphere):
+    splats, camera = splat_random(nerf_sphere, 50), splat_camera()
+    d = splats.means - camera.pose[:, 3]
+    harmonics = spherical_harmonics((d / d.norm(dim=1, keepdim=True)).T)  # [16,N]
+    sh = torch.cat((splats.sh_dc[:, None], splats.sh_rest), 1)  # [N,16,3]
+    wanted = (0.5 + torch.einsum("kn,nkc->nc", harmonics, sh)).clamp_min(0)
+    assert_close(splats.colours(camera), wanted)
+    flat = Splats(nerf_sphere, *(getattr(splats, n) for n in splat_module.ATTRIBUTES[:5]), splats.sh_rest[:, :3])
+    assert_close(flat.colours(camera), (0.5 + torch.einsum("kn,nkc->nc", harmonics[:4], sh[:, :4])).clamp_min(0))
+
+
+def test_splats_render_is_deterministic_and_pure(splat_fitted):
+    before = copy.deepcopy(splat_fitted.state_dict())
+    pictures, gradients = [], []
+    for _ in range(2):
+        pictures.append(splat_fitted.render(2, 32))
+        gradients.append(torch.autograd.grad(pictures[-1].square().sum(), splat_fitted.means)[0])
+    assert torch.equal(*pictures) and torch.equal(*gradients)
+    assert pictures[0].shape == (1, 3, 32, 32) and 0 <= pictures[0].min() and pictures[0].max() <= 1
+    assert splat_fitted.render(2).shape == (1, 3, 24, 24)
+    assert all(torch.equal(before[k], v) for k, v in splat_fitted.state_dict().items())
+
+
+def test_depth_of_splats_is_that_of_the_ball(splat_fitted):
+    camera = splat_fitted.camera(0, 24)
+    depth = splat_fitted.depth(camera)[0, 0]
+    distance = (camera.pose[:, 3]).norm().item()
+    assert depth[12, 12].item() == pytest.approx(distance - 0.8, abs=0.25) and depth[0, 0] == 0
+
+
+# ---- the fit ------------------------------------------------------------------------------------------
+
+def test_splats_reach_the_test_views(splat_fitted):
+    psnr, views = evaluate(splat_fitted, splat_fitted.scene)
+    assert views == 3 and psnr > 22 and splat_fitted.fitted["steps"] == 250
+    assert SIZES["count"] != len(splat_fitted.means) <= SIZES["limit"]
+    picture = splat_fitted.render(turntable(splat_fitted, 4, 20)[1])
+    assert picture.shape == (1, 3, 20, 20)
+    assert (picture[0, :, 10, 10] < 0.95).any() and (picture[0, :, 0, 0] > 0.95).all()
+
+
+def test_splats_of_a_capture_without_alpha(tmp_path):
+    scene = load_scene(nerf_scene(tmp_path, alpha=False, split=False, aabb_scale=2))
+    splats = Splats.fit(scene, steps=200, progress=False, **SIZES)
+    views = [(splats.render(i, 24).detach() - splats.photograph(i, 24)).square().mean() for i in range(10)]
+    assert sum(views) / 10 < 0.03
+
+
+def test_a_killed_fit_of_splats_resumes_bit_identically(nerf_sphere, tmp_path, monkeypatch):
+    whole = Splats.fit(nerf_sphere, steps=130, progress=False, **SIZES)
+    ticks = iter(range(0, 10 ** 6, 20))
+    monkeypatch.setattr(time, "monotonic", lambda: next(ticks))  # a checkpoint after each step
+    step, calls = Splats._fit_step, []
+
+    def killed(self, *args):
+        calls.append(1)
+        if len(calls) == 111:
+            raise KeyboardInterrupt
+        return step(self, *args)
+    monkeypatch.setattr(Splats, "_fit_step", killed)
+    file = tmp_path / "fit.pt"
+    with pytest.raises(KeyboardInterrupt):
+        Splats.fit(nerf_sphere, steps=130, checkpoint=file, progress=False, **SIZES)
+    resumed = Splats.fit(nerf_sphere, steps=130, checkpoint=file, progress=False, **SIZES)
+    assert len(calls) == 111 + 20 and resumed.fitted["steps"] == 130
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()):
+        assert torch.equal(a, b), name
+    cached = Splats.fit(nerf_sphere, steps=130, checkpoint=file, progress=False, **SIZES)
+    assert len(calls) == 131 and torch.equal(cached.means, whole.means)
+
+
+def test_checkpoints_of_splats_that_are_refused(nerf_sphere, tmp_path):
+    other, file = load_scene(nerf_scene(tmp_path / "other", views=4, radius=0.5)), tmp_path / "fit.pt"
+    Splats.fit(nerf_sphere, steps=1, checkpoint=file, progress=False, **SIZES)
+    contents = file.read_bytes()
+    with pytest.raises(SceneError, match="fit.pt: is the fit of another scene"):
+        Splats.fit(other, steps=2, checkpoint=file, progress=False, **SIZES)
+    with pytest.raises(SceneError, match="fit.pt: has other sizes"):
+        Splats.fit(nerf_sphere, steps=2, checkpoint=file, progress=False, **SIZES | dict(degree=0))
+    assert file.read_bytes() == contents
+    file.write_bytes(contents[:1000])
+    with pytest.raises(SceneError, match="fit.pt: no readable checkpoint"):
+        Splats.fit(nerf_sphere, steps=2, checkpoint=file, progress=False, **SIZES)
+
+
+def test_an_edit_of_splats(splat_fitted):
+    """Towards red pictures, by the loop's own steps; the number stays, the quaternions keep their length."""
+    splats, generator = copy.deepcopy(splat_fitted), torch.Generator().manual_seed(0)
+    assert splats.scene is splat_fitted.scene and splats.means is not splat_fitted.means
+    optimiser = torch.optim.Adam(splats.param_groups(sh_dc=3e-2))
+    red = torch.tensor([0.8, 0.1, 0.1])[:, None, None]
+    with torch.no_grad():
+        hit = [(splat_fitted.render(v, 24)[0] < 0.98).any(0) for v in range(len(splats.scene.train))]
+    errors = []
+    for _ in range(60):
+        view = splats.sample_view(generator)
+        error = ((splats.render(view, 24)[0] - red) * hit[view]).square().mean()
+        errors.append(error.item())
+        optimiser.zero_grad()
+        error.backward()
+        optimiser.step()
+        splats.project_()
+    assert sum(errors[-8:]) < 0.4 * sum(errors[:8]) and len(splats.means) == len(splat_fitted.means)
+    assert_close(splats.quaternions.norm(dim=1), torch.ones(len(splats.means)))
+    fresh = copy.deepcopy(splat_fitted)
+    fresh.load_state_dict(splats.state_dict())
+    assert torch.equal(fresh.render(1, 24), splats.render(1, 24))
+
+
+# ---- files --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_ply_round_trip(nerf_sphere, tmp_path, degree):
+    splats = splat_random(nerf_sphere, 30, degree)
+    splats.save(tmp_path / "a.ply")
+    again = Splats.load(tmp_path / "a.ply", nerf_sphere)
+    for (name, a), b in zip(splats.state_dict().items(), again.state_dict().values()):
+        assert torch.equal(a, b), name
+    assert torch.equal(splats.render(0, 32), again.render(0, 32))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ply"]
+
+
+def splat_ply(splats, drop=(), types={}, order=None, form="binary_little_endian", element="vertex"):
+    """A .ply written attribute by attribute: another order, other types, without some."""
+    columns = {f"f_rest_{c * 3 + k}": splats.sh_rest[:, k, c] for c in range(3) for k in range(3)}
+    columns |= {f"f_dc_{c}": splats.sh_dc[:, c] for c in range(3)} | {"opacity": splats.opacities}
+    columns |= {f"scale_{i}": splats.log_scales[:, i] for i in range(3)}
+    columns |= {f"rot_{i}": splats.quaternions[:, i] for i in range(4)}
+    columns |= {name: splats.means[:, i] for i, name in enumerate("xyz")} | {"extra": torch.zeros(len(splats.means))}
+    names = [n for n in columns if n not in drop]
+    names = [names[i] for i in np.random.RandomState(order).permutation(len(names))] if order is not None else names
+    kinds = {n: types.get(n, "float") for n in names}
+    codes = {"float": "<f4", "double": "<f8", "uchar": "u1"}
+    table = np.empty(len(splats.means), [(n, codes[kinds[n]]) for n in names])
+    for n in names:
+        table[n] = columns[n].detach()
+    lines = ["ply", f"format {form} 1.0", "comment made by a test", f"element {element} {len(table)}",
+             *(f"property {kinds[n]} {n}" for n in names), "comment", "end_header", ""]
+    return "\n".join(lines).encode() + table.tobytes()
+
+
+def test_ply_attributes_are_found_by_name(nerf_sphere, tmp_path):
+    splats = splat_random(nerf_sphere, 30, 1)
+    (tmp_path / "a.ply").write_bytes(splat_ply(splats, order=3, types={"x": "double", "extra": "uchar"}))
+    again = Splats.load(tmp_path / "a.ply", nerf_sphere)
+    assert all(torch.equal(a, b) for a, b in zip(splats.state_dict().values(), again.state_dict().values()))
+
+
+@pytest.mark.parametrize("name, contents, message", [
+    ("a.ply", lambda s: b"solid stl", "a.ply: no .ply: it has no header"),
+    ("a.ply", lambda s: splat_ply(s, form="ascii"), "a.ply: only binary_little_endian .ply can be read"),
+    ("a.ply", lambda s: splat_ply(s, element="chunk"), "a.ply: is a compressed .ply, export it uncompressed"),
+    ("a.ply", lambda s: splat_ply(s, element="face"), "does not begin with the vertices"),
+    ("a.ply", lambda s: splat_ply(s, drop=("scale_2", "opacity")), "it has no scale_2, opacity"),
+    ("a.ply", lambda s: splat_ply(s, drop=("f_rest_8",)), "8 f_rest are no harmonics of degree 0 to 3"),
+    ("a.ply", lambda s: splat_ply(s)[:-1], "a.ply: is cut short: 2879 bytes of 2880"),
+    ("a.ply", lambda s: splat_ply(s).replace(b"property float x\n", b"property list uchar int x\n"), "cannot be read"),
+    ("a.ply", lambda s: splat_ply(s)[:-12] + b"\xff" * 12, "a.ply: 1 of its 30 Gaussians are not finite"),
+    ("a.splat", lambda s: b"\0" * 33, "a.splat: is cut short: 33 bytes are no multiple of 32"),
+    ("a.ksplat", lambda s: b"", "a.ksplat: the name of a file of Gaussians ends in .ply or .splat"),
+])
+def test_files_of_gaussians_that_are_refused(nerf_sphere, tmp_path, name, contents, message):
+    (tmp_path / name).write_bytes(contents(splat_random(nerf_sphere, 30, 1)))
+    with pytest.raises(SceneError) as error:
+        Splats.load(tmp_path / name, nerf_sphere)
+    assert message in str(error.value) and "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_a_failed_save_overwrites_nothing(nerf_sphere, tmp_path, monkeypatch):
+    splats = splat_random(nerf_sphere, 5)
+    splats.save(tmp_path / "a.ply")
+    contents = (tmp_path / "a.ply").read_bytes()
+    for name in ("a.ply", "a.obj"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "numpy", lambda *_: 1 / 0)
+            with pytest.raises((SceneError, ZeroDivisionError)):
+                splats.save(tmp_path / name)
+    assert (tmp_path / "a.ply").read_bytes() == contents and [p.name for p in tmp_path.iterdir()] == ["a.ply"]
+    with pytest.raises(SceneError, match="b.ply: cannot be read: No such file"):
+        Splats.load(tmp_path / "b.ply", nerf_sphere)
+
+
+def test_splat_file_within_its_quantisation(nerf_sphere, tmp_path):
+    splats = splat_random(nerf_sphere, 40, 0)
+    with torch.no_grad():
+        splats.sh_dc.clamp_(-1.5, 1.5)
+    splats.save(tmp_path / "a.splat")
+    assert (tmp_path / "a.splat").stat().st_size == 32 * 40
+    again = Splats.load(tmp_path / "a.splat", nerf_sphere)
+    weight = again.log_scales.sum(1).exp() * again.opacities.sigmoid()
+    assert (weight.diff() <= 1e-3 * weight[:-1] + 1e-4).all()  # the most important first
+    order = [(again.means - m).norm(dim=1).argmin().item() for m in splats.means]
+    again = Splats(nerf_sphere, *(getattr(again, n)[order] for n in splat_module.ATTRIBUTES))
+    assert torch.equal(again.means, splats.means)
+    assert_close(again.log_scales, splats.log_scales, atol=1e-5, rtol=0)
+    assert (again.opacities.sigmoid() - splats.opacities.sigmoid()).abs().max() < 0.5 / 255 + 1e-6
+    assert (again.colours(splat_camera()) - splats.colours(splat_camera()).clamp(0, 1)).abs().max() < 0.5 / 255 + 1e-5
+    turned = (rotations(again.quaternions) - rotations(splats.quaternions)).abs().max()
+    assert turned < 0.03

@@ -1,0 +1,301 @@
+"""table.py and bench/step.py: the figures, the list of edits, the table and its sheet, a step taken apart."""
+import csv
+import io
+import json
+import math
+import re
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import report
+import run
+import table
+import toy
+from bench.__main__ import main as measure
+from conftest import ABAR, DRAWING, ROOT, rand
+from prior import plain, read_captions
+
+SRC, TGT = torch.tensor([0]), torch.tensor([1])
+
+
+def test_psnr_and_ssim_have_their_known_values():
+    a, b = rand(1, 3, 32, 32).sigmoid(), rand(1, 3, 32, 32, seed=1).sigmoid()
+    assert table.ssim(a, a) == pytest.approx(1, abs=1e-12) and report.psnr(a, a) == 100
+    # of two constants only the means are left
+    dark, light = torch.full_like(a, 0.3), torch.full_like(a, 0.5)
+    assert table.ssim(dark, light) == pytest.approx((2 * 0.3 * 0.5 + 1e-4) / (0.3 ** 2 + 0.5 ** 2 + 1e-4), abs=1e-9)
+    assert report.psnr(dark, light) == pytest.approx(-20 * math.log10(0.2))
+    # 11 x 11 pixels hold one window: weighted means, variances and covariance by numpy
+    a, b = a[..., :11, :11], b[..., :11, :11]
+    line = np.exp(-np.arange(-5, 6) ** 2 / (2 * 1.5 ** 2))
+    weights, values = np.outer(line, line).ravel(), []
+    for x, y in zip(a[0].flatten(1).numpy(), b[0].flatten(1).numpy()):
+        (vx, vxy), (_, vy) = np.cov(x, y, aweights=weights, ddof=0)
+        mx, my = np.average(x, weights=weights), np.average(y, weights=weights)
+        values.append((2 * mx * my + 1e-4) * (2 * vxy + 9e-4) / ((mx ** 2 + my ** 2 + 1e-4) * (vx + vy + 9e-4)))
+    assert table.ssim(a, b) == pytest.approx(np.mean(values), abs=1e-9) and table.ssim(a, b) < 0.9
+
+
+def test_log_odds_are_those_of_the_exact_prior():
+    means = torch.tensor([[[-1.0, 0.5]], [[1.5, 0.0]]], dtype=torch.float64)
+    prior = toy.Mixtures(means, guidance=3.0)
+    odds = [table.log_odds(prior, x.view(1, 2, 1, 1), TGT, SRC) for x in (means[0, 0], means.mean((0, 1)), means[1, 0])]
+    assert odds[0] < odds[1] < odds[2] and odds[0] < -0.1 and odds[2] > 0.1
+    assert table.log_odds(prior, means[1].view(1, 2, 1, 1), SRC, TGT) == pytest.approx(-odds[2])
+    assert prior.guidance == 3.0
+    # the long form: a loop over the timesteps, the noise prediction of one Gaussian written out
+    noises, terms = torch.randn(8, 2, 1, 1, generator=torch.Generator().manual_seed(0)).double(), []
+    for noise, t in zip(noises.view(8, 2), range(200, 901, 100)):
+        x_t = ABAR[t].sqrt() * means[1, 0] + (1 - ABAR[t]).sqrt() * noise
+        var = ABAR[t] * prior.sigma ** 2 + 1 - ABAR[t]
+        predictions = [(1 - ABAR[t]).sqrt() * (x_t - ABAR[t].sqrt() * mean[0]) / var for mean in means]
+        errors = [(noise - eps).square().sum() for eps in predictions]
+        terms.append((errors[0] - errors[1]).item())
+    assert odds[2] == pytest.approx(np.mean(terms), rel=1e-9)
+
+
+@pytest.fixture
+def edits(pipelines, tmp_path, monkeypatch, capsys):
+    """--mode bench on a drawing and a picture with the tiny pipeline, which brings its own steps; what it prints."""
+    monkeypatch.setattr(report, "FRAMES", 2)
+    (tmp_path / "face.svg").write_text(DRAWING)
+    Image.new("RGB", (20, 12), "tomato").save(tmp_path / "red.png")
+    (tmp_path / "list.txt").write_text("# two edits\nsvg | face.svg | a face | a cat\n\nimage|red.png|a red|a blue\n")
+    shutil.copytree(pipelines["sd"], tmp_path / "model")
+    guidance = dict.fromkeys(("sds", "dds", "pds"), 3)
+    (tmp_path / "model" / "pds.json").write_text(json.dumps({"guidance": guidance, "steps": 2, "svg": {"steps": 1}}))
+
+    def call(*flags, out="out"):
+        capsys.readouterr()
+        code = run.main(["--mode", "bench", "--list", str(tmp_path / "list.txt"), "--model", str(tmp_path / "model"),
+                         "--compare", "sds", "pds", "--device", "cpu", "--out", str(tmp_path / out), *map(str, flags)])
+        return code, capsys.readouterr().out.splitlines()
+    return call
+
+
+def csv_rows(path, without=()):
+    with open(path, newline="") as file:
+        return [{k: v for k, v in row.items() if k not in without} for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def fake_edits(edits, tmp_path, monkeypatch):
+    """The same without the edits: run_one paints five sides, and writes down what was called."""
+    called = []
+
+    def run_one(prior, loss, args, out):
+        called.append((args.mode, loss))
+        out.mkdir(parents=True)
+        for name, tints in {"source": range(0, 100, 20), "result": range(10, 110, 20)}.items():
+            report.beside([Image.new("RGB", (32, 32), (100, 100, tint)) for tint in tints]).save(out / f"{name}.png")
+        report.write(out / "config.json", json.dumps(run.settings(args, prior, loss)))
+    monkeypatch.setattr(run, "run_one", run_one)
+    monkeypatch.setattr(run, "fit", lambda args: called.append(("fit", args.fit)))
+    edits.called = called
+    (tmp_path / "scene").mkdir()
+    (tmp_path / "list.txt").write_text("nerf | scene | a ball | a face\nsplat | scene | a ball | a face\n")
+    return edits
+
+
+def test_the_table_holds_the_means_and_stands_when_it_is_made(edits, tmp_path, monkeypatch):
+    code, lines = edits()
+    assert code == 0
+    rows = csv_rows(tmp_path / "out" / "table.csv")
+    wanted = [(m, f, n) for m, f in (("svg", "face.svg"), ("image", "red.png")) for n in ("sds", "pds")]
+    assert [(r["mode"], r["file"], r["loss"]) for r in rows] == wanted
+    start = next(i for i, line in enumerate(lines) if line.startswith("mode "))
+    printed = [line.split() for line in lines[start:start + 7]]
+    assert printed[0] == ["mode", "loss", "edits", "log-odds", "read", "PSNR", "SSIM", "s", "MB"]
+    assert [p[:3] for p in printed[1:]] == [[m, n, "1"] for m in ("svg", "image") for n in ("source", "sds", "pds")]
+    assert len(printed[1]) == 5 and float(printed[1][3]) == round(float(rows[0]["before"]), 2)
+    for p, row in zip(printed[2:4] + printed[5:], rows):
+        assert p[4] == ("1/1" if float(row["log-odds"]) > 0 else "0/1")
+        assert [float(p[5]), float(p[6])] == [round(float(row["PSNR"]), 1), round(float(row["SSIM"]), 3)]
+        assert float(row["s"]) > 0 and float(row["MB"]) > 50
+    # the settings of one mode are not the next one's
+    steps = [json.loads((tmp_path / "out" / folder / "pds" / "config.json").read_text())["steps"]
+             for folder in ("svg/face-a-cat", "image/red-a-blue")]
+    assert steps == [1, 2]
+    for mode in ("svg", "image"):
+        assert Image.open(tmp_path / "out" / f"{mode}.png").size == (3 * 208 + 16, 192 + 56 + 32)
+    assert edits(out="again")[0] == 0
+    apart = [csv_rows(tmp_path / out / "table.csv", ("s", "MB")) for out in ("out", "again")]
+    assert apart[0] == apart[1]
+
+    def refuse(*_):
+        raise FloatingPointError("it runs")
+    monkeypatch.setattr(run, "run_one", refuse)
+    assert edits() == (0, lines[start - 1:])  # all of it stands, seconds too
+    assert edits("--only", "image")[0] == 0 and len(csv_rows(tmp_path / "out" / "table.csv")) == 2
+    assert edits("--seed", 1)[0] == 1  # other settings do not
+
+
+def test_a_scene_is_fitted_before_the_clock_and_measured_from_all_sides(fake_edits, tmp_path):
+    assert fake_edits()[0] == 0
+    fits = [("fit", tmp_path / "out" / mode / f"scene-{mode}-fit.pt") for mode in ("nerf", "splat")]
+    assert fake_edits.called == [fits[0], ("nerf", "sds"), fits[0], ("nerf", "pds"),
+                                 fits[1], ("splat", "sds"), fits[1], ("splat", "pds")]
+    row = csv_rows(tmp_path / "out" / "table.csv")[0]
+    # one colour of three is 10 of 255 brighter on every side
+    assert float(row["PSNR"]) == pytest.approx(10 * math.log10(3 * 25.5 ** 2), abs=1e-3)
+    low, high = np.arange(0, 100, 20) / 255, np.arange(10, 110, 20) / 255
+    blue = (2 * low * high + 1e-4) / (low ** 2 + high ** 2 + 1e-4)
+    assert float(row["SSIM"]) == pytest.approx((2 + blue.mean()) / 3, abs=1e-5)
+    assert Image.open(tmp_path / "out" / "nerf.png").size == (5 * 176 + 16, 3 * (160 + 56 + 16) + 16)
+
+
+def test_an_interrupted_table_goes_on_with_what_is_missing(fake_edits, tmp_path, monkeypatch):
+    made = run.run_one
+
+    def stop(prior, loss, args, out):
+        if (args.mode, loss) == ("splat", "sds"):
+            made(prior, loss, args, out)
+            raise KeyboardInterrupt
+        return made(prior, loss, args, out)
+    monkeypatch.setattr(run, "run_one", stop)
+    assert fake_edits()[0] == 130
+    kept = (tmp_path / "out" / "nerf" / "scene-a-face" / "pds" / "row.json").read_bytes()
+    shutil.rmtree(tmp_path / "out" / "splat")
+    monkeypatch.setattr(run, "run_one", made)
+    fake_edits.called.clear()
+    assert fake_edits()[0] == 0
+    assert [c for c in fake_edits.called if c[0] != "fit"] == [("splat", "sds"), ("splat", "pds")]
+    assert (tmp_path / "out" / "nerf" / "scene-a-face" / "pds" / "row.json").read_bytes() == kept
+
+
+def test_the_list_of_the_examples_is_the_default(edits, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    (tmp_path / "examples").mkdir()
+    lines = ["svg | ../face.svg | a face | a cat", "image | ../red.png | a red | a blue"]
+    (tmp_path / "examples" / "edits.txt").write_text("\n".join(lines))
+    assert run.main(["--mode", "bench", "--compare", "inv2n", "pds", "--steps", "1", "--model", str(tmp_path / "model"),
+                     "--out", str(tmp_path / "out")]) == 0
+    rows = [(row["mode"], row["loss"]) for row in csv_rows(tmp_path / "out" / "table.csv")]
+    assert rows == [("svg", "pds"), ("image", "inv2n"), ("image", "pds")]  # an editor of pictures makes no drawing
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory):
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
+    from transformers import CLIPImageProcessor
+    folder = tmp_path_factory.mktemp("clip")
+    tokens = AutoTokenizer.from_pretrained(ROOT / "models" / "emoji" / "tokenizer")
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    text = small | dict(vocab_size=len(tokens), max_position_embeddings=20, bos_token_id=tokens.bos_token_id,
+                        pad_token_id=tokens.pad_token_id, eos_token_id=tokens.eos_token_id)
+    vision = small | dict(image_size=16, patch_size=8)
+    CLIPModel(CLIPConfig(projection_dim=8, vision_config=vision, text_config=text)).save_pretrained(folder)
+    pictures = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    CLIPProcessor(pictures, tokens).save_pretrained(folder)
+    return folder
+
+
+def test_clip_and_lpips_add_their_columns_to_what_stands(fake_edits, tiny_clip, tmp_path, monkeypatch):
+    assert fake_edits("--only", "nerf")[0] == 0 and "CLIP" not in csv_rows(tmp_path / "out" / "table.csv")[0]
+    fake_edits.called.clear()
+
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+
+        def forward(self, a, b):
+            assert a.dtype == torch.float32 and a.min() < 0
+            return (a - b).abs().mean().view(1, 1, 1, 1)
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))
+    code, lines = fake_edits("--only", "nerf", "--clip", tiny_clip)
+    assert code == 0 and not fake_edits.called  # measured anew from the files
+    row, header = csv_rows(tmp_path / "out" / "table.csv")[0], next(line for line in lines if line.startswith("mode "))
+    assert header.split()[5:] == ["PSNR", "SSIM", "LPIPS", "CLIP", "dir", "s", "MB"]
+    assert float(row["LPIPS"]) == pytest.approx(2 * 10 / 255 / 3, rel=1e-4)
+    # the long form: each side by itself, from the two encoders of the model
+    clip = table.Clip(str(tiny_clip), "cpu")
+    def picture(tint):
+        values = clip.processor.image_processor(Image.new("RGB", (32, 32), (100, 100, tint)), return_tensors="pt")
+        return clip.model.visual_projection(clip.model.vision_model(**values).pooler_output)[0]
+    def unit(x):
+        return x / x.norm()
+    with torch.no_grad():
+        texts = [clip.processor.tokenizer(text, return_tensors="pt") for text in ("a ball", "a face")]
+        y_src, y_tgt = (unit(clip.model.text_projection(clip.model.text_model(**t).pooler_output)[0]) for t in texts)
+        sides = [(unit(picture(tint)), unit(picture(tint + 10))) for tint in range(0, 100, 20)]
+        score = np.mean([(now @ y_tgt).item() for _, now in sides])
+        change = np.mean([(unit(now - was) @ unit(y_tgt - y_src)).item() for was, now in sides])
+    assert float(row["CLIP"]) == pytest.approx(score, abs=1e-4) and float(row["dir"]) == pytest.approx(change, abs=1e-3)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("# fine\n\nsvg | face.svg | a face", "line 3: need mode | file | source prompt | target prompt"),
+    ("svg | face.svg | | a cat", "line 1: need mode"),
+    ("video | face.svg | a | b", "line 1: mode 'video' is none of svg, image"),
+    ("svg | face.svg | a | b\nimage | cat.png | a | b", "cat.png: no such file"),
+    ("nerf | face.svg | a | b", "face.svg: no such folder"), ("# nothing", "no edit in it"),
+    ("svg | face.svg | a | b\nsvg | face.svg | c | B", "line 2: its results would lie in svg/face-b with another")])
+def test_a_wrong_line_of_the_list_is_named_and_nothing_runs(fake_edits, tmp_path, capsys, text, message):
+    (tmp_path / "list.txt").write_text(text)
+    assert run.main(["--mode", "bench", "--list", str(tmp_path / "list.txt"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith(f"run.py: error: {tmp_path / 'list.txt'}") and message in error[0]
+    assert not fake_edits.called and not (tmp_path / "out").exists()
+
+
+def test_a_missing_or_damaged_clip_is_one_line(fake_edits, tiny_clip, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+    bad = shutil.copytree(tiny_clip, tmp_path / "damaged") / "model.safetensors"
+    bad.write_bytes(bad.read_bytes()[:1000])
+    part = shutil.copytree(tiny_clip, tmp_path / "part") / "model.safetensors"
+    weights = load_file(part)
+    save_file({k: v for k, v in weights.items() if "text" not in k}, part, metadata={"format": "pt"})
+    for name in ("damaged", "part", "none"):
+        capsys.readouterr()
+        code = run.main(["--mode", "bench", "--list", str(tmp_path / "list.txt"), "--model", str(tmp_path / "model"),
+                         "--out", str(tmp_path / "out"), "--clip", str(tmp_path / name)])
+        error = capsys.readouterr().err.splitlines()
+        assert code == 2 and len(error) == 1 and error[0].startswith(f"run.py: error: {tmp_path / name}: ")
+    assert not fake_edits.called and not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_names_its_edit(fake_edits, monkeypatch, capsys):
+    def fail(*_):
+        raise FloatingPointError("pds: the loss is nan at step 3")
+    monkeypatch.setattr(run, "run_one", fail)
+    with monkeypatch.context() as context:
+        context.setattr(sys, "stderr", io.StringIO())
+        assert fake_edits()[0] == 1
+        assert "nerf/scene-a-face: pds: the loss is nan at step 3" in sys.stderr.getvalue()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is counted anew on Linux alone")
+def test_the_peak_of_memory_is_counted_anew():
+    device = torch.device("cpu")
+    table.restart_peak(device)
+    before = table.peak(device)
+    torch.ones(2 ** 25)  # 128 MB, given back at once
+    assert 100 < table.peak(device) - before < 200
+    table.restart_peak(device)
+    assert table.peak(device) - before < 60
+
+
+def test_a_step_is_taken_apart(capsys):
+    assert measure(["step", "--steps", "3"]) in (0, 1)  # 1 where the machine is too slow for the bars
+    out = capsys.readouterr().out
+    whole, network, rest = (float(re.search(rf"{name} +([0-9.]+) ms", out)[1])
+                            for name in ("whole step, batch 1", "the network's forward", "everything else"))
+    assert network > 0 and 0 < rest < whole
+
+
+def test_the_shipped_list_is_whole():
+    found = table.read_edits(ROOT / "examples" / "edits.txt")
+    assert [sum(mode == m for mode, *_ in found) for m in ("svg", "image", "nerf")] == [10, 10, 3]
+    taught = read_captions((ROOT / "models" / "emoji" / "captions.txt").read_text())
+    assert {plain(p) for _, _, *prompts, _ in found for p in prompts} <= set(taught)
+    for _, file, *_ in found:
+        if file.suffix == ".png":
+            assert Image.open(file).size == (128, 128) and file.stat().st_size < 10_000

@@ -1,0 +1,177 @@
+"""models/emoji/train.py: drawing, naming and augmenting the pictures, the loss, the training run."""
+import importlib.util
+import json
+import math
+import sys
+import types
+
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from conftest import ABAR, ROOT
+
+
+@pytest.fixture(scope="module")
+def train():
+    spec = importlib.util.spec_from_file_location("train", ROOT / "models" / "emoji" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_sample_sheet_shows_what_its_captions_say(train, tmp_path):
+    pipe = train.StableDiffusionPipeline.from_pretrained(ROOT / "models" / "emoji").to(dtype=torch.float32)
+    train.sample_sheet(pipe, ["blue heart", "red heart"], tmp_path / "sheet.png", columns=2)
+    sheet = Image.open(tmp_path / "sheet.png").convert("RGB")
+    assert sheet.size == (2 * 140, 152)
+    (red, green, blue), (r, g, b) = sheet.getpixel((70, 68)), sheet.getpixel((210, 68))
+    assert blue > red + 60 and r > b + 60 and r > g + 60, ((red, green, blue), (r, g, b))
+
+
+def test_timesteps_of_the_training_are_drawn_as_min_snr_weights_them(train):
+    scheduler = types.SimpleNamespace(alphas_cumprod=ABAR.float())
+    rng = torch.Generator().manual_seed(0)
+    t = torch.cat([train.draw_timesteps(scheduler, 128, rng) for _ in range(500)])
+    snr = ABAR / (1 - ABAR)
+    weight = (5 / snr).clamp(max=1)
+    for low, high in ((0, 100), (100, 200), (200, 500), (500, 1000)):
+        share = ((t >= low) & (t < high)).double().mean()
+        wanted = weight[low:high].sum() / weight.sum()
+        assert share.item() == pytest.approx(wanted.item(), abs=0.002)  # evenly spread: no luck in it
+
+
+def test_augmented_drawings_keep_what_they_should(train):
+    rgba = torch.zeros(3, 4, 128, 128, dtype=torch.uint8)
+    rgba[:, 3, 32:96, 32:96] = 255
+    rgba[1, 0] = 255  # black, red, grey squares
+    rgba[2, :3] = 128
+    plain = train.augment(rgba, torch.Generator(), white=1.0, strength=0.0)
+    assert_close(plain, torch.nn.functional.avg_pool2d(
+        rgba[:, :3] / 255 * (rgba[:, 3:] / 255) + 1 - rgba[:, 3:] / 255, 2), atol=1e-5, rtol=0)
+    turned = train.augment(rgba, torch.Generator().manual_seed(1), white=1.0, strength=0.0, turned=torch.ones(3))
+    assert_close(turned[[0, 2]], plain[[0, 2]], atol=1e-5, rtol=0)  # black and grey have no hue
+    assert (turned[1] - plain[1]).abs().amax() > 0.2 and turned.min() >= 0 and turned.max() <= 1
+    warped = train.augment(rgba, torch.Generator().manual_seed(1), white=1.0, strength=0.0, warp=0.05)
+    area = lambda x: (1 - x[0]).sum()
+    assert 0.7 * area(plain) < area(warped) < 1.4 * area(plain) and (warped - plain).abs().amax() > 0.3
+    rgba[0, 3, :, 32:64] = 0
+    seen = train.augment(rgba, torch.Generator(), white=1.0, strength=0.0)
+    mirrored = train.augment(rgba, torch.Generator(), white=1.0, strength=0.0, mirrored=torch.tensor([True, False, True]))
+    assert_close(mirrored, torch.stack([seen[0].flip(-1), seen[1], seen[2]]), atol=1e-5, rtol=0)
+    assert (mirrored[0] - seen[0]).abs().amax() > 0.9
+
+
+def test_names_are_drawn_equally_often(train):
+    captions = [["cat", "kitty"], ["cat", "kitty"], ["cat", "kitty"], ["letter g", "g"], ["red car"], ["red car"]]
+    assert_close(train.shares(captions), torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0, 0.125, 0.125]))
+
+
+def test_names_that_share_a_word(train):
+    like = train.alike(["letter a", "letter b", "red letter", "red car", "owl", "owl"])
+    assert like["letter a"] == ["letter b", "red letter"] and like["red letter"] == ["letter a", "letter b", "red car"]
+    assert like["owl"] == ["letter a", "letter b", "red car", "red letter"]
+
+
+def test_contrast_pulls_where_the_wrong_caption_fits_better(train):
+    right, wrong = torch.tensor([0.05, 0.05, 0.05], requires_grad=True), torch.tensor([0.2, 0.05, 0.0], requires_grad=True)
+    value = train.contrast(right, wrong, width=0.01)
+    value.sum().backward()
+    assert_close(value[1].item(), 0.01 * math.log(2))
+    assert_close(right.grad, torch.sigmoid(torch.tensor([-15.0, 0.0, 5.0])))
+    assert_close(wrong.grad, -right.grad)
+
+
+def test_dropout_is_in_the_residual_blocks_alone(train):
+    unet = train.UNet2DConditionModel.from_pretrained(ROOT / "models" / "emoji", subfolder="unet")
+    train.set_dropout(unet, 0.3)
+    rates = {name: m.p for name, m in unet.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert {r for name, r in rates.items() if ".resnets." in name} == {0.3}
+    assert {r for name, r in rates.items() if ".attentions." in name} == {0.0}
+
+
+@pytest.mark.parametrize("flags, said", [(["--icons", "nowhere"], "there is no nowhere/noto/icons.json, and 6 more"),
+                                         (["--icons", "x", "--pool", "1"], "--pool has to be at least 2")])
+def test_bad_input_of_the_training(train, flags, said, monkeypatch, capsys, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    for style in ("twemoji", train.RENDERED):  # rendered before: their packages are not needed
+        (work / f"{style}.npz").touch()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--work", str(work), *flags])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_another_hand_draws_the_same_shape(train):
+    alpha = torch.zeros(200, 1, 24, 24)
+    alpha[..., 6:18, 6:18] = 1
+    colour = torch.full((200, 3, 24, 24), 0.2)
+    colour[..., 12:] = 0.8
+    colour[:, :, 9, 9] = 1  # a detail of one pixel
+    rgb, wider = train.restyle(colour * alpha, alpha, torch.Generator().manual_seed(0))
+    assert rgb.min() >= 0 and (rgb <= wider + 1e-6).all()
+    grown = wider.sum((1, 2, 3)) > 12 * 12
+    assert_close(wider[grown], torch.nn.functional.max_pool2d(alpha[grown], 3, 1, 1))
+    assert_close(wider[~grown], alpha[~grown])
+    ring = (wider > alpha).expand_as(rgb)
+    assert rgb[ring].max() <= 0.3  # the outline is dark
+    left, right, detail, edge = rgb[:, 0, 14, 9], rgb[:, 0, 14, 15], rgb[:, 0, 9, 9], rgb[:, 0, 14, 11]
+    assert (left < right).all() and left.min() < 0.15 < 0.25 < left.max()  # tones move, their order stays
+    flat, lined = detail == left, edge < left - 1e-3
+    for some in (grown, flat, lined):
+        assert 0.15 < some.float().mean() < 0.35
+    names = "backhand index pointing left", "three oclock", "letter r", "keycap 7", "waning crescent moon"
+    assert all(train.HANDED.search(n) for n in names) and not any(map(train.HANDED.search, ("red apple", "cat face")))
+
+
+@pytest.mark.parametrize("losses, best", [([3.0, 1.0, 2.0], 1), ([0.5, 1.0, 0.7], 0)])
+def test_the_last_weights_are_mixed_with_those_of_the_least_held_out_loss(train, tmp_path, monkeypatch, losses, best):
+    clock = iter(range(0, 10000, 180))
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(time=lambda: next(clock)))  # three minutes a step
+    torch.manual_seed(0)
+    start = lambda: train.Run(tmp_path / "net.pt", {"net": torch.nn.Linear(2, 2)}, 0.1, 12)
+    run, held_out, lines = start(), iter(losses), []
+    weight = lambda: run.ema["net"].weight.clone()
+    exported = [weight()]  # what it begins with may be the best
+    run.train(lambda: (run.modules["net"].weight - 1).square().sum(), lambda net: torch.tensor(next(held_out)),
+              lambda: exported.append(weight()), lines.append, share=0.75)
+    assert run.step == 4 and len(exported) == 3 and len([x for x in lines if "held-out" in x]) == 3
+    mixed, run = weight(), start()  # the checkpoint holds the last averages themselves
+    assert run.step == 4 and run.best[0] == min(losses) and (weight() - exported[best]).abs().amin() > 1e-3
+    assert_close(run.best[1]["net"]["weight"], exported[best])
+    assert_close(mixed, 0.75 * weight() + 0.25 * exported[best])
+
+
+def test_renders_are_named_by_their_code_points(train, tmp_path):
+    icons, assets = tmp_path / "@iconify-json", tmp_path / "@lobehub" / train.RENDERED / "assets"
+    for folder, chars in (("noto", {"1f34e": "red-apple", "1f1e6": "flag-x"}), ("twemoji", {"2764-fe0f": "red-heart"})):
+        (icons / folder).mkdir(parents=True)
+        (icons / folder / "chars.json").write_text(json.dumps(chars))
+    assets.mkdir(parents=True)
+    for code, colour in (("1f34e", "red"), ("2764", "pink"), ("1f1e6", "blue"), ("1f9d1-1f3fb", "tan")):
+        Image.new("RGBA", (64, 64), colour).save(assets / f"{code}.webp", lossless=True)
+    names, pictures = train.open_pictures(icons)
+    assert names == ["red-apple", "red-heart"]  # of the others, no caption of the vocabulary
+    assert [p.shape for p in pictures] == [(4, train.RENDER, train.RENDER)] * 2
+    assert pictures[0][:, 5, 5].tolist() == [255, 0, 0, 255]
+
+
+def test_names_of_sets_with_other_spellings(train):
+    assert train.compact("alarm-clock 2") == "alarmclock2"
+    assert train.hour("clock8thirty") == "eightthirty" and train.hour("clock12oclock") == "twelveoclock"
+    assert train.hour("clock13oclock") == "clock13oclock" and train.hour("alarm-clock") == "alarm-clock"
+
+
+def test_a_saved_model_has_the_names_that_transformers_4_reads(train, tmp_path):
+    (tmp_path / "text_encoder").mkdir()
+    path, index = tmp_path / "text_encoder" / "model.safetensors", tmp_path / "model_index.json"
+    train.save_file({"final_layer_norm.bias": torch.ones(2)}, path)
+    index.write_text('{"tokenizer": ["transformers", "CLIPTokenizer"]}')
+    for _ in range(2):  # done twice, it changes nothing more
+        train.readable_by_transformers_4(tmp_path)
+        assert {k: v.tolist() for k, v in train.load_file(path).items()} == {"text_model.final_layer_norm.bias": [1, 1]}
+        assert index.read_text() == '{"tokenizer": ["transformers", "CLIPTokenizerFast"]}'
+    shipped = train.load_file(ROOT / "models" / "emoji" / "text_encoder" / "model.safetensors")
+    assert all(key.startswith("text_model.") for key in shipped)
