@@ -4,162 +4,36 @@
     document.layers, document.ops                      # what to draw, and in which order
     document.save("edited.svg", values, loaded)        # the same file, changed only where values differ from loaded
 
-The way of the data through this file: source (XML, references) -> styles (svg_style.py) -> paint -> document (layers
-and groups) -> the file written back. Coordinates are x right, y down.
+The way of the data: source (XML, references: svg_source.py) -> styles (svg_style.py) -> paint -> document (layers and
+groups) -> the file written back. Coordinates are x right, y down.
 
 Read as browsers do: SVG 1.1 and what SVG 2 changed in it. Elements and properties known to be missing here are refused
 by name.
 """
 import copy
 import math
-import os
 import re
-import warnings
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, field
-from pathlib import Path
-from xml.parsers import expat
 
 import numpy as np
 
-from files import replacing
-from svg_outline import (GEOMETRY, SHAPES, Outline, SVGError, affine, box_outline, fit, length, linear_unit, matrix_text,
-                         numbers, radial_unit, shape_outline, transform)
-from svg_style import INHERITED, OWN, REFUSED, URL, Styles, colour, declarations
+from svg_outline import (GEOMETRY, SHAPES, THREE_D, TRANSFORM, Outline, SVGError, affine, box_outline, css_transform,
+                         fit, length, linear_unit, matrix_text, numbers, origin, radial_unit, shape_outline, transform)
+from svg_source import Source, write_file
+from svg_style import INHERITED, MARKERS, OWN, REFUSED, URL, Styles, colour, declarations, path_data
 
-MAX_BYTES, MAX_ELEMENTS, MAX_SHAPES, MAX_DEPTH = 32 << 20, 100_000, 30_000, 200
+MAX_SHAPES = 30_000
+MAX_VISITS = 150_000                  # elements visited in all, those of `use` as often as they are used
 MAX_REFERENCES = 30                   # how deep references may be nested
+MAX_MEASURED = 30_000                 # shapes measured for the boxes of clip paths and masks
 MAX_COORDINATE = 1e6                  # px; beyond it float32 cannot place an edge to a tenth of a pixel
 
 
-# ------------------------------------------------------------------ source: elements, names, references
+# ------------------------------------------------------------------ paint: colours, gradients, strokes
 
 GRADIENTS = {"linearGradient", "radialGradient"}
 
-
-def read_file(path):
-    """The bytes of a file, at most MAX_BYTES."""
-    try:
-        if os.path.getsize(path) > MAX_BYTES:
-            raise SVGError(f"larger than {MAX_BYTES >> 20} MiB")
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise SVGError(f"cannot be read: {error.strerror}") from None
-
-
-def write_file(path, data):
-    """Write bytes, all at once or not at all."""
-    try:
-        with replacing(path) as part:
-            part.write_bytes(data)
-    except OSError as error:
-        raise SVGError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def parse_xml(data):
-    """bytes -> root element; names keep their prefixes as written, so that saving changes nothing else."""
-    builder, depth, count, root = ET.TreeBuilder(insert_comments=True), 0, 0, None
-
-    def start(tag, attributes):
-        nonlocal depth, count, root
-        depth, count = depth + 1, count + 1
-        if depth > MAX_DEPTH:
-            raise SVGError(f"elements nested deeper than {MAX_DEPTH}")
-        if count > MAX_ELEMENTS:
-            raise SVGError(f"more than {MAX_ELEMENTS} elements")
-        element = builder.start(tag, attributes)
-        root = element if root is None else root
-
-    def end(tag):
-        nonlocal depth
-        depth -= 1
-        builder.end(tag)
-
-    def entity(*_):
-        raise SVGError("entity declarations (<!ENTITY>) are refused")
-
-    parser = expat.ParserCreate()
-    parser.StartElementHandler, parser.EndElementHandler = start, end
-    parser.CharacterDataHandler = lambda text: builder.data(text) if depth else None
-    parser.CommentHandler = lambda text: builder.comment(text) if depth else None
-    parser.EntityDeclHandler = entity
-    try:
-        parser.Parse(data, True)
-    except SVGError:
-        raise
-    except (expat.ExpatError, LookupError, ValueError) as error:      # the last two: unknown encodings
-        raise SVGError(f"not well-formed XML: {error}") from None
-    return root
-
-
-class Source:
-    """The elements of an SVG file: their names, ids, references, lengths and styles."""
-
-    def __init__(self, path, skip_unsupported):
-        self.name, self.skip, self.skipped, self.told = str(path), skip_unsupported, [], set()
-        self.root = parse_xml(read_file(path))
-        self.prefix = self.root.tag.rpartition(":")[0]
-        if self.tag(self.root) != "svg":
-            raise SVGError(f"the root element is <{self.root.tag}>, not <svg>")
-        self.elements = [e for e in self.root.iter() if self.tag(e)]
-        self.ids = {}
-        for element in self.elements:
-            self.ids.setdefault(element.get("id"), element)
-        view = numbers(self.root.get("viewBox"))
-        has_view = len(view) == 4 and min(view[2:]) > 0
-        sides = view[2:] if has_view else (100.0, 100.0)
-        self.width, self.height = (length(self.root.get(k), side, side) for k, side in zip(("width", "height"), sides))
-        if not (0 < self.width < 1e9 and 0 < self.height < 1e9):
-            raise SVGError(f"a picture of {self.width:g} x {self.height:g} cannot be drawn")
-        self.view = view if has_view else [0, 0, self.width, self.height]
-        self.styles = Styles(self, self.root)
-
-    def tag(self, element):
-        """The name without the root's prefix; "" for comments and foreign elements."""
-        prefix, _, tag = element.tag.rpartition(":") if isinstance(element.tag, str) else ("-", "", "")
-        return tag if prefix == self.prefix else ""
-
-    def unsupported(self, what):
-        if not self.skip:
-            raise SVGError(f"{what} is not supported (--skip-unsupported leaves it out)")
-        if what not in self.skipped:
-            self.skipped.append(what)
-            warnings.warn(f"{self.name}: {what} is not supported and left out", stacklevel=2)
-
-    def not_understood(self, kind, text):
-        """Warn about an invalid piece of CSS, once for each kind; as CSS asks, it counts as not written."""
-        if kind not in self.told:
-            self.told.add(kind)
-            text = text if len(text) <= 60 else text[:57] + "..."
-            warnings.warn(f"{self.name}: {kind} '{text}' is not understood and left out", stacklevel=2)
-
-    def reference(self, element):
-        """The element that href points at; None if there is none in this document."""
-        href = next((v for k, v in element.attrib.items() if k.rpartition(":")[2] == "href"), "").strip()
-        if href and href[0] != "#":
-            raise SVGError(f"the external reference '{href[:80]}' is refused")
-        return self.ids.get(href[1:]) if href else None
-
-    def link(self, value):
-        """url(#id) -> element or None; other text -> None."""
-        match = re.match(URL, value or "")
-        target = match[1].strip(" \t\n'\"") if match else ""
-        if match and target[:1] != "#":
-            raise SVGError(f"the external reference '{target[:80]}' is refused")
-        return self.ids.get(target[1:]) if match else None
-
-    def units(self, text, name, default=0.0):
-        """A length in user units; by its name, per cent are of the viewBox's width, height, or mean side."""
-        width, height = self.view[2:]
-        of = dict(x=width, w=width, y=height, h=height).get(name.lstrip("cfr")[:1], math.hypot(*self.view[2:])
-                                                            / math.sqrt(2))
-        return length(text, of, default)
-
-    def measure(self, element, name, default=0.0):
-        return self.units(element.get(name), name, default)
-
-
-# ------------------------------------------------------------------ paint: colours, gradients, strokes
 
 @dataclass
 class Shape:
@@ -223,6 +97,8 @@ class Paints:
         if key not in self.slots:
             self.slots[key] = len(self.tables[kind])
             self.tables[kind].append(value)
+        elif kind == "widths" and abs(self.tables[kind][self.slots[key]][0] - value[0]) > 1e-6 * value[0]:
+            self.source.unsupported(f"one {name} of <{self.source.tag(element)}> that means different lengths")
         return self.slots[key]
 
     def owner(self, element, name, style):
@@ -235,18 +111,29 @@ class Paints:
         source, fallback = self.source.link(value), re.match(URL + r"\s*(.*)", value)
         owner, alpha, tag = self.owner(element, name, style), 1.0, "" if source is None else self.source.tag(source)
         if tag in GRADIENTS:
-            layer.gradient = self.gradient(source)
+            layer.gradient = self.gradient(source, style)
             if layer.gradient is None:
                 return False
+            points = np.array(layer.shape.outline.points)
+            if layer.gradient.on_box and min(np.ptp(points.real), np.ptp(points.imag)) == 0:
+                layer.gradient = None     # a box of no area has no units; the fallback holds
         elif tag == "pattern":
             self.source.unsupported(f"pattern {name} on <{self.source.tag(element)}>")
             return False
-        else:
-            value = fallback[2] if fallback else value
-            rgba = colour(style["color"][0] if value.lower() == "currentcolor" else value)
+        if layer.gradient is None:
+            value = (fallback[2] if fallback else value).lower()
+            if value.startswith("context-"):
+                self.source.unsupported(f"{value} on <{self.source.tag(element)}>")
+            rgba = colour(style["color"][0] if value == "currentcolor" else value)
             if rgba is None:
                 return False
-            layer.colour, alpha = self.slot("colours", owner, name, rgba[:3]), rgba[3]
+            alpha = rgba[3]
+            if value == "currentcolor" and element in self.shared:    # each `use` may bring another colour
+                if alpha < 1:
+                    self.source.unsupported("a translucent currentColor in <use>")
+                layer.colour = self.slot("colours", style["color"][1], "color", rgba[:3])
+            else:
+                layer.colour = self.slot("colours", owner, name, rgba[:3])
         key = name + "-opacity"
         alpha *= share(style[key][0])
         owner = owner if owner is element else style[key][1]
@@ -257,9 +144,12 @@ class Paints:
         """Set the layer's width, dashes, caps and joins, in local units. False where the stroke has no width."""
         def get(name):
             return style[name][0]
-        width, dashes = self.source.units(get("stroke-width"), "stroke-width", 1.0), []
-        if get("stroke-dasharray") != "none":
-            dashes = [min(abs(d), MAX_COORDINATE) for d in numbers(get("stroke-dasharray"))]
+        def units(name, text, default):
+            return float(np.clip(self.source.units(text, name, style, default), -MAX_COORDINATE, MAX_COORDINATE))
+        width, dashes = self.source.units(get("stroke-width"), "stroke-width", style, 1.0), []
+        if get("stroke-dasharray").lower() != "none":
+            dashes = [abs(units("stroke-dasharray", text, 0.0)) for text in
+                      re.split(r"[\s,]+", get("stroke-dasharray"))]
             dashes = dashes * (1 + len(dashes) % 2) if sum(dashes) > 0 else []
         if width <= 0:
             return False
@@ -268,16 +158,22 @@ class Paints:
             raise SVGError(f"a stroke is wider than {MAX_COORDINATE:g} px")
         row = self.slot("widths", self.owner(element, "stroke-width", style), "stroke-width", (width, scale))
         layer.stroke = dict(
-            width=row, cap=get("stroke-linecap"), join=get("stroke-linejoin"), dashes=dashes,
+            width=row, cap=get("stroke-linecap").lower(), join=get("stroke-linejoin").lower(), dashes=dashes,
             miter=max(1.0, length(get("stroke-miterlimit"), default=4.0)),
-            offset=float(np.clip(length(get("stroke-dashoffset")), -MAX_COORDINATE, MAX_COORDINATE)))
+            offset=units("stroke-dashoffset", get("stroke-dashoffset"), 0.0))
         return True
 
-    def gradient(self, element):
+    def gradient(self, element, style):
         """Gradient of the element, with what it inherits through href; None if it has no stops."""
-        if element in self.gradients:
-            return self.gradients[element]
+        key = (element, style["viewport"][0], style["font-size"][0])
+        if key in self.gradients:
+            return self.gradients[key]
         chain = self.chain(element)
+        for link in chain:
+            if "transform" in self.styles.of(link):
+                self.source.unsupported(f"a transform by CSS on <{self.source.tag(link)}>")
+            if self.styles.computed(link, "color-interpolation").lower() == "linearrgb":
+                self.source.unsupported(f"color-interpolation on <{self.source.tag(link)}>")
 
         def inherited(name, default):
             return next((e.get(name) for e in chain if e.get(name) is not None), default)
@@ -285,7 +181,9 @@ class Paints:
 
         def get(name, default):
             text = inherited(name, default)
-            return None if text is None else length(text) if on_box else self.source.units(text, name)
+            return None if text is None else length(text) if on_box else self.source.units(text, name, style)
+        if (get("fr", "0") or 0) > 0:
+            self.source.unsupported("fr on <radialGradient>")
         rows, focus = self.stops(chain), None
         if self.source.tag(element) == "linearGradient":
             unit = linear_unit(get("x1", "0"), get("y1", "0"), get("x2", "100%"), get("y2", "0"))
@@ -297,8 +195,11 @@ class Paints:
             raise SVGError(f"gradient '#{element.get('id')}' is not finite or too large")
         found = None
         if rows and abs(np.linalg.det(own)) >= 1e-30:
-            found = Gradient(rows, unit @ np.linalg.inv(own), focus, inherited("spreadMethod", "pad"), on_box)
-        self.gradients[element] = found
+            unit = unit @ np.linalg.inv(own)
+            if not np.abs(unit).max() < 1e9:              # squared, it has to fit into float32
+                raise SVGError(f"gradient '#{element.get('id')}' is not finite or too large")
+            found = Gradient(rows, unit, focus, inherited("spreadMethod", "pad"), on_box)
+        self.gradients[key] = found
         return found
 
     def chain(self, element):
@@ -319,8 +220,7 @@ class Paints:
         for stop in stops:
             props = self.styles.of(stop)
             text = props.get("stop-color", "black")
-            text = props.get("color", "black") if text.lower() == "currentcolor" else text
-            rgba = colour(text)
+            rgba = colour(self.styles.computed(stop, "color") if text.lower() == "currentcolor" else text)
             alpha = rgba[3] * share(props.get("stop-opacity"))
             previous = min(max(length(stop.get("offset")), previous), 1.0)
             rows.append(self.slot("stops", stop, "stop", (previous, *rgba[:3], alpha)))
@@ -329,20 +229,32 @@ class Paints:
 
 # ------------------------------------------------------------------ document: layers and groups
 
+# of red, green, blue and alpha in a mask (CSS Masking 1); colours are premultiplied, which brings their alpha in
+LUMINANCE, ALPHA = (0.2125, 0.7154, 0.0721, 0.0), (0.0, 0.0, 0.0, 1.0)
+MASK_FRAME = {"x": "-10%", "y": "-10%", "width": "120%", "height": "120%"}        # what a mask lets through at most
+
+
 class Document:
     """The drawing: walks the elements once and collects shapes, layers and the order of drawing.
 
-    `ops` is a flat program of ("draw", layer), ("push", channels), ("mask", None) and ("pop", opacity row or
-    None). A push opens an isolated buffer of 4 channels, or of 1 (alpha only) inside clip paths; mask
-    multiplies the buffer below by the top one's alpha and drops it; pop blends the top buffer into the one
-    below. The methods of the walk return the ops of what they visit.
+    `ops` is a flat program of ("draw", layer), ("push", channels), ("mask", weights or None) and ("pop", opacity row
+    or None). A push opens an isolated buffer of 4 channels, or of 1 (alpha only) inside clip paths; mask
+    multiplies the buffer below by the top one and drops it: by its alpha or, if it has 4 channels, by their weighted
+    sum; pop blends the top buffer into the one below. The methods of the walk return the ops of what they visit.
+
+    `drawn` keeps (shape, matrix) of every shape visited so far, painted or not: what the box of an element is about.
     """
 
     @classmethod
     def load(cls, path, skip_unsupported, size):
         """Read a file; size: pixels of the square picture's side. Raises SVGError."""
         try:
-            return cls(Source(path, skip_unsupported), size)
+            source = Source(path, skip_unsupported)
+            if not source.sized:          # what the content reaches, from the origin, is the picture
+                drawing = cls(source, 100)
+                box = drawing.box(0, np.eye(3))
+                source.see(None, *(np.ones(2) if box is None else np.maximum(box[:2] @ (1, 1, 1), 1e-3)).tolist())
+            return cls(source, size)
         except SVGError as error:
             raise SVGError(f"{path}: {error}") from None
         except RecursionError:
@@ -353,64 +265,133 @@ class Document:
         self.name, self.skipped = source.name, source.skipped
         self.shapes, self.shape_of, self.layers = [], {}, []
         self.points = self.fixed = 0      # rows in the table of optimised points, and of fixed ones
-        self.box_clips = {}               # clipPath in box units -> matrix of the box it was loaded with
-        self.active, self.followed = [], 0        # references being followed, and the count of all so far
+        self.boxes = {}                   # (clipPath or mask in box units, its user) -> (matrix of the box, its shapes)
+        self.drawn, self.measured, self.nested = [], 0, set()
+        self.contexts, self.relative = {}, {}     # see context and outline
+        self.active, self.followed, self.visited = [], 0, 0       # references being followed; counts of all so far
         root, width, height = source.root, source.width, source.height
         scale = size / max(width, height)
         frame = ((size - scale * width) / 2, (size - scale * height) / 2, scale * width, scale * height)
         self.frame = (*frame[:2], frame[0] + frame[2], frame[1] + frame[3])      # x0, y0, x1, y1 in pixels
         self.initial = {name: (value, root) for name, value in INHERITED.items()}
-        start = fit(source.view, root.get("preserveAspectRatio"), *frame)
-        self.ops = self.children(root, start, self.styles.inherit(self.initial, root), False)
+        self.initial["viewport"] = tuple(source.view[2:]), root
+        start, self.ops = fit(source.view, root.get("preserveAspectRatio"), *frame), []
+        if self.styles.of(root).get("display") != "none":
+            self.ops = self.group(root, start, self.initial, False, lambda *state: self.children(root, *state, False))
 
     # -- the walk
 
-    def children(self, element, matrix, style, clip):
-        ops = []
-        for child in element:
-            ops += self.visit(child, matrix, style, clip)
-        return ops
-
     def visit(self, element, matrix, style, clip):
         """ops of the element; in clip paths only geometry counts."""
-        tag = self.source.tag(element)
-        if tag in ("text", "image", "foreignObject"):
-            self.source.unsupported(f"<{tag}>")
-        if tag not in SHAPES and tag not in ("g", "a", "svg", "use", "switch"):
+        tag, source = self.source.tag(element), self.source
+        self.visited += 1
+        if self.visited > MAX_VISITS:
+            raise SVGError(f"more than {MAX_VISITS} elements to visit, those of <use> as often as they are used")
+        known = tag in SHAPES or tag in ("g", "a", "svg", "use", "switch", "text", "image", "foreignObject")
+        if not known or self.styles.of(element).get("display", "").lower() == "none" or not source.holds(element):
             return []                     # defs, gradients, titles, foreign elements: nothing to draw here
-        props = self.styles.of(element)
-        if props.get("display") == "none":
+        if tag in ("text", "image", "foreignObject"):
+            if self.shows(element, tag, style):
+                source.unsupported(f"<{tag}>")
             return []
-        for name in REFUSED:
-            if props.get(name, "none") not in ("none", "normal", "auto"):
-                self.source.unsupported(f"{name} on <{tag}>")
-        style = self.styles.inherit(style, element)
-        matrix = matrix @ transform(element.get("transform"))
+        if clip and tag not in SHAPES and tag != "use":
+            return []                     # a clip path holds shapes alone
         if tag in SHAPES:
-            content = self.draw(element, matrix, style, clip)
+            def content(*state):
+                return self.draw(element, *state, clip)
         elif tag == "use":
-            content = self.use(element, matrix, style, clip)
+            def content(*state):
+                return self.use(element, *state, clip)
         elif tag == "svg":
-            content = self.viewport(element, element, matrix, style, clip)
-        elif tag == "switch":
-            content = self.children([c for c in element if self.source.tag(c)][:1], matrix, style, clip)
+            def content(*state):
+                return self.viewport(element, element, *state, clip)
         else:
-            content = self.children(element, matrix, style, clip)
-        clip_path = self.source.link(props.get("clip-path"))
-        mask = None if clip_path is None else self.clip(clip_path, element, matrix)
-        opacity = None
-        if not clip and length(props.get("opacity"), default=1.0) < 1:
-            opacity = self.paints.slot("opacities", element, "opacity", share(props["opacity"]))
-        return self.isolate(content, opacity, mask, clip)
+            def content(*state):
+                return self.children(element, *state, clip)
+        return self.group(element, matrix, style, clip, content)
 
-    def isolate(self, content, opacity, mask, clip):
-        """The content, in a buffer of its own where opacity or a mask asks for one."""
-        if opacity is not None and mask is None and len(content) == 1:
+    def children(self, element, matrix, style, clip):
+        """ops of the children; of <switch>, of the first that can be drawn."""
+        children = list(element)
+        if self.source.tag(element) == "switch":
+            able = SHAPES | {"g", "a", "svg", "use", "switch", "text", "image"}
+            children = [c for c in element if self.source.tag(c) in able and self.source.holds(c)][:1]
+        return [op for child in children for op in self.visit(child, matrix, style, clip)]
+
+    def shows(self, element, tag, style):
+        """Whether an element that is not supported here would show anything: not if it is empty or hidden."""
+        style = self.styles.inherit(style, element)
+        parts = [e for e in element.iter() if self.source.tag(e)]
+        seen = [style["visibility"][0], *(self.styles.of(e).get("visibility") for e in parts)]
+        if "visible" not in [value and value.lower() for value in seen] or (
+                style["visibility"][0] != "visible" and len(parts) == 1):
+            return False
+        if tag == "text":
+            return bool("".join(element.itertext()).strip()) or any(self.source.tag(e) == "tref" for e in parts)
+        if any((size := self.source.measure(element, name, style, None)) is not None and size <= 0
+               for name in ("width", "height")):
+            return False
+        return any(k.rpartition(":")[2] == "href" and v.strip() for k, v in element.attrib.items()) \
+            if tag == "image" else len(element) > 0 or bool((element.text or "").strip())
+
+    def group(self, element, matrix, style, clip, content):
+        """ops of content(matrix, style), with the element's own transform, style, clip path, mask and opacity."""
+        props, tag = self.styles.of(element), self.source.tag(element)
+        for name in REFUSED.keys() & props.keys():
+            value = props[name]
+            # a filter that refers to nothing is none
+            nothing = name == "filter" and re.fullmatch(URL, value) and self.source.link(value) is None
+            if value.lower() not in REFUSED[name] and not nothing:
+                self.source.unsupported(f"{name} on <{tag}>")
+        style, first = self.styles.inherit(style, element), len(self.drawn)
+        matrix = matrix @ self.transform(element, style)
+        ops, masks = content(matrix, style), []
+        if (clip_path := self.resource(element, "clip-path", "clipPath")) is not None:
+            masks.append(self.clip(clip_path, element, matrix, style, first))
+        if not clip and (mask := self.resource(element, "mask", "mask")) is not None:
+            masks.append(self.mask(mask, element, matrix, style, first))
+        opacity = None
+        if not clip and share(props.get("opacity")) < 1:
+            opacity = self.paints.slot("opacities", element, "opacity", share(props["opacity"]))
+        return self.isolate(ops, opacity, masks, clip)
+
+    def resource(self, element, name, tag):
+        """The clipPath or mask that a property refers to; None if it refers to nothing of this kind."""
+        value = self.styles.of(element).get(name, "none")
+        if value == "none":
+            return None
+        target = self.source.link(value) if re.fullmatch(URL, value) else None
+        if not re.fullmatch(URL, value) and value.lower() != "none":
+            self.source.unsupported(f"{name} '{value[:40]}' on <{self.source.tag(element)}>")
+        return target if target is not None and self.source.tag(target) == tag else None
+
+    def transform(self, element, style):
+        """The element's own transform: by CSS or by its attribute, about its transform-origin."""
+        props, (width, height), em = self.styles.of(element), style["viewport"][0], float(style["font-size"][0])
+        matrix = transform(element.get("transform"))
+        if "transform" in props:
+            space = THREE_D & {name.lower() for name, _ in TRANSFORM.findall(props["transform"])}
+            if space:
+                self.source.unsupported(f"transform {min(space)}() on <{self.source.tag(element)}>")
+            matrix = css_transform(props["transform"], width, height, em)
+        text, box = props.get("transform-origin"), props.get("transform-box", "view-box").lower()
+        moves = text is not None or "%" in props.get("transform", "")
+        if box != "view-box" and moves and not np.array_equal(matrix, np.eye(3)):
+            self.source.unsupported(f"transform-box {box} on <{self.source.tag(element)}>")
+        if text is None and element is self.source.root:
+            text = "center"               # the outermost <svg> has a box of its own, as elements of HTML do
+        if text is None or np.array_equal(matrix, np.eye(3)):
+            return matrix
+        x, y = origin(text, width, height, em)
+        return affine(e=x, f=y) @ matrix @ affine(e=-x, f=-y)
+
+    def isolate(self, content, opacity, masks, clip):
+        """The content, in a buffer of its own where an opacity or masks ask for one; masks: the ops of each."""
+        if opacity is not None and not masks and len(content) == 1:
             self.layers[content[0][1]].opacities.append(opacity)
             opacity = None
-        if content and (opacity is not None or mask is not None):
-            masking = [("push", 1), *mask, ("mask", None)] if mask is not None else []
-            content = [("push", 1 if clip else 4), *content, *masking, ("pop", opacity)]
+        if content and (opacity is not None or masks):
+            content = [("push", 1 if clip else 4), *content, *(op for mask in masks for op in mask), ("pop", opacity)]
         return content
 
     def follow(self, element):
@@ -425,13 +406,19 @@ class Document:
         self.active.append(element)
 
     def use(self, element, matrix, style, clip):
-        target, measure = self.source.reference(element), self.source.measure
+        target = self.source.reference(element)
         if target is None:
             return []
         self.follow(target)
-        matrix = matrix @ affine(e=measure(element, "x"), f=measure(element, "y"))
-        if self.source.tag(target) in ("symbol", "svg"):
-            ops = self.viewport(target, element, matrix, style, clip)
+        if self.styles.scoped and self.styles.scopes_differ(element, target):
+            self.source.unsupported("<use> with custom properties of its own")
+        x, y = (self.source.measure(element, name, style) for name in "xy")
+        matrix = matrix @ affine(e=x, f=y)
+        if self.source.tag(target) in ("symbol", "svg") and not clip:
+            ops = []
+            if self.source.tag(target) == "symbol" or self.styles.of(target).get("display", "").lower() != "none":
+                ops = self.group(target, matrix, style, clip,
+                                 lambda *state: self.viewport(target, element, *state, clip))
         else:
             ops = self.visit(target, matrix, style, clip)
         self.active.pop()
@@ -439,48 +426,128 @@ class Document:
 
     def viewport(self, element, sized_by, matrix, style, clip):
         """A nested <svg>, or a <symbol> that is used: its own viewBox, clipped to its rectangle."""
-        props, measure = self.styles.of(element), self.source.measure
-        style = self.styles.inherit(style, element)
-        x, y = (measure(element, k) for k in "xy") if self.source.tag(element) == "svg" else (0.0, 0.0)
-        width, height = (measure(sized_by, k, measure(element, k, self.source.view[i]))
-                         for i, k in ((2, "width"), (3, "height")))
-        view, mask = numbers(element.get("viewBox")), None
-        if props.get("overflow", "hidden") in ("hidden", "scroll") and width > 0 and height > 0:
+        props, measure, (across, down) = self.styles.of(element), self.source.measure, style["viewport"][0]
+        x, y = (measure(element, k, style) for k in "xy") if self.source.tag(element) == "svg" else (0.0, 0.0)
+        width, height = (measure(sized_by, name, style, measure(element, name, style, all_of_it))
+                         for name, all_of_it in (("width", across), ("height", down)))
+        view, masks = numbers(element.get("viewBox")), []
+        if width <= 0 or height <= 0 or len(view) == 4 and min(view[2:]) == 0:
+            return []                     # which switches the drawing of the element off
+        if props.get("overflow", "hidden").lower() in ("hidden", "scroll", "clip"):
             shape = self.shape(None, box_outline(x, y, width, height), matrix)
             if shape is None:
                 return []
-            mask = [self.add(Layer(shape, matrix))]
+            masks = [[("push", 1), self.add(Layer(shape, matrix)), ("mask", None)]]
         if len(view) == 4 and min(view[2:]) > 0:
             matrix = matrix @ fit(view, element.get("preserveAspectRatio"), x, y, width, height)
+            width, height = view[2:]
         else:
             matrix = matrix @ affine(e=x, f=y)
-        return self.isolate(self.children(element, matrix, style, clip), None, mask, clip)
+        style = {**style, "viewport": ((width, height), element)}
+        return self.isolate(self.children(element, matrix, style, clip), None, masks, clip)
 
-    def clip(self, element, target, matrix):
-        """ops that draw a clipPath's shapes as alpha; None where it is none."""
-        if self.source.tag(element) != "clipPath":
+    # -- clip paths and masks
+
+    def context(self, element, style):
+        """The style of a clipPath's or mask's content: what is set around it in the file, not where it is used."""
+        if element not in self.contexts:
+            around = [element]
+            while (parent := self.styles.parents.get(around[-1])) is not None:
+                around.append(parent)
+            found = self.initial
+            for part in reversed(around):
+                found = self.styles.inherit(found, part)
+            self.contexts[element] = found
+        return {**self.contexts[element], "viewport": style["viewport"]}
+
+    def box(self, first, matrix):
+        """Matrix that takes the unit square to the box around what was drawn since `first`; None if that is nothing.
+
+        In the units that `matrix` takes to pixels, without strokes: the bounding box of SVG.
+        """
+        drawn = self.drawn[first:]
+        self.measured += len(drawn)
+        if self.measured > MAX_MEASURED:
+            raise SVGError(f"more than {MAX_MEASURED} shapes to measure for clip paths and masks")
+        if not drawn or abs(np.linalg.det(matrix)) < 1e-30:
             return None
-        on_box = element.get("clipPathUnits") == "objectBoundingBox"
-        if on_box and (self.source.tag(target) not in SHAPES or element in self.box_clips):
-            return self.source.unsupported("clipPathUnits=objectBoundingBox for more than one shape")
+        back = np.linalg.inv(matrix)
+        corners = [shape.outline.bounds(back @ own) for shape, own in drawn]
+        low, high = (f([c[i] for c in corners], axis=0) for i, f in ((0, np.min), (1, np.max)))
+        return affine(high[0] - low[0], 0, 0, high[1] - low[1], *low)
+
+    def box_of(self, element, user, matrix, first, nested):
+        """The box of `user`, in whose units a clipPath or mask is; as it is at loading, whatever the shapes do later.
+
+        nested: it is not the user's own, but that of another clipPath or mask.
+        """
+        box = self.box(first, matrix)
+        box = affine(0, 0, 0, 0) if box is None else box
+        key, shapes = (element, user), [shape for shape, _ in self.drawn[first:]]
+        before = self.boxes.setdefault(key, (box, shapes))[0]
+        self.nested |= {element} if nested else set()
+        # what could not be written back once the box has changed
+        if not np.allclose(before, box, rtol=1e-6, atol=1e-9) or (
+                element in self.nested and sum(other is element for other, _ in self.boxes) > 1):
+            raise SVGError(f"<{self.source.tag(element)}> '#{element.get('id')}' is in units of several boxes at once")
+        return box
+
+    def clip(self, element, user, matrix, style, first, nested=False):
+        """ops that clip the buffer below to a clipPath; matrix: of the units of its user."""
         self.follow(element)
-        if on_box:
-            points = np.array(self.outline(target).points or [0j])
-            low, high = (complex(f(points.real), f(points.imag)) for f in (np.min, np.max))
-            self.box_clips[element] = affine((high - low).real, 0, 0, (high - low).imag, low.real, low.imag)
-            matrix = matrix @ self.box_clips[element]
-        inside = matrix @ transform(element.get("transform"))
-        mask = self.children(element, inside, self.styles.inherit(self.initial, element), True)
-        own = self.source.link(self.styles.of(element).get("clip-path"))
-        if own is not None:
-            mask += [("push", 1), *(self.clip(own, target, matrix) or []), ("mask", None)]
+        style, inside, end = self.context(element, style), matrix, len(self.drawn)
+        if element.get("clipPathUnits") == "objectBoundingBox":
+            inside = matrix @ self.box_of(element, user, matrix, first, nested)
+        inside = inside @ self.transform(element, style)
+        ops = [op for child in element for op in self.visit(child, inside, style, True)]
+        del self.drawn[end:]
+        if (own := self.resource(element, "clip-path", "clipPath")) is not None:
+            ops += self.clip(own, user, matrix, style, first, True)
         self.active.pop()
-        return mask
+        return [("push", 1), *ops, ("mask", None)]
+
+    def mask(self, element, user, matrix, style, first, nested=False):
+        """ops that multiply the buffer below by a mask: by the brightness of its colours, or by its alpha."""
+        self.follow(element)
+        style, end, props = self.context(element, style), len(self.drawn), self.styles.of(element)
+        if style["color-interpolation"][0].lower() == "linearrgb":
+            self.source.unsupported("color-interpolation on <mask>")
+        on_box = element.get("maskUnits") != "userSpaceOnUse"
+        content_on_box = element.get("maskContentUnits") == "objectBoundingBox"
+        frame, inside = matrix, matrix
+        if on_box or content_on_box:
+            box = matrix @ self.box_of(element, user, matrix, first, nested)
+            frame, inside = box if on_box else matrix, box if content_on_box else matrix
+        edges = [length(text) if on_box else self.source.units(text, name, style) for name, text in
+                 ((name, element.get(name, default)) for name, default in MASK_FRAME.items())]
+        ops = [op for child in element for op in self.visit(child, inside, style, False)]
+        del self.drawn[end:]
+        shape = self.shape(None, box_outline(*edges), frame)
+        ops += [("push", 1), *([] if shape is None else [self.add(Layer(shape, frame))]), ("mask", None)]
+        for name, tag, method in (("clip-path", "clipPath", self.clip), ("mask", "mask", self.mask)):
+            if (own := self.resource(element, name, tag)) is not None:
+                ops += method(own, user, matrix, style, first, True)
+        self.active.pop()
+        weights = ALPHA if props.get("mask-type", "luminance").lower() == "alpha" else LUMINANCE
+        return [("push", 4), *ops, ("mask", weights)]
 
     # -- shapes
 
-    def outline(self, element):
-        return shape_outline(self.source.tag(element), element.attrib, self.source.units)
+    def outline(self, element, style):
+        """Outline of a shape in its local units, made at its first use; None at later ones."""
+        props, attributes = self.styles.of(element), dict(element.attrib)
+        attributes.update((name, props[name]) for name in GEOMETRY if name in props)
+        if "d" in props:
+            attributes["d"] = path_data(props["d"]) or ""
+        if element in self.relative or any(re.search("%|[a-z]", attributes.get(name, ""), re.I) for name in GEOMETRY
+                                           if name not in ("d", "points")):
+            state = style["viewport"][0], style["font-size"][0]
+            if self.relative.setdefault(element, state) != state:
+                self.source.unsupported(f"<{self.source.tag(element)}> with lengths that depend on where it is used")
+        if element in self.shape_of:
+            return None
+        return shape_outline(self.source.tag(element), attributes,
+                             lambda text, name, default: self.source.units(text, name, style, default))
 
     def shape(self, element, outline, matrix):
         """Shape of the element, made at its first use; None if it has nothing to draw."""
@@ -509,23 +576,47 @@ class Document:
 
     def draw(self, element, matrix, style, clip):
         """ops of a shape: its fill and its stroke, or its geometry in a clip path."""
-        outline = None if element in self.shape_of else self.outline(element)
-        shape = self.shape(element, outline, matrix)
-        if shape is None or style["visibility"][0] != "visible":
+        shape = self.shape(element, self.outline(element, style), matrix)
+        if shape is None:
+            return []
+        self.drawn.append((shape, matrix))
+        if style["visibility"][0].lower() != "visible":
             return []
         if len(self.layers) > MAX_SHAPES:
             raise SVGError(f"more than {MAX_SHAPES} shapes to draw")
         if not np.abs(matrix).max() < MAX_COORDINATE:
             raise SVGError(f"a transform of <{self.source.tag(element)}> is not finite or too large")
         if clip:
-            return [self.add(Layer(shape, matrix, style["clip-rule"][0]))]
-        ops, stroke_first = [], style["paint-order"][0].startswith("stroke")
-        for name in ("stroke", "fill") if stroke_first else ("fill", "stroke"):
-            layer = Layer(shape, matrix, style["fill-rule"][0] if name == "fill" else "nonzero")
+            return [self.add(Layer(shape, matrix, style["clip-rule"][0].lower()))]
+        tag, ops, order = self.source.tag(element), [], (style["paint-order"][0].lower() + " fill stroke").split()
+        for name in MARKERS if tag in ("path", "line", "polyline", "polygon") else ():
+            target = self.source.link(style[name][0])
+            if target is not None and self.source.tag(target) == "marker" and len(target):
+                self.source.unsupported(f"{name} on <{tag}>")
+        for name in sorted(("fill", "stroke"), key=order.index):
+            layer = Layer(shape, matrix, style["fill-rule"][0].lower() if name == "fill" else "nonzero")
             if self.paints.paint(layer, element, name, style) and (
                     name == "fill" or self.paints.stroke(layer, element, style)):
+                if name == "stroke" and self.styles.of(element).get("vector-effect", "none").lower() != "none":
+                    self.source.unsupported(f"vector-effect on <{tag}>")
                 ops.append(self.add(layer))
         return ops
+
+    def held_by(self, ids):
+        """The elements of these ids, with all that they hold and `use`: a set. Raises SVGError for an unknown id."""
+        missing = [name for name in ids if name not in self.source.ids]
+        if missing:
+            known = [name for name in self.source.ids if name]
+            raise SVGError(f"{self.name}: no element has the id '{missing[0]}'; "
+                           f"there are: {', '.join(known) or 'none'}")
+        held, open_ = set(), [self.source.ids[name] for name in ids]
+        while open_:
+            element = open_.pop()
+            if element not in held:
+                held.add(element)
+                used = self.source.reference(element) if self.source.tag(element) == "use" else None
+                open_ += [*element, *([used] if used is not None else [])]
+        return held
 
     def save(self, path, values, loaded):
         """Write the file with the values, all at once or not at all.
@@ -539,7 +630,7 @@ class Document:
         edition = Edition(self, values, loaded)
         edition.write_outlines()
         edition.write_paints()
-        edition.write_box_clips()
+        edition.write_boxes()
         write_file(path, edition.data())
 
 
@@ -582,6 +673,10 @@ class Edition:
             self.keep_styles(renamed)
         for element, text in data.items():
             self.twin[element].set("d", text)
+            if self.styles.rules or "d" in self.styles.of(element):
+                now = Styles(self.source, self.root).of(self.twin[element]) if self.styles.rules else {"d": ""}
+                if "d" in now:
+                    self.write(self.twin[element], "d", f'path("{text}")')
 
     def keep_styles(self, renamed):
         """Write into style="" what the elements were set to, where style sheets now do otherwise.
@@ -592,14 +687,18 @@ class Edition:
         for element in self.source.elements:
             if self.source.tag(element) == "style":
                 self.twin[element].text = re.sub(r"!\s*important", "", element.text or "", flags=re.I)
+        self.hold({twin: self.styles.cascade(e) for e, twin in self.twin.items() if self.source.tag(e)},
+                  {self.twin[element] for element in renamed})
+
+    def hold(self, wanted, always=()):
+        """Write into style="" what elements are to be set to, {element: cascade}, where style sheets do otherwise."""
         now = Styles(self.source, self.root)
-        for element, twin in self.twin.items():
-            before, after = (styles.cascade(e) if self.source.tag(e) else {}
-                             for styles, e in ((self.styles, element), (now, twin)))
-            if element in renamed or before != after:
+        for element, before in wanted.items():
+            after = now.cascade(element)
+            if element in always or before != after:
                 gained = {name: value for name in after if name not in before
                           and (value := self.neutral(element, name)) is not None}
-                twin.set("style", style_text({name: (value, False) for name, value in {**before, **gained}.items()}))
+                element.set("style", style_text({name: (value, False) for name, value in {**before, **gained}.items()}))
 
     def neutral(self, element, name):
         """A value of a property that leaves the element as it is without any; None if there is none."""
@@ -614,7 +713,7 @@ class Edition:
 
     def write(self, element, name, value):
         """Set a property where it wins: in style="", which overrules style sheets, or else as an attribute."""
-        twin, style = self.twin[element], {}
+        twin, style = self.twin.get(element, element), {}
         for key, old, important in declarations(twin.get("style", "")):
             if important or not style.get(key, ("", False))[1]:
                 style[key] = (old, important)
@@ -646,13 +745,61 @@ class Edition:
                 if (row := slots.get(("opacities", element, alpha))) is not None:
                     self.write(element, alpha, f"{values['opacities'][row]:.5g}")
 
-    def write_box_clips(self):
-        """Clip paths in units of a shape's box stay in place, whatever the shape does."""
-        for element, box in self.document.box_clips.items():
-            self.twin[element].set("clipPathUnits", "userSpaceOnUse")
-            self.twin[element].set("transform", matrix_text(box @ transform(element.get("transform"))))
+    def write_boxes(self):
+        """Clip paths and masks in units of a box stay as they were drawn, where a shape in that box has changed."""
+        changed = [key for key, (_, shapes) in self.document.boxes.items() if any(
+            self.changed("points", slice(s.first, s.first + len(s.outline.points)))
+            for s in shapes if s.element is not None)]
+        if not changed:
+            return
+        users, later = [element for element, _ in self.document.boxes], []
+        styles = Styles(self.source, self.root)
+        wanted = {e: styles.cascade(e) for e in self.root.iter() if self.source.tag(e)} if styles.rules else {}
+        for element, user in changed:
+            box, tag, twin = self.document.boxes[element, user][0], self.source.tag(element), self.twin[element]
+            if users.count(element) > 1:  # one for this user alone
+                twin, original = copy.deepcopy(twin), twin
+                wanted.update((new, wanted[old]) for old, new in zip(original.iter(), twin.iter()) if old in wanted)
+                self.twin[self.styles.parents[element]].append(twin)
+                twin.set("id", self.free_id(element.get("id")))
+                later.append((user, "clip-path" if tag == "clipPath" else "mask", f"url(#{twin.get('id')})"))
+            if tag == "clipPath":
+                style = self.document.context(element, self.document.initial)
+                matrix = matrix_text(box @ self.document.transform(element, style), ",")
+                twin.attrib.update(clipPathUnits="userSpaceOnUse", transform=matrix)
+                if {"transform", "transform-origin"} & set(self.styles.of(element)):
+                    later += [(twin, "transform", matrix), (twin, "transform-origin", "0 0")]
+                continue
+            if element.get("maskUnits") != "userSpaceOnUse":
+                x, y, *size = (length(element.get(name, default)) for name, default in MASK_FRAME.items())
+                (width, _, left), (_, height, top) = box[:2].tolist()
+                frame = left + x * width, top + y * height, size[0] * width, size[1] * height
+                twin.attrib.update({name: f"{value:.9g}" for name, value in zip(MASK_FRAME, frame)},
+                                   maskUnits="userSpaceOnUse")
+            if element.get("maskContentUnits") == "objectBoundingBox":
+                inner = ET.Element(":".join(filter(None, (self.source.prefix, "g"))), transform=matrix_text(box))
+                for child in list(twin):
+                    twin.remove(child)
+                    inner.append(child)
+                twin.append(inner)
+                twin.set("maskContentUnits", "userSpaceOnUse")
+                wanted.update({inner: {}} if wanted else {})
+        if wanted:
+            self.hold(wanted)
+        for change in later:
+            self.write(*change)
+
+    def free_id(self, name):
+        """An id like the given one that no element has yet."""
+        taken = {element.get("id") for element in self.root.iter()}
+        return next(f"{name}-{k}" for k in range(1, len(taken) + 2) if f"{name}-{k}" not in taken)
 
     def data(self):
+        if not self.source.sized and self.changed("points", slice(None)):
+            # the picture is what the content reaches; it stays as large as it was
+            for name in ("width", "height"):
+                self.root.attrib.pop(name, None)
+            self.root.set("viewBox", f"0 0 {self.source.width:.9g} {self.source.height:.9g}")
         if not self.source.prefix:
             self.root.attrib.setdefault("xmlns", "http://www.w3.org/2000/svg")
         return ET.tostring(self.root, encoding="unicode").encode()

@@ -14,12 +14,16 @@ class SVGError(ValueError):
 
 # ------------------------------------------------------------------ values: numbers, lengths, transforms
 
-DIGITS = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+# no digit can be matched in two ways: otherwise a long number that ends badly takes the square of its length
+DIGITS = r"([-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)"
 NUMBER = re.compile(r"[\s,]*" + DIGITS)
 FLAG = re.compile(r"[\s,]*([01])")    # an arc's flags may be packed: "a1 1 0 011 1"
 COMMAND = re.compile(r"[\s,]*([MmZzLlHhVvCcSsQqTtAa])")
 ARGUMENTS = dict(M=2, L=2, H=1, V=1, C=6, S=4, Q=4, T=2, A=7, Z=0)
-UNITS = {"": 1, "px": 1, "pt": 4 / 3, "pc": 16, "mm": 96 / 25.4, "cm": 96 / 2.54, "in": 96, "em": 16, "ex": 8}
+UNITS = {"": 1, "px": 1, "pt": 4 / 3, "pc": 16, "mm": 96 / 25.4, "cm": 96 / 2.54, "q": 24 / 25.4, "in": 96}
+FONT_UNITS = {"em": 1.0, "ex": 0.5, "ch": 0.5}         # in font sizes
+ANGLES = {"": 1, "deg": 1, "grad": 0.9, "rad": 180 / math.pi, "turn": 360}
+MAX_POINTS = 500_000                  # of one path
 
 
 def number(text):
@@ -31,12 +35,15 @@ def numbers(text):
     return [number(n) for n in re.findall(DIGITS, text or "")]
 
 
-def length(text, percent_of=1.0, default=0.0):
-    """A length in user units (px); `percent_of` is what 100 % means; an unreadable one is the default."""
-    match = re.fullmatch(NUMBER.pattern + r"\s*(%|[a-z]*)\s*", text or "")
-    if not match or match[2] not in (*UNITS, "%"):
-        return default
-    return number(match[1]) * (percent_of / 100 if match[2] == "%" else UNITS[match[2]])
+def length(text, percent_of=1.0, default=0.0, em=16.0):
+    """A length in user units (px); percent_of is what 100 % means, em the font size; the default if unreadable."""
+    match = re.fullmatch(NUMBER.pattern + r"\s*(%|[a-zA-Z]*)\s*", text or "")
+    unit = match[2].lower() if match else None
+    if unit == "%":
+        return number(match[1]) * percent_of / 100
+    if unit in FONT_UNITS:
+        return number(match[1]) * FONT_UNITS[unit] * em
+    return number(match[1]) * UNITS[unit] if unit in UNITS else default
 
 
 def affine(a=1.0, b=0.0, c=0.0, d=1.0, e=0.0, f=0.0):
@@ -65,6 +72,71 @@ def transform(text):
             continue
         matrix = matrix @ step
     return matrix
+
+
+THREE_D = {"translate3d", "translatez", "scale3d", "scalez", "rotate3d", "rotatex", "rotatey", "matrix3d",
+           "perspective"}
+TRANSFORM = re.compile(r"\s*([a-zA-Z0-9]+)\(([^()]*)\)\s*")
+
+
+def css_transform(text, width=1.0, height=1.0, em=16.0):
+    """A transform of CSS, where lengths and angles have units -> 3x3 matrix; None if it is none.
+
+    width, height: of the reference box, for per cent. Functions in space (THREE_D) count as the identity.
+    """
+    matrix, pos = affine(), 0
+    text = "" if text.strip().lower() == "none" else text
+    while pos < len(text):
+        match = TRANSFORM.match(text, pos)
+        if not match:
+            return None
+        pos, name, parts = match.end(), match[1].lower(), [part.strip() for part in match[2].split(",")]
+
+        def sizes(*percent_of):
+            found = [length(part, of, math.nan, em) for part, of in zip(parts, percent_of)]
+            # only 0 may go without its unit
+            plain = any(re.fullmatch(DIGITS, part) and float(part) for part in parts)
+            return None if plain or len(parts) > len(percent_of) or any(map(math.isnan, found)) else found
+
+        def plain():
+            found = [re.fullmatch(DIGITS + "(%?)", part) for part in parts]
+            return [float(m[1]) / (100 if m[2] else 1) for m in found] if all(found) else None
+
+        def angles():
+            found = [re.fullmatch(DIGITS + "([a-zA-Z]*)", part) for part in parts]
+            fine = all(m and m[2].lower() in ANGLES and (m[2] or not float(m[1])) for m in found)
+            return [float(m[1]) * ANGLES[m[2].lower()] for m in found] if fine else None
+        v = step = None
+        if name in THREE_D:
+            step = affine()
+        elif name in ("translate", "translatex", "translatey"):
+            v = sizes(width, height) if name == "translate" else sizes(height if name[-1] == "y" else width)
+            if v:
+                step = affine(f=v[0]) if name[-1] == "y" else affine(e=v[0], f=v[1] if len(v) == 2 else 0)
+        elif name in ("scale", "scalex", "scaley") and (v := plain()) and len(v) <= (2 if name == "scale" else 1):
+            step = affine(a=1 if name[-1] == "y" else v[0], d=1 if name[-1] == "x" else v[-1])
+        elif name == "matrix" and (v := plain()) and len(v) == 6:
+            step = affine(*v)
+        elif name in ("rotate", "rotatez", "skewx", "skewy") and (v := angles()) and len(v) == 1:
+            step = transform(f"{dict(rotatez='rotate', skewx='skewX', skewy='skewY').get(name, name)}({v[0]!r})")
+        elif name == "skew" and (v := angles()) and len(v) <= 2:
+            step = affine(c=math.tan(math.radians(v[0])), b=math.tan(math.radians(v[1])) if len(v) == 2 else 0)
+        if step is None:
+            return None
+        matrix = matrix @ step
+    return matrix
+
+
+def origin(text, width, height, em=16.0):
+    """A transform-origin -> (x, y) from the corner of its reference box; None if it is none."""
+    words = text.lower().split()[:2] or [""]
+    places = dict(left=(0.0, None), right=(width, None), top=(None, 0.0), bottom=(None, height))
+    if words[0] in ("top", "bottom") or words[-1] in ("left", "right"):
+        words = words[::-1] if len(words) == 2 else ["center", *words]
+    words += ["center"] * (2 - len(words))
+    found = [of / 2 if word == "center" else places[word][axis] if word in places else length(word, of, None, em)
+             for axis, (word, of) in enumerate(zip(words, (width, height)))]
+    return None if None in found else tuple(found)
 
 
 def matrix_text(matrix, separator=" "):
@@ -135,23 +207,27 @@ class Outline:
         self.curves.append((last, n - 2, n - 1, n) if len(points) == 3 else (last, last, n, n))
 
     def arc(self, rx, ry, degrees, large, sweep, end):
-        start, rx, ry = self.points[-1], abs(rx), abs(ry)
+        sub = self.subpaths[-1]
+        # after a close, the subpath's first point is where drawing goes on
+        start, rx, ry = self.points[sub[1] if sub[2] else -1], abs(rx), abs(ry)
         turn = complex(math.cos(math.radians(degrees)), math.sin(math.radians(degrees)))
         if start == end:
             return
-        if min(rx, ry) < 1e-12:
+        # radii far too small to reach the end would be scaled up anyway, and their ratio lost to rounding
+        if min(rx, ry) < 1e-9 * abs(end - start):
             return self.line(end)
 
         def to_circle(p):
             return complex((p / turn).real / rx, (p / turn).imag / ry)
-        half = (to_circle(end) - to_circle(start)) / 2
-        if not large and abs(half) < 1e-6:        # straight to within rounding
+        # about the middle between both ends: far from the origin, small radii would be lost to rounding
+        middle, half = (start + end) / 2, to_circle((end - start) / 2)
+        if abs(half) < (1e-12 if large else 1e-6):            # straight to within rounding
             return self.line(end)
         grow = max(abs(half), 1.0)    # radii too small to reach are scaled up
         rx, ry, half = rx * grow, ry * grow, half / grow
         towards = 1j * half / abs(half) * math.sqrt(max(0.0, 1 - abs(half) ** 2))
-        centre = (to_circle(start) + to_circle(end)) / 2 + (towards if large != sweep else -towards)
-        spoke, last = to_circle(start) - centre, to_circle(end) - centre
+        centre = towards if large != sweep else -towards
+        spoke, last = -half - centre, half - centre
         angle = np.angle(last / spoke)
         if sweep and angle < 0 or not sweep and angle > 0:
             angle += 2 * math.pi * (1 if sweep else -1)
@@ -159,7 +235,7 @@ class Outline:
         reach = 4j / 3 * math.tan(angle / count / 4)          # along the tangent, to a piece's handles
 
         def from_circle(p):
-            return complex(rx * (centre + p).real, ry * (centre + p).imag) * turn
+            return middle + complex(rx * (centre + p).real, ry * (centre + p).imag) * turn
         for k in range(count):
             a, b = (spoke * complex(math.cos(t), math.sin(t)) for t in (angle * np.array([k, k + 1]) / count))
             corner = end if k == count - 1 else from_circle(b)
@@ -186,6 +262,27 @@ class Outline:
         return [(first, stop, start, closed) for (first, start, closed), stop in zip(self.subpaths, bounds)
                 if first < stop]
 
+    def bounds(self, matrix=None):
+        """Corners (low, high) of the box around the curves, moved by a 3x3 matrix; None where there are none."""
+        if not self.curves:
+            return None
+        points = np.array(self.points)
+        points = np.stack([points.real, points.imag], 1)
+        if matrix is not None:
+            points = points @ matrix[:2, :2].T + matrix[:2, 2]
+        p = points[np.array(self.curves)]                     # [K, 4, 2]
+        low, high = p[:, (0, 3)].min((0, 1)), p[:, (0, 3)].max((0, 1))
+        # a cubic leaves the box of its ends where its derivative a t^2 + b t + c is 0
+        a, b, c = p[:, 3] - p[:, 0] + 3 * (p[:, 1] - p[:, 2]), 2 * (p[:, 0] - 2 * p[:, 1] + p[:, 2]), p[:, 1] - p[:, 0]
+        with np.errstate(all="ignore"):
+            q = -(b + np.copysign(np.sqrt(b * b - 4 * a * c), b)) / 2
+            for t in (q / a, c / q):
+                t = np.where(np.isfinite(t), t, 0).clip(0, 1)
+                s = 1 - t
+                at = s ** 3 * p[:, 0] + 3 * s * s * t * p[:, 1] + 3 * s * t * t * p[:, 2] + t ** 3 * p[:, 3]
+                low, high = np.minimum(low, at.min(0)), np.maximum(high, at.max(0))
+        return low, high
+
     def data(self, points):
         """Path data with these coordinates [n, 2] in place of the stored ones."""
         def text(i):
@@ -207,6 +304,8 @@ def path_outline(data):
     """Path data -> Outline. As the specification asks, a path with an error is drawn up to the error."""
     outline, at, command, pos, handle = Outline(), 0j, None, 0, None
     while True:
+        if len(outline.points) > MAX_POINTS:
+            raise SVGError(f"a path has more than {MAX_POINTS} points")
         if match := COMMAND.match(data, pos):
             command, pos = match[1], match.end()
         elif command in (None, "Z", "z") or not NUMBER.match(data, pos):
@@ -255,6 +354,9 @@ def box_outline(x, y, width, height, rx=0.0, ry=0.0):
     if width <= 0 or height <= 0:
         return outline
     rx, ry = min(rx, width / 2), min(ry, height / 2)
+    # without one radius there is no corner to round, nor where both ends of it would be the same number
+    if min(rx, ry) < 1e-9 * max(abs(x), abs(y), width, height):
+        rx = ry = 0.0
     # where the straight sides end
     left, right, top, bottom = x + rx, x + width - rx, y + ry, y + height - ry
     outline.move(complex(left, y))
@@ -288,12 +390,14 @@ def shape_outline(tag, attributes, units):
         return [units(attributes.get(name), name, default) for name in names]
     if tag == "path":
         return path_outline(attributes.get("d", ""))
+    if tag in ("rect", "ellipse"):
+        # a radius that is missing, `auto` or negative is like the other one
+        rx, ry = (None if radius is None or radius < 0 else radius for radius in size("rx", "ry", default=None))
+        rx, ry = (ry or 0.0 if rx is None else rx), (rx or 0.0 if ry is None else ry)
     if tag == "rect":
-        rx, ry = size("rx", "ry", default=None)
-        rx, ry = (ry or 0 if rx is None else rx), (rx or 0 if ry is None else ry)
-        return box_outline(*size("x", "y", "width", "height"), max(rx, 0), max(ry, 0))
+        return box_outline(*size("x", "y", "width", "height"), rx, ry)
     if tag in ("circle", "ellipse"):
-        return ellipse_outline(*size("cx", "cy"), *(size("r", "r") if tag == "circle" else size("rx", "ry")))
+        return ellipse_outline(*size("cx", "cy"), *(size("r", "r") if tag == "circle" else (rx, ry)))
     v = size("x1", "y1", "x2", "y2") if tag == "line" else numbers(attributes.get("points"))
     outline = Outline()
     for k in range(0, len(v) - 1, 2):

@@ -24,12 +24,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from optimiser import SmoothField
 from svg_document import Document, write_file
 from svg_outline import SVGError
 from svg_segments import (BEVEL, BUTT, MITER, ROUND, SQUARE, TOLERANCE, dash, expand, flatten, scatter_sum, stroke,
                           take)
 
-MAX_CELLS = 1 << 27                   # of one render: pixels over all layers
+MAX_FLOATS = 1 << 29                  # of one render: what its layers, gradients and groups keep
+MANY_STOPS = 16                       # of a gradient; beyond it, every pixel looks up its own two
 
 
 # ------------------------------------------------------------------ coverage: signed areas, their derivatives
@@ -186,6 +188,12 @@ def gradient_paint(matrix, gradient, offsets, rgba, box):
         t = t - t.detach().floor()
     elif gradient.spread == "reflect":
         t = (t - 2 * (t.detach() / 2).round()).abs()
+    if len(offsets) > MANY_STOPS:
+        t = t.reshape(-1)
+        last = torch.searchsorted(offsets.detach(), t.detach().contiguous(), right=True).clamp(1, len(offsets) - 1)
+        start, colour = take(offsets, last - 1), take(rgba, last - 1)
+        through = ((t - start) / (take(offsets, last) - start).clamp_min(1e-6)).clamp(0, 1)[:, None]
+        return torch.lerp(colour, take(rgba, last), through).T.reshape(4, box[3], box[2])
     # piecewise linear: each interval adds its colour difference times how far t has come through it
     through = ((t.reshape(1, -1) - offsets[:-1, None]) / offsets.diff().clamp_min(1e-6)[:, None]).clamp(0, 1)
     return (rgba[:1].T + rgba.diff(dim=0).T @ through).view(4, box[3], box[2])
@@ -211,6 +219,7 @@ class Plan:
     opener: dict                          # step of a mask or pop -> step of its push
     boxes: list                           # of the layers
     paint: dict                           # layer -> number of its gradient paint
+    keep: bool                            # what a backward needs
 
     def parts(self, cells):
         """A flat buffer like the coverage's, cut into the layers'."""
@@ -257,19 +266,22 @@ class Composite(torch.autograd.Function):
                 continue
             inner, outer = crops
             back = target[outer]
-            saved.append(back.clone())
+            if plan.keep:
+                saved.append(back.clone())
             if op == "draw":
                 colour, area = colours[len(target)][argument], areas[argument][inner]
                 if argument in plan.paint:
                     colour, area = Composite.source(paints[plan.paint[argument]][inner], area, len(target))
                 back.lerp_(colour, area)
             elif op == "mask":            # both buffers have the same box
+                top = top if argument is None else (top * top.new_tensor(argument)[:, None, None]).sum(0, keepdim=True)
                 saved.append(top)
                 back.mul_(top)
             else:
                 saved.append(top[inner])
                 top = top[inner] if argument is None else top[inner] * opacities[argument]
                 back.mul_(1 - top[-1:]).add_(top[:len(target)])
+        saved = saved if plan.keep else []
         ctx.plan, ctx.paints = plan, len(paints)
         ctx.save_for_backward(coverage, rgba, opacities, *paints, *saved)
         return canvas
@@ -300,7 +312,8 @@ class Composite(torch.autograd.Function):
             g, top = target[outer], None if op == "draw" else saved.pop()
             back = saved.pop()
             if op == "mask":
-                stack[-1][0].copy_((g * back).sum(0, keepdim=True))
+                d_top = (g * back).sum(0, keepdim=True)
+                stack[-1][0].copy_(d_top if argument is None else d_top * g.new_tensor(argument)[:, None, None])
                 g.mul_(top)
             elif op == "pop":
                 opacity = 1.0 if argument is None else opacities[argument]
@@ -382,6 +395,7 @@ class SVG(torch.nn.Module):
                 self.opener[step] = opened.pop()
         self.masks = {start for step, start in self.opener.items() if self.ops[step][0] == "mask"}
         self.loaded = {name: p.detach().clone() for name, p in self.named_parameters()}
+        self.kept, self.opaque_stops, self.joints = {}, [], None                # see restrict
 
     def add_buffers(self, dtype=torch.float32, **buffers):
         for name, values in buffers.items():
@@ -452,8 +466,8 @@ class SVG(torch.nn.Module):
         """Layers with a gradient: pixels -> the layer's units (box units: its frame), and from there to t."""
         self.painted = [n for n, l in enumerate(self.layers) if l.gradient is not None]
         layers = [self.layers[n] for n in self.painted]
-        into = [np.linalg.pinv(l.frame if l.gradient.on_box else l.matrix) for l in layers]
-        self.add_buffers(paint_in=np.reshape(into, (-1, 3, 3)),
+        into = [l.frame if l.gradient.on_box else l.matrix for l in layers]
+        self.add_buffers(paint_in=np.linalg.pinv(np.reshape(into, (-1, 3, 3))),
                          paint_unit=np.reshape([l.gradient.unit for l in layers], (-1, 3, 3)))
 
     # -- rendering
@@ -514,7 +528,8 @@ class SVG(torch.nn.Module):
         boxes = self.boxes(segments.detach(), layer, window)
         sizes = [(x1 - x0 + 1) * (y1 - y0) for x0, y0, x1, y1 in boxes]
         base = np.cumsum([0, *sizes]).tolist()
-        if base[-1] > MAX_CELLS:
+        op_boxes = self.op_boxes(boxes)
+        if self.floats(boxes, op_boxes) > MAX_FLOATS:
             raise SVGError(f"its {len(boxes)} layers cover too many pixels at {side} px")
         device = segments.device
         corner = torch.tensor([(x0, y0, x1 - x0, y1 - y0) for x0, y0, x1, y1 in boxes], device=device)
@@ -527,7 +542,7 @@ class SVG(torch.nn.Module):
         rgba = torch.cat([blank[self.colour_of], alpha], 1)
         paints = self.paints(lines, lines_layer, boxes, zoom, dx, dy)
         paint = {layer: number for number, layer in enumerate(self.painted)}
-        plan = Plan(side, self.ops, self.op_boxes(boxes), self.opener, boxes, paint)
+        plan = Plan(side, self.ops, op_boxes, self.opener, boxes, paint, torch.is_grad_enabled())
         image = Composite.apply(plan, coverage, rgba, self.opacities, *paints)[None]
         return image if self.ss == 1 else F.avg_pool2d(image, self.ss)
 
@@ -546,6 +561,16 @@ class SVG(torch.nn.Module):
             x0, y0, x1, y1 = max(x0, window[0]), max(y0, window[1]), min(x1, window[2]), min(y1, window[3])
             boxes.append((x0, y0, x1, y1) if x0 < x1 and y0 < y1 else (0, 0, 0, 0))
         return boxes
+
+    def floats(self, boxes, op_boxes):
+        """About how many numbers a render, and its backward if there can be one, hold at once (as measured)."""
+        def area(box):
+            return (box[2] - box[0] + 1) * (box[3] - box[1])
+        keep = torch.is_grad_enabled()
+        stops = {n: min(len(self.layers[n].gradient.stops), MANY_STOPS) for n in self.painted}
+        return (sum(map(area, boxes)) * (7 if keep else 3)
+                + sum(area(boxes[n]) * (20 + 4 * k if keep else 4) for n, k in stops.items())
+                + sum(area(box) * 8 for box, (op, _) in zip(op_boxes, self.ops) if op in ("mask", "pop") and keep))
 
     def op_boxes(self, boxes):
         """The box of every operation: a pushed buffer spans what is drawn into it, a mask's what it masks."""
@@ -574,10 +599,12 @@ class SVG(torch.nn.Module):
         """Gradient paints [4, h, w] of the layers in `painted`."""
         back = self.points.new_tensor([[1 / zoom, 0, -dx], [0, 1 / zoom, -dy], [0, 0, 1]])
         result = []
+        numbers, counts = torch.unique_consecutive(lines_layer, return_counts=True) if self.painted else ((), ())
+        parts = dict(zip(numbers.tolist(), lines.split(counts.tolist()))) if self.painted else {}
         for i, n in enumerate(self.painted):
             gradient, unit = self.layers[n].gradient, self.paint_unit[i]
             if gradient.on_box:
-                own = lines[lines_layer == n].view(-1, 2)
+                own = parts[n].reshape(-1, 2)
                 low, high = own.amin(0), own.amax(0)
                 scale = 1 / (high - low).clamp_min(1e-6)
                 to_box = torch.cat([torch.diag(scale), (-low * scale)[:, None]], 1)
@@ -591,18 +618,82 @@ class SVG(torch.nn.Module):
 
     # -- optimisation
 
-    def param_groups(self, points=0.8, colours=0.01, colours_only=False):
+    def param_groups(self, points=0.8, colours=0.01, colours_only=False, shared=False):
         """Adam parameter groups, each with a "name" and its own rate; empty parameters are left out.
 
         points: pixels a step; stroke widths take an eighth of it. colours: share of the colour range a step;
         opacities and stop colours take the same, stop offsets half. colours_only leaves all but the solid and
-        the stop colours as they are (pixel art).
+        the stop colours as they are (pixel art). shared: one second moment a group, for optimiser.SteadyAdam.
         """
         rates = dict(points=points, colours=colours, stop_colours=colours, opacities=colours,
                      stop_offsets=colours / 2, stroke_widths=points / 8)
         names = ("colours", "stop_colours") if colours_only else rates
-        return [dict(name=name, params=[getattr(self, name)], lr=rates[name])
+        return [dict(name=name, params=[getattr(self, name)], lr=rates[name], shared=shared)
                 for name in names if getattr(self, name).numel()]
+
+    def fields(self, sigma):
+        """{name: SmoothField} of the points and the stroke widths; sigma: width in pixels at the drawing's size.
+
+        All shapes share one field in the picture, whatever their transforms; a stroke's width lies in the middle of
+        its points.
+        """
+        rest, frames = self.loaded["points"].clone(), torch.eye(2).repeat(len(self.points), 1, 1)
+        middle = torch.zeros(len(self.stroke_widths), 2)
+        for layer, frame in zip(reversed(self.layers), self.frames.cpu().flip(0)):  # the first use of a shape counts
+            if layer.shape.element is not None:
+                rows = slice(layer.shape.first, layer.shape.first + len(layer.shape.outline.points))
+                frames[rows], rest[rows] = frame[:, :2], self.loaded["points"][rows] @ frame[:, :2].T + frame[:, 2]
+                if layer.stroke is not None:
+                    middle[layer.stroke["width"]] = rest[rows].mean(0)
+        device, flat = self.points.device, torch.linalg.det(frames).abs() < 1e-9
+        frames[flat] = torch.eye(2)       # of a shape that is drawn as a line, whose points cannot follow the picture
+        fields = {"points": SmoothField(rest.to(device), sigma, frames=frames.to(device))} if len(rest) else {}
+        return fields | ({"stroke_widths": SmoothField(middle.to(device), sigma)} if len(middle) else {})
+
+    def restrict(self, opacities=False, only=None, joints=True):
+        """What every project_ puts back from now on.
+
+        Args:
+            opacities: let those change that are 1 in the file; otherwise opaque shapes stay opaque.
+            only: ids of the elements that may change, with all that they hold and use; None: all.
+            joints: keep the joints smooth at which a curve goes on in the same direction, within 5 degrees.
+        Raises SVGError for an id that is not in the file.
+        """
+        kept = {name: torch.zeros(len(p), dtype=torch.bool) for name, p in self.named_parameters()}
+        if not opacities:
+            kept["opacities"] |= self.loaded["opacities"] == 1
+            self.opaque_stops = (self.loaded["stop_colours"][:, 3] == 1).nonzero()[:, 0]
+        if only is not None:
+            changing = self.document.held_by(only)
+            for shape in self.document.shapes:
+                if shape.element is not None and shape.element not in changing:
+                    kept["points"][shape.first:shape.first + len(shape.outline.points)] = True
+            tables = dict(colours=["colours"], opacities=["opacities"], widths=["stroke_widths"],
+                          stops=["stop_colours", "stop_offsets"])
+            for (table, element, _), row in self.document.paints.slots.items():
+                for name in tables[table] if element not in changing else ():
+                    kept[name][row] = True
+        self.kept = {name: rows.nonzero()[:, 0] for name, rows in kept.items() if rows.any()}
+        self.joints = self.smooth_joints() if joints else None
+
+    def smooth_joints(self):
+        """[J, 3] rows of points: before a smooth joint, the joint, after it; [2, J] bool: what lies before, after it is
+        a straight line, whose end is a joint too and does not turn."""
+        found, straight = [], []
+        for shape in self.document.shapes if len(self.points) else ():
+            curves, first = shape.outline.curves, shape.first
+            for start, stop, _, closed in shape.outline.drawn() if shape.element is not None else ():
+                own = curves[start:stop]
+                for before, after in zip(own, own[1:] + own[:1] * closed):
+                    lines = before[0] == before[1], after[0] == after[1]
+                    if before[3] == after[0] and not all(lines):
+                        found.append([first + before[0 if lines[0] else 2], first + after[0],
+                                      first + after[3 if lines[1] else 1]])
+                        straight.append(lines)
+        rows, straight = torch.tensor(found).view(-1, 3), torch.tensor(straight, dtype=torch.bool).view(-1, 2)
+        a, p, b = self.loaded["points"][rows].double().unbind(1)
+        smooth = torch.cosine_similarity(p - a, b - p) > math.cos(math.radians(5))
+        return rows[smooth].to(self.points.device), straight[smooth].T.to(self.points.device)
 
     @torch.no_grad()
     def project_(self):
@@ -614,6 +705,21 @@ class SVG(torch.nn.Module):
             if gradient is not None:
                 first, last = gradient.stops[0], gradient.stops[-1] + 1
                 self.stop_offsets[first:last] = self.stop_offsets[first:last].cummax(0)[0]
+        if self.joints is not None:
+            self.turn_handles_()
+        self.stop_colours[self.opaque_stops, 3] = 1
+        for name, rows in self.kept.items():
+            p = getattr(self, name)
+            p[rows] = self.loaded[name][rows].to(p)
+
+    def turn_handles_(self):
+        """Lay the handles on both sides of every smooth joint into one line, their lengths as they are."""
+        (before, joint, after), (line_before, line_after) = self.joints[0].T, self.joints[1][..., None]
+        back, ahead = self.points[joint] - self.points[before], self.points[after] - self.points[joint]
+        way = torch.where(line_before, back, torch.where(line_after, ahead, back + ahead))
+        way = way / way.norm(dim=1, keepdim=True).clamp_min(1e-6)
+        self.points[before] -= torch.where(line_before, 0, back.norm(dim=1, keepdim=True) * way - back)
+        self.points[after] += torch.where(line_after, 0, ahead.norm(dim=1, keepdim=True) * way - ahead)
 
     # -- saving
 
@@ -632,7 +738,7 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=256, help="side of the picture in pixels (default 256)")
     parser.add_argument("--ss", type=int, choices=(1, 2, 4), default=1, help="samples per pixel and axis (default 1)")
     parser.add_argument("--skip-unsupported", action="store_true",
-                        help="leave out text, images, masks and filters instead of refusing the file")
+                        help="leave out text, images, patterns and filters instead of refusing the file")
     args = parser.parse_args(argv)
     if not 1 <= args.size <= 8192:
         parser.error("--size must lie between 1 and 8192")

@@ -12,16 +12,17 @@ import torch
 from svg_outline import SVGError
 
 MAX_PIECES = 1 << 23                  # edge pieces of one render
+MAX_CHORDS = 1 << 20                  # of curves, of dashes and of round corners, before they are cut into pieces
 TOLERANCE = 0.03                      # px, how far a flattened curve may lie from the true one
 BUTT, ROUND, SQUARE = 0, 1, 2           # caps
 MITER, BEVEL = 0, 2                     # joins, ROUND among them
 
 
-def expand(counts):
+def expand(counts, most=MAX_PIECES):
     """counts [n] -> (owner [sum], position within the owner [sum]): the index tables of a ragged array."""
     counts = counts.long()
     ends = counts.cumsum(0)
-    if len(ends) and int(ends[-1]) > MAX_PIECES:
+    if len(ends) and int(ends[-1]) > most:
         raise SVGError("the drawing has too many edges to render at this size")
     owner = torch.repeat_interleave(counts)
     return owner, torch.arange(len(owner), device=counts.device) - (ends - counts)[owner]
@@ -70,7 +71,7 @@ def flatten(control, straight, scale, half_width):
         count = (0.75 * bend / TOLERANCE).sqrt().maximum(turn * (half_width / (8 * TOLERANCE)).sqrt())
         # four chords at least: with one, the inner control points would get no gradient
         count = torch.where(straight, 1, count.ceil().clamp(4, 1000)).long()
-    owner, k = expand(count + 1)                                        # one vertex more than chords
+    owner, k = expand(count + 1, MAX_CHORDS)                                  # one vertex more than chords
     t = (k / count[owner])[:, None]
     s = 1 - t
     weights = torch.cat([s * s * s, 3 * s * s * t, 3 * s * t * t, t * t * t], 1)          # [V, 4]
@@ -86,7 +87,7 @@ def dash(segments, layer, subpath, corner, closed, patterns):
     Arguments and results are the first five of `stroke`; patterns: {layer: (lengths, offset)}, an even
     number of lengths, alternately drawn and left out, in the units of the segments.
     """
-    dashed = torch.isin(layer, torch.tensor(list(patterns), device=layer.device))
+    dashed, total = torch.isin(layer, torch.tensor(list(patterns), device=layer.device)), 0.0
     parts = [[x[~dashed] for x in (segments, layer, subpath, corner)]]
     for number, (pattern, offset) in patterns.items():
         lines, path, starts = (x[layer == number] for x in (segments, subpath, corner))
@@ -100,8 +101,9 @@ def dash(segments, layer, subpath, corner, closed, patterns):
         new[1:] = path[1:] != path[:-1]
         first = torch.cummax(torch.where(new, torch.arange(len(new), device=new.device), 0), 0)[0]
         begin = ends - size - take(ends - size, first)      # arc length along the subpath, [lines]
-        if ends[-1].item() * count > (MAX_PIECES >> 4) * period:
-            raise SVGError("a stroke has too many dashes")
+        total += ends[-1].item() * count / period
+        if not total <= MAX_CHORDS >> 2:
+            raise SVGError("the drawing has too many dashes")
 
         def interval(s, right):
             s = (s.detach() + offset).clamp_min(-1e9)
@@ -109,7 +111,7 @@ def dash(segments, layer, subpath, corner, closed, patterns):
             return (turns * count).long() + torch.searchsorted(marks[1:], s - turns * period, right=right)
         low = interval(begin, True)
         low = low - (new & (marks.diff() == 0)[(low - 1) % count]).long()     # a dot at the very start
-        owner, k = expand((interval(begin + size, False) - low).clamp_min(0) + 1)
+        owner, k = expand((interval(begin + size, False) - low).clamp_min(0) + 1, MAX_CHORDS)
         index = low[owner] + k
 
         def position(i):                  # where interval i starts, as a share of the segment
@@ -122,7 +124,8 @@ def dash(segments, layer, subpath, corner, closed, patterns):
         last = torch.cat([path[1:] != path[:-1], torch.ones_like(starts[:1])])
         final = torch.zeros(len(closed), dtype=torch.long, device=index.device)
         final[path[last]] = index[last]
-        wraps = closed[path] & (index == low[first][owner]) & (final[path] % 2 == 0) & (final[path] != index)
+        wraps = (closed[path] & (index == low[first][owner]) & (index % 2 == 0) & (final[path] % 2 == 0)
+                 & (final[path] != index))
         index = torch.where(wraps, final[path], index)
         order = torch.argsort(2 * path + wraps, stable=True)
         order = order[index[order] % 2 == 0]
@@ -208,6 +211,7 @@ def add_joints(add, b, d, normal, half, joint, following, corner, style):
     add(v[sharp], inner0[sharp], joint[sharp], flip[sharp])
     kind = torch.where(corner[following], style["join"][joint], ROUND)
     within = 2 <= (1 + cos[:, 0]) * style["miter"][joint].square()      # 1 / sin <= limit
+    within &= 1 + cos[:, 0] > 1e-5        # beyond it, where a line folds onto itself, the tip is lost to rounding
     miter = (kind == MITER) & within & (cos[:, 0] < 0.9999)
     tip = v + h * (e0 + e1) / (1 + cos).clamp_min(1e-6)
     add((v + h * e0)[miter], tip[miter], joint[miter], flip[miter])
@@ -243,7 +247,7 @@ def add_caps(add, a, b, d, half, h, ends, heads, style):
 def add_arcs(add, index, angle, centre, out, towards, flip, style):
     """Round joins and caps: arcs around centre [A, 2] that start along `out` and turn by angle [A, 1] to `towards`."""
     chords = (angle[:, 0].detach() / style["arc"][index]).ceil().clamp(1, 64).long()
-    owner, k = expand(chords)
+    owner, k = expand(chords, MAX_CHORDS)
     part = take(angle, owner) / chords[owner, None]
     centre, out, towards = (take(x, owner) for x in (centre, out, towards))
 

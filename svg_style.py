@@ -3,7 +3,7 @@
     styles = Styles(source, root)                      # source: names and warnings, see svg_document.Source
     styles.of(element)                                 # {property: value} that the element sets itself
 
-Read as browsers do: CSS Cascading 4, Selectors 4, the sRGB part of CSS Color 4, by tinycss2 and cssselect2. What is
+Read as browsers do: CSS Cascading 4, Selectors 4, Color 4, Custom Properties 1, by tinycss2 and cssselect2. What is
 invalid is dropped with a warning, so that the earlier or inherited declaration holds.
 """
 import functools
@@ -14,23 +14,42 @@ import cssselect2
 import tinycss2
 from tinycss2 import color4
 
-from svg_outline import SVGError
+from svg_outline import DIGITS, UNITS, SVGError, css_transform, length, origin
 
 MAX_DEPTH = 200                       # of blocks in each other
-MAX_CSS, MAX_RULES, MAX_STEPS = 2 << 20, 1000, 10_000_000       # characters, selectors, steps of matching
+MAX_CSS, MAX_RULES, MAX_STEPS = 8 << 20, 1000, 10_000_000       # characters, selectors, steps of matching
+MAX_VALUE = 10_000                    # characters of a value after var() has been replaced
 
 INHERITED = {                         # properties that elements pass on, with their initial values
     "fill": "black", "fill-opacity": "1", "fill-rule": "nonzero", "stroke": "none", "stroke-width": "1",
     "stroke-opacity": "1", "stroke-linecap": "butt", "stroke-linejoin": "miter", "stroke-miterlimit": "4",
     "stroke-dasharray": "none", "stroke-dashoffset": "0", "clip-rule": "nonzero", "color": "black",
-    "visibility": "visible", "paint-order": "normal"}
+    "visibility": "visible", "paint-order": "normal", "font-size": "16", "marker-start": "none", "marker-mid": "none",
+    "marker-end": "none", "color-interpolation": "srgb"}
 OWN = {                               # and those that they do not
     "opacity": "1", "clip-path": "none", "display": "inline", "mask": "none", "filter": "none",
-    "marker-start": "none", "marker-mid": "none", "marker-end": "none", "mix-blend-mode": "normal",
-    "stop-color": "black", "stop-opacity": "1", "overflow": "hidden"}
-REFUSED = ("mask", "filter", "marker-start", "marker-mid", "marker-end", "mix-blend-mode")
+    "mix-blend-mode": "normal", "stop-color": "black", "stop-opacity": "1", "overflow": "hidden",
+    "mask-type": "luminance", "transform-origin": "0 0", "transform-box": "view-box", "vector-effect": "none"}
+# properties that change the picture and are not drawn here, unless they say so with one of these values
+REFUSED = dict.fromkeys(("filter", "backdrop-filter", "mask-image", "-webkit-mask", "-webkit-mask-image", "offset-path",
+                         "translate", "rotate", "scale", "perspective"), {"none"})
+REFUSED |= {"mix-blend-mode": {"normal"}, "zoom": {"normal", "1", "100%"}}
 KEYWORDS = {"inherit", "initial", "unset", "revert", "revert-layer"}      # a value of every property
 URL = r"url\(([^)]*)\)"
+CHOICES = {                           # the values of properties that are one word
+    "fill-rule": {"nonzero", "evenodd"}, "clip-rule": {"nonzero", "evenodd"},
+    "stroke-linecap": {"butt", "round", "square"}, "stroke-linejoin": {"miter", "round", "bevel"},
+    "visibility": {"visible", "hidden", "collapse"}, "overflow": {"visible", "hidden", "scroll", "auto", "clip"},
+    "mask-type": {"luminance", "alpha"}, "vector-effect": {"none", "non-scaling-stroke", "non-scaling-size",
+                                                           "non-rotation", "fixed-position"},
+    "transform-box": {"view-box", "fill-box", "stroke-box", "content-box", "border-box"}}
+COLOURS = {"fill", "stroke", "color", "stop-color"}
+SIZES = {"x", "y", "cx", "cy", "r", "rx", "ry", "width", "height"}        # geometry that style sheets can set
+POSITIVE = {"r", "rx", "ry", "width", "height", "stroke-width", "stroke-miterlimit", "stroke-dasharray", "font-size"}
+FONT_SIZES = {"xx-small": 9, "x-small": 10, "small": 13, "medium": 16, "large": 18, "x-large": 24, "xx-large": 32,
+              "xxx-large": 48}
+MARKERS = ("marker-start", "marker-mid", "marker-end")
+NO_NUMBER = float("nan")              # what `length` is told to return for what it cannot read
 # media queries that hold for a still picture on a light screen; every other one does not
 MEDIA = {"", "all", "screen", "only all", "only screen", "not print", "(prefers-color-scheme: light)"}
 
@@ -42,16 +61,156 @@ def colour(text):
         found = color4.parse_color(text)
     except ValueError:                    # color() without arguments
         return None
-    if not isinstance(found, color4.Color) or found.space not in ("srgb", "hsl", "hwb"):
+    if not isinstance(found, color4.Color):
         return None
-    rgba = tuple(min(max(c, 0.0), 1.0) for c in found.to("srgb"))
+    try:
+        if found.space in ("srgb", "hsl", "hwb"):
+            rgba = found.to("srgb")
+        elif found.space in ("lab", "lch", "xyz-d50"):
+            rgba = (*from_xyz(found.to("xyz-d50").coordinates, FROM_D50), found.alpha)
+        elif found.space in ("oklab", "oklch", "xyz-d65", "xyz"):
+            rgba = (*from_xyz(found.to("xyz-d65").coordinates, FROM_D65), found.alpha)
+        else:
+            return None
+    except OverflowError:
+        return None
+    rgba = tuple(min(max(c, 0.0), 1.0) for c in rgba)
     return None if any(map(math.isnan, rgba)) else rgba
+
+
+# XYZ to linear sRGB, by the white point of XYZ; what lies outside of sRGB is cut off, as browsers do
+FROM_D65 = ((3.2409699, -1.5373832, -0.4986108), (-0.9692436, 1.8759675, 0.0415551), (0.0556301, -0.203977, 1.0569715))
+FROM_D50 = ((3.1341359, -1.617386, -0.4906622), (-0.9787954, 1.9162544, 0.0334427), (0.0719554, -0.2289768, 1.4053861))
+
+
+def from_xyz(xyz, matrix):
+    """XYZ -> (r, g, b), with sRGB's gamma."""
+    linear = (sum(m * c for m, c in zip(row, xyz)) for row in matrix)
+    return tuple(12.92 * c if c <= 0.0031308 else 1.055 * c ** (1 / 2.4) - 0.055 for c in linear)
+
+
+# a declaration that needs no CSS parser
+PLAIN = re.compile(r"\s*([a-zA-Z][\w-]*)\s*:((?:[\w\s.,#%+-]|\b(?:rgba?|hsla?|rotate|translate|scale|matrix)"
+                   r"\([\w\s.,%+/-]*\))*)")
 
 
 def declarations(css):
     """Text or tokens such as 'fill: red; stroke: none !important' -> [(property, value, important)]."""
+    if isinstance(css, str):              # files hold style attributes by the thousand, nearly all of them plain
+        found = [PLAIN.fullmatch(part) for part in css.split(";") if part.strip()]
+        if all(found):
+            return [(match[1].lower(), match[2].strip(), False) for match in found]
     found = tinycss2.parse_blocks_contents(css, skip_comments=True, skip_whitespace=True)
-    return [(d.lower_name, tinycss2.serialize(d.value).strip(), d.important) for d in found if d.type == "declaration"]
+    return [(d.name if d.name.startswith("--") else d.lower_name,
+             tinycss2.serialize([token for token in d.value if token.type != "comment"]).strip(), d.important)
+            for d in found if d.type == "declaration"]
+
+
+def font_size(text, parent):
+    """Pixels of a font-size; parent: of the element around, in pixels. NaN if it is none."""
+    text = text.lower()
+    if text in ("smaller", "larger"):
+        return parent * (1.2 if text == "larger" else 1 / 1.2)
+    return float(FONT_SIZES[text]) if text in FONT_SIZES else length(text, parent, NO_NUMBER, parent)
+
+
+def calculated(tokens):
+    """Value of calc()'s tokens as (number, unit), the unit "", "px" or "%"; None where it is anything else."""
+    tokens = [token for token in tokens if token.type not in ("whitespace", "comment")]
+
+    def operand():
+        token = tokens.pop(0) if tokens else None
+        if token is None:
+            return None
+        if token.type == "number":
+            return token.value, ""
+        if token.type == "percentage":
+            return token.value, "%"
+        if token.type == "dimension" and token.lower_unit in UNITS:
+            return token.value * UNITS[token.lower_unit], "px"
+        return calculated(token.content) if token.type == "() block" else calculated(token.arguments) \
+            if token.type == "function" and token.lower_name == "calc" else None
+
+    def chain(operators, inner, combine):
+        left = inner()
+        while left is not None and tokens and tokens[0].type == "literal" and tokens[0].value in operators:
+            operator, right = tokens.pop(0).value, inner()
+            left = None if right is None else combine(operator, left, right)
+        return left
+
+    def times(operator, left, right):
+        if operator == "*":
+            return (left[0] * right[0], left[1] or right[1]) if "" in (left[1], right[1]) else None
+        return (left[0] / right[0], left[1]) if right[1] == "" and right[0] else None
+
+    def plus(operator, left, right):
+        return (left[0] + (right[0] if operator == "+" else -right[0]), left[1]) if left[1] == right[1] else None
+    found = chain("+-", lambda: chain("*/", operand, times), plus)
+    return None if tokens else found
+
+
+def supports_holds(tokens, depth=0):
+    """Whether the condition of @supports holds: every declaration that this file could read counts as supported."""
+    tokens = [token for token in tokens if token.type not in ("whitespace", "comment")]
+    if not tokens or depth > MAX_DEPTH:
+        return False
+    words = [token.lower_value if token.type == "ident" else None for token in tokens]
+    if words[0] == "not":
+        return not supports_holds(tokens[1:], depth + 1)
+    for word, every in (("or", any), ("and", all)):
+        if word in words:
+            at = words.index(word)
+            return every(supports_holds(part, depth + 1) for part in (tokens[:at], tokens[at + 1:]))
+    if tokens[0].type == "function":
+        return tokens[0].lower_name == "selector"
+    if tokens[0].type != "() block":
+        return False
+    found = declarations(tokens[0].content)
+    return any(readable(name, value, True) for name, value, _ in found) if found else supports_holds(tokens[0].content,
+                                                                                                    depth + 1)
+
+
+def readable(name, value, authored):
+    """Whether a value is one of the property; authored: in CSS, where lengths need their unit."""
+    text = value.lower()
+    if text in KEYWORDS or "var(" in text or name.startswith("--"):
+        return True
+    if name in COLOURS:
+        if name in ("fill", "stroke"):
+            url = re.match(URL, text)
+            text = text[url.end():].strip() if url else text
+            if text in ("none", "context-fill", "context-stroke") or url and not text:
+                return True
+        return text == "currentcolor" or colour(text) is not None
+    if name in CHOICES:
+        return text in CHOICES[name]
+    if name in ("opacity", "fill-opacity", "stroke-opacity", "stop-opacity", "stroke-miterlimit"):
+        match = re.fullmatch(DIGITS + "%?", text)
+        return bool(match) and not (name in POSITIVE and float(match[1]) < 0)
+    if name == "stroke-dasharray":
+        return text == "none" or all(length(part, default=NO_NUMBER) >= 0 for part in re.split(r"[\s,]+", text))
+    if name == "font-size":
+        return font_size(text, 16.0) >= 0
+    if name in SIZES or name in ("stroke-width", "stroke-dashoffset"):
+        size = length(text, default=NO_NUMBER)
+        if authored and name in SIZES and re.fullmatch(DIGITS, text) and size != 0:
+            return False
+        return text == "auto" and name in SIZES or size == size and not (name in POSITIVE and size < 0)
+    if name == "transform":
+        return css_transform(value) is not None
+    if name == "transform-origin":
+        return origin(text, 1.0, 1.0) is not None
+    if name == "d":
+        return text == "none" or path_data(value) is not None
+    if name in ("clip-path", "mask"):
+        return bool(re.match(r"none$|[a-z-]+\(|[a-z]+-box\b", text))
+    return True
+
+
+def path_data(text):
+    """Path data of the CSS value path("..."); None if it is none."""
+    match = re.fullmatch(r"""path\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""", text, re.I)
+    return match and (match[1] if match[1] is not None else match[2])
 
 
 def media_holds(queries):
@@ -66,7 +225,7 @@ def style_rules(rules, depth=0):
         if rule.type == "qualified-rule":
             yield rule
         elif rule.type == "at-rule" and rule.content is not None and depth < MAX_DEPTH and (
-                rule.lower_at_keyword == "supports" or
+                rule.lower_at_keyword == "supports" and supports_holds(rule.prelude) or
                 rule.lower_at_keyword == "media" and media_holds(tinycss2.serialize(rule.prelude))):
             inner = tinycss2.parse_blocks_contents(rule.content, skip_comments=True, skip_whitespace=True)
             yield from style_rules(inner, depth + 1)
@@ -152,7 +311,8 @@ class Styles:
     def __init__(self, source, root):
         self.source, self.parsed, self.read = source, {}, 0
         self.parents = {child: parent for parent in root.iter() for child in parent}
-        self.cascaded, self.resolved = {}, {}
+        self.cascaded, self.resolved, self.variables = {}, {}, {}
+        self.scoped, self.looked = set(), 0       # custom properties of elements below the root; steps to find them
         self.rules, self.important = 0, False     # selectors in all sheets; whether a sheet says !important
         matcher = Matcher()
         for element in root.iter():
@@ -184,6 +344,8 @@ class Styles:
             if self.rules > MAX_RULES:
                 raise SVGError(f"more than {MAX_RULES} style sheet rules")
             body = declarations(rule.content)
+            if any(token.type == "{} block" for token in rule.content):
+                self.source.not_understood("the nested CSS rule", tinycss2.serialize(rule.content).strip())
             self.important |= any(important for *_, important in body)
             for selector in selectors:
                 if selector.pseudo_element is None:
@@ -197,36 +359,100 @@ class Styles:
             self.parsed[text] = declarations(text)
         return self.parsed[text]
 
-    def understood(self, name, value):
-        """False, with a warning, for a colour that is none: the declaration then counts as not written."""
-        if name not in ("fill", "stroke", "color", "stop-color"):
-            return True
-        rest = value.lower()
-        if name in ("fill", "stroke"):
-            rest = re.sub(URL, "", rest, count=1).strip() if rest.startswith("url(") else rest
-            if rest in ("none", "context-fill", "context-stroke") or rest == "" != value:
-                return True
-        if rest in KEYWORDS or rest == "currentcolor" or colour(rest):
-            return True
+    def understood(self, name, value, authored):
+        """The value to use; None, with a warning, for what is none: the declaration then counts as not written."""
+        text = value
+        if "calc(" in value.lower() and "var(" not in value.lower():
+            text = self.replaced(None, tinycss2.parse_component_value_list(value))
+        if text is not None and readable(name, text, authored):
+            return text
         self.source.not_understood(name, value)
-        return False
+        return None
 
     def cascade(self, element):
         """{property: winning value}: attributes, overruled by sheets, by style="", and by !important in this order."""
         if element not in self.cascaded:
-            found = {k: v.strip() for k, v in element.attrib.items()
-                     if (k in INHERITED or k in OWN) and self.understood(k, v.strip())}
+            given = [(k, v.strip(), False) for k, v in element.attrib.items() if k in INHERITED or k in OWN]
             authored = [d for body in self.matched.get(element, ()) for d in body] + self.inline(element)
             authored.sort(key=lambda declaration: declaration[2])             # stable
-            found.update((name, value) for name, value, _ in authored if self.understood(name, value))
+            found = {}
+            for number, (name, value, _) in enumerate(given + authored):
+                if (text := self.understood(name, value, number >= len(given))) is not None:
+                    found.update(dict.fromkeys(MARKERS, text) if name == "marker" else {name: text})
+            if element in self.parents:
+                self.scoped.update(name for name in found if name.startswith("--"))
             self.cascaded[element] = found
         return self.cascaded[element]
+
+    def variable(self, element, name):
+        """Value of a custom property, var() in it replaced; None if there is none or it depends on itself."""
+        while element is not None and name not in self.cascade(element):
+            element = self.parents.get(element)
+            self.looked += 1
+            if self.looked > MAX_STEPS:
+                raise SVGError("its custom properties take too long to find")
+        if element is None:
+            return None
+        if (element, name) not in self.variables:
+            self.variables[element, name] = None      # while it is being replaced: a circle
+            value = self.cascade(element)[name]
+            if value.lower() == "initial":
+                value = None
+            elif value.lower() in KEYWORDS:
+                value = self.variable(self.parents.get(element), name)
+            elif "var(" in value.lower():
+                value = self.replaced(element, tinycss2.parse_component_value_list(value))
+            self.variables[element, name] = value
+        return self.variables[element, name]
+
+    def replaced(self, element, tokens):
+        """Text of a value with var() and calc() replaced, by an element's custom properties; None if it is invalid."""
+        parts = []
+        for token in tokens:
+            kind = token.lower_name if token.type == "function" else token.type
+            if kind == "var":
+                inside = [t for t in token.arguments if t.type not in ("whitespace", "comment")]
+                comma = token.arguments.index(",") if "," in token.arguments else None
+                text = self.variable(element, inside[0].value) if inside and inside[0].type == "ident" else None
+                if text is None and comma is not None:
+                    text = self.replaced(element, token.arguments[comma + 1:])
+            elif token.type == "function":
+                text = self.replaced(element, token.arguments)
+                if text is not None and kind == "calc":
+                    value = calculated(tinycss2.parse_component_value_list(text))
+                    text = value and "{:.9g}{}".format(*value)
+                elif text is not None:
+                    text = f"{token.name}({text})"
+            else:
+                text = token.serialize() if token.type != "comment" else " "
+            if text is None:
+                return None
+            parts.append(text)
+        text = "".join(parts)
+        return text.strip() if len(text) <= MAX_VALUE else None
+
+    def scopes_differ(self, element, other):
+        """Whether two elements have custom properties of different values."""
+        self.looked += len(self.scoped)
+        return any(self.variable(element, name) != self.variable(other, name) for name in sorted(self.scoped))
+
+    def computed(self, element, name):
+        """Value of an inherited property, as it comes down from the elements around; without that of `use`."""
+        while element is not None:
+            if name in self.of(element):
+                return self.of(element)[name]
+            element = self.parents.get(element)
+        return INHERITED[name]
 
     def of(self, element):
         """{property: value} the element sets itself; what it only inherits as every element does is left out."""
         if element not in self.resolved:
             own = {}
             for name, value in self.cascade(element).items():
+                if "var(" in value.lower() and not name.startswith("--"):
+                    value = self.replaced(element, tinycss2.parse_component_value_list(value))
+                    if value is None or not readable(name, value, True):
+                        continue          # invalid at computed-value time: as if it were unset
                 keyword = value.lower()
                 if keyword in KEYWORDS or (name, keyword) == ("color", "currentcolor"):
                     if name in INHERITED:
@@ -240,5 +466,10 @@ class Styles:
         return self.resolved[element]
 
     def inherit(self, style, element):
-        """style {property: (value, element that set it)} as the element passes it on."""
-        return {**style, **{name: (value, element) for name, value in self.of(element).items() if name in INHERITED}}
+        """style {property: (value, element that set it)} as the element passes it on; font-size in pixels."""
+        passed = {name: (value, element) for name, value in self.of(element).items() if name in INHERITED}
+        if not passed:
+            return style
+        if "font-size" in passed:
+            passed["font-size"] = str(font_size(passed["font-size"][0], float(style["font-size"][0]))), element
+        return {**style, **passed}

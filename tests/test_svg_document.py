@@ -1,10 +1,13 @@
 """SVG files: parsing, CSS, bad files, and the structure of what is saved."""
+import gzip
 import math
+import os
 import time
 import warnings
 
 import pytest
 import torch
+from bench import peak_memory
 from bench.svg import resvg_render
 from conftest import darkness, svg_text
 from report import psnr
@@ -106,6 +109,210 @@ def test_many_elements_and_rules_are_matched_in_time(load_svg):
     assert len(svg.layers) == 20_000 and time.process_time() - start < 20
 
 
+@pytest.mark.parametrize("given, colour", [
+    ('style="--a:red;fill:var(--a)"', "#ff0000"), ('fill="var(--b)"', "#0000ff"),
+    ('style="fill:var(--B, teal)"', "#008080"),
+    ('style="--x:var(--y);--y:var(--x);fill:lime;fill:var(--x)"', "#ffa500"),
+    ('style="fill:rgb(var(--n) 0 0)"', "#ff0000"),
+    ('style="fill:var(--none, var(--b))"', "#0000ff"), ('style="--b:;fill:var(--b)"', "#ffa500"),
+    ('style="--b:initial;fill:var(--b, lime)"', "#00ff00"), ('style="--b:zzz;fill:var(--b)"', "#ffa500"),
+    ('style="fill:/* a */red/**/"', "#ff0000"), ('style="/* fill:red */fill:lime"', "#00ff00"),
+    ('style="fill:rgb(calc(2 * (100 + 27.5)) 0 0)"', "#ff0000"),
+    ('style="fill:lime;fill:rgb(calc(1 / 0) 0 0)"', "#00ff00"),
+    ('fill="oklch(0.628 0.2577 29.23)"', "#ff0000"), ('fill="lab(54.29 80.8 69.89)"', "#ff0000")])
+def test_custom_properties_and_calc(load_svg, given, colour):
+    svg = load_svg("<style>:root{--b:blue;--n:255;--bomb:var(--b) var(--b)}</style>"
+                   f'<g fill="orange"><rect width="9" height="9" {given}/></g>')
+    assert colours_of(svg) == [colour]
+
+
+def test_custom_properties_expand_within_bounds(load_svg):
+    sheet = "".join(f"--a{k}:var(--a{k - 1}) var(--a{k - 1});" for k in range(1, 60))
+    svg = load_svg(f'<style>:root{{--a0:red;{sheet}}}</style><rect width="9" height="9" fill="var(--a59)"/>')
+    assert colours_of(svg) == ["#000000"]
+
+
+@pytest.mark.parametrize("given", [
+    'stroke-width="x"', 'style="stroke-width:-1"', 'style="stroke-linecap:x"', 'opacity="x"',
+    'style="stroke-dasharray:1 x"',
+    'style="stroke-linejoin:arcs"', 'style="r:30"', 'style="transform:rotate(45)"', 'style="d:x"', 'fill-rule="x"',
+    'style="clip-path:x"', 'style="transform-origin:x"', 'visibility="x"'])
+def test_other_declarations_are_dropped_too(load_svg, given):
+    with pytest.warns(UserWarning, match="not understood"):
+        svg = load_svg(f'<circle cx="9" cy="9" r="5" stroke="red" {given}/>')
+    plain = load_svg('<circle cx="9" cy="9" r="5" stroke="red"/>')
+    assert torch.equal(svg.render(), plain.render())
+
+
+@pytest.mark.parametrize("condition, colour", [
+    ("(fill: red)", "r"), ("not (fill: red)", "-"), ("(fill: zzz)", "-"), ("(fill: zzz) or (color: red)", "r"),
+    ("(fill: zzz) and (color: red)", "-"), ("((fill: red))", "r"), ("selector(a > b)", "r"), ("zzz", "-")])
+def test_supports(load_svg, condition, colour):
+    condition = condition.replace(">", "&gt;")
+    svg = load_svg(f'<style>@supports {condition}{{rect{{fill:red}}}}</style><rect width="9" height="9"/>')
+    assert colours_of(svg) == [{"r": "#ff0000", "-": "#000000"}[colour]]
+
+
+SAME = {                                  # both bodies show the same
+    "CSS cx, cy, r": ('<style>circle{r:30%;cx:16px;cy:1em}</style><circle/>',
+                      f'<circle cx="16" cy="16" r="{0.3 * 32}"/>'),
+    "CSS x, width, rx": ('<style>rect{x:2px;rx:4px}</style><rect y="3" width="20" style="height:9px"/>',
+                         '<rect x="2" y="3" width="20" height="9" rx="4"/>'),
+    "CSS d": ("""<path style="d:path('M0 0H9V9Z')"/>""", '<path d="M0 0H9V9Z"/>'),
+    "CSS transform": ('<rect width="9" height="9" transform="scale(9)" style="transform:translate(8px, 25%) '
+                      'rotate(.125turn)"/>',
+                      '<rect width="9" height="9" transform="translate(8 8) rotate(45)"/>'),
+    "transform-origin": ('<style>.a{transform:rotate(45deg);transform-origin:center 50%}</style>'
+                         '<rect class="a" x="9" y="9" width="9" height="5"/>',
+                         '<rect x="9" y="9" width="9" height="5" transform="rotate(45 16 16)"/>'),
+    "transform-origin as an attribute": (
+        '<rect x="9" y="9" width="9" height="5" transform="rotate(45)" transform-origin="9 9"/>',
+        '<rect x="9" y="9" width="9" height="5" transform="rotate(45 9 9)"/>'),
+    "switch": ('<switch><foreignObject requiredExtensions="http://ns.adobe.com/"/><g systemLanguage="de"><rect '
+               'width="5" '
+               'height="5"/></g><g systemLanguage="fr, en-GB"><rect width="9" height="9"/></g><circle r="9"/></switch>',
+               '<rect width="9" height="9"/>'),
+    "conditions outside of switch": ('<rect width="9" height="9" requiredExtensions="x"/><circle r="4"/>',
+                                     '<circle r="4"/>'),
+    "empty and hidden text": ('<text x="3"/><text display="none">a</text><g '
+                              'visibility="hidden"><text>a</text></g><text>'
+                              '<tspan/></text><image width="0" href="a.png"/><rect width="9" height="9"/>',
+                              '<rect width="9" height="9"/>'),
+    "an arc after Z": ('<path d="M6 16h6v6zA10 10 0 0 1 26 16z"/>', '<path d="M6 16h6v6zM6 16A10 10 0 0 1 26 16z"/>'),
+    "rx=0": ('<rect x="3" y="3" width="20" height="20" rx="0" ry="9"/>', '<rect x="3" y="3" width="20" height="20"/>'),
+    "a tiny rx": ('<rect x="3" y="3" width="20" height="20" rx="1e-300"/>',
+                  '<rect x="3" y="3" width="20" height="20"/>'),
+    "a negative rx": ('<rect x="3" y="3" width="20" height="20" rx="-1" ry="4"/>',
+                      '<rect x="3" y="3" width="20" height="20" rx="4" ry="4"/>'),
+    "an ellipse of one radius": ('<ellipse cx="9" cy="9" ry="5" rx="auto"/>', '<circle cx="9" cy="9" r="5"/>'),
+    "a dashed circle that starts in a gap": (
+        '<path d="M26 16A10 10 0 0 1 6 16A10 10 0 0 1 26 16Z" fill="none" stroke="red" stroke-dasharray="8 10" '
+        'stroke-dashoffset="9"/>', '<path d="M26 16A10 10 0 0 1 6 16A10 10 0 0 1 26 16" fill="none" stroke="red" '
+        'stroke-dasharray="8 10" stroke-dashoffset="9"/>'),
+    "per cent in a nested svg": ('<svg x="4" y="4" width="20" height="16"><rect width="50%" height="50%"/></svg>',
+                                 '<rect x="4" y="4" width="10" height="8"/>'),
+    "em": ('<g font-size="4"><rect width="2em" height="1ex" style="font-size:150%"/></g>',
+           '<rect width="12" height="3"/>'),
+    "units of dashes": ('<path d="M0 9H32" stroke="red" stroke-dasharray="4px .2em"/>',
+                        '<path d="M0 9H32" stroke="red" stroke-dasharray="4 3.2"/>'),
+    "symbol": ('<symbol id="s" viewBox="0 0 9 9" opacity=".4" transform="translate(3)" fill="red"><rect width="9" '
+               'height="9"/>'
+               '</symbol><use href="#s" width="18" height="18"/>',
+               '<rect x="3" width="18" height="18" fill="red" opacity=".4"/>'),
+    "currentColor of a stop": (
+        '<g color="red"><linearGradient id="g"><stop stop-color="currentColor"/><stop offset="1"/></linearGradient></g>'
+        '<rect width="9" height="9" fill="url(#g)"/>',
+        '<linearGradient id="g"><stop stop-color="red"/><stop offset="1"/></linearGradient><rect width="9" height="9" '
+        'fill="url(#g)"/>'),
+    "currentColor by use": ('<defs><rect id="a" width="9" height="9" fill="currentColor"/></defs><use href="#a" '
+                            'color="red"/>'
+                            '<use href="#a" x="9" color="lime"/>',
+                            '<rect width="9" height="9" fill="red"/><rect x="9" width="9" height="9" fill="lime"/>'),
+    "a gradient on a box of no area": ('<linearGradient id="g"><stop/><stop offset="1"/></linearGradient><path d="M0 '
+                                       '9H9" '
+                                       'stroke="url(#g)"/><path d="M0 15H9" stroke="url(#g) red"/>',
+                                       '<path d="M0 15H9" stroke="red"/>'),
+    "references to nothing": ('<rect width="9" height="9" fill="url(#no) red" mask="url(#no)" filter="url(#no)" '
+                              'clip-path="url(#no)"/><use href="#no"/>', '<rect width="9" height="9" fill="red"/>'),
+    "a g in a clip path": ('<clipPath id="c"><g><rect width="5" height="5"/></g></clipPath><rect width="9" height="9" '
+                           'clip-path="url(#c)"/>', ""),
+    "a group's box": ('<clipPath id="c" clipPathUnits="objectBoundingBox"><rect width=".5" height="1"/></clipPath>'
+                      '<g clip-path="url(#c)"><rect width="4" height="20"/><circle cx="10" cy="9" r="10" fill="none"/>'
+                      '<rect x="4" width="16" height="9"/></g>',
+                      '<rect width="4" height="20"/><rect x="4" width="6" height="9"/>'),
+    "many stops": ('<linearGradient id="g"><stop stop-color="red"/>' + "".join(
+        f'<stop offset="{k / 40}" stop-color="rgb({255 - 6.375 * k},0,{6.375 * k})"/>' for k in range(41))
+        + '</linearGradient><rect width="32" height="32" fill="url(#g)"/>',
+        '<linearGradient id="g"><stop stop-color="red"/><stop offset="1" stop-color="blue"/></linearGradient><rect '
+        'width="32" '
+        'height="32" fill="url(#g)"/>'),
+    "a mask's own style": ('<g fill="red"><mask id="m" style="mask-type:alpha"><rect width="9" height="9" '
+                           'opacity=".5"/></mask>'
+                           '</g><rect width="20" height="20" mask="url(#m)"/>',
+                           '<rect width="9" height="9" opacity=".5"/>'),
+    "no box, no mask": ('<mask id="m"><rect width="9" height="9" fill="#fff"/></mask><path d="M0 5H9" stroke="red" '
+                        'mask="url(#m)"/>', ""),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_both_show_the_same(load_svg, name):
+    first, second = (load_svg(body).render() for body in SAME[name])
+    assert psnr(first, second) > 50
+
+
+@pytest.mark.parametrize("root, body", [
+    ('opacity=".4"', '<rect width="32" height="32" opacity=".4"/>'), ('display="none"', ""),
+    ('clip-path="url(#c)"', '<rect width="9" height="9"/>'), ('mask="url(#m)"', '<rect width="9" height="9"/>'),
+    ('transform="translate(5 3)"', '<rect x="5" y="3" width="32" height="32"/>')])
+def test_properties_of_the_root(load_svg, root, body):
+    svg = load_svg('<clipPath id="c"><rect width="9" height="9"/></clipPath><mask id="m"><rect width="9" height="9" '
+                   'fill="#fff"/>'
+                   '</mask><rect width="32" height="32"/>', f'viewBox="0 0 32 32" {root}')
+    assert psnr(svg.render(), load_svg(body).render()) > 60
+
+
+@pytest.mark.parametrize("attributes, size", [
+    ("", (20, 30)), ('width="50%"', (20, 30)), ('viewBox="0 0 40 10" height="5"', (20, 5)),
+    ('width="2in" height="10mm"', (192, 960 / 25.4)), ('style="width:20px;height:5px"', (20, 5))])
+def test_size_of_the_picture(load_svg, tmp_path, attributes, size):
+    svg = load_svg('<rect x="5" y="10" width="15" height="20"/>', attributes)
+    source = svg.document.source
+    assert (source.width, source.height) == pytest.approx(size)
+    with torch.no_grad():
+        svg.points -= 3
+    svg.save(tmp_path / "saved.svg")
+    assert psnr(svg.render(), SVG.load(tmp_path / "saved.svg", size=32).render()) > 60
+
+
+def test_svgz_and_entities(load_svg, tmp_path):
+    plain = load_svg('<rect width="9" height="5" fill="red"/>')
+    path = tmp_path / "a.svgz"
+    path.write_bytes(gzip.compress(b'<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://none/svg11.dtd" '
+                                   b'[<!ENTITY ns "http:'
+                                   b'//www.w3.org/2000/svg"><!ENTITY five "5">]>' + svg_text(
+                                       '<rect width="9" height="&five;" fill="red"/>').replace(
+                                           "http://www.w3.org/2000/svg", "&ns;").encode()))
+    for _ in range(2):                    # as it is, and as it is saved
+        svg = SVG.load(path, size=32)
+        assert torch.equal(svg.render(), plain.render())
+        svg.save(path)
+    assert path.read_bytes()[:2] == b"\x1f\x8b"
+    path.write_bytes(gzip.compress(b" " * (40 << 20)))
+    with pytest.raises(SVGError, match="larger than 32 MiB"):
+        SVG.load(path)
+    path.write_bytes(gzip.compress(b"<svg/>")[:2] + b"zzzz")
+    with pytest.raises(SVGError, match="cannot be read"):
+        SVG.load(path)
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.svg")
+    for path in ("/dev/zero", tmp_path / "pipe.svg", tmp_path):
+        with pytest.raises(SVGError, match="not a regular file"):
+            SVG.load(path)
+
+
+HARD = {                                  # bodies that once took the square of their length, or more
+    "length": f'<rect width="{"1" * 3000}x" height="9"/>',
+    "urls": f'<rect width="9" height="9" fill="{"url(" * 20_000}"/>',
+    "spaces": f'<rect width="1{" " * 50_000}x" height="9" style="fill:{" " * 50_000}x" transform="{"a " * 50_000}"/>',
+    "number": f'<path d="M0 0L{"1" * 100_000}x"/>', "empty uses": '<g id="a"/>' + '<use href="#a"/>' * 20_000,
+    "styles": "".join(f'<g style="fill:#{k:06d};stroke-width:{k}"/>' for k in range(20_000)),
+    "stops": '<linearGradient id="g">' + "".join(
+        f'<stop offset="{k / 2500}" stop-color="#{k:06d}"/>' for k in range(2500))
+        + '</linearGradient><rect width="32" height="32" fill="url(#g)"/>'}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_files_take_no_time(load_svg, name):
+    def draw():
+        load_svg(HARD[name], size=256).render()
+    start = time.process_time()
+    memory = peak_memory(draw)
+    assert time.process_time() - start < 5 and memory < 512
+
+
 # ---- saving
 
 def test_save_keeps_the_structure(load_svg, tmp_path):
@@ -157,6 +364,24 @@ def test_a_saved_file_renders_the_same_under_its_style_sheet(load_svg, tmp_path,
     assert "of-type" in sheet or psnr(own, resvg_render(text, 256, 4)) > 40       # resvg does not know these
 
 
+@pytest.mark.parametrize("resource, user", [
+    ('<clipPath id="c" clipPathUnits="objectBoundingBox"><circle cx=".5" cy=".5" r=".5"/></clipPath>', "clip-path"),
+    ('<clipPath id="c" clipPathUnits="objectBoundingBox" style="transform:rotate(9deg)"><circle cx=".5" cy=".5" '
+     'r=".5"/></clipPath>', "clip-path"),
+    ('<mask id="c" maskContentUnits="objectBoundingBox"><circle cx=".5" cy=".5" r=".5" fill="#ccc"/></mask>', "mask"),
+    ('<mask id="c" x=".2" y="0" width=".5" height="1"><circle cx="12" cy="12" r="30" fill="#fff"/></mask>', "mask")])
+@pytest.mark.parametrize("sheet", ["", "<style>g, circle{fill:red;opacity:.9} #c &gt; circle{fill:#fff}</style>"])
+def test_what_is_in_units_of_a_box_stays_when_the_box_changes(load_svg, tmp_path, resource, user, sheet):
+    svg = load_svg(f'{sheet}{resource}<g {user}="url(#c)"><rect width="20" height="12"/><rect y="8" width="9" '
+                   f'height="9"/></g><rect x="20" y="20" width="9" height="9" {user}="url(#c)"/>')
+    svg.save(tmp_path / "saved.svg")
+    assert "userSpaceOnUse" not in (tmp_path / "saved.svg").read_text()           # nothing has changed
+    with torch.no_grad():
+        svg.points += torch.randn(svg.points.shape, generator=torch.Generator().manual_seed(0))
+    svg.save(tmp_path / "saved.svg")
+    assert psnr(svg.render(), SVG.load(tmp_path / "saved.svg", size=32).render()) > 50
+
+
 # ---- bad input
 
 BAD_FILES = {
@@ -164,6 +389,8 @@ BAD_FILES = {
     "not well-formed XML": "<svg",
     "the root element is <html>": "<html/>",
     "entity declarations": '<!DOCTYPE s [<!ENTITY a "aaa"><!ENTITY b "&a;&a;">]>' + svg_text("&b;"),
+    "entity declarations (<!ENTITY>) that expand": '<!DOCTYPE s [<!ENTITY a "' + "a" * 9000 + '">]>' + svg_text(
+        "&a;" * 200),
     "entity declarations ": '<!DOCTYPE s [<!ENTITY a SYSTEM "file:///etc/passwd">]>' + svg_text("&a;"),
     "more than 100000 elements": svg_text("<g/>" * 100_001),
     "nested deeper than 200": svg_text("<g>" * 300 + "</g>" * 300),
@@ -178,15 +405,37 @@ BAD_FILES = {
     "external reference 'file:///etc/x#a'": svg_text('<circle r="9" fill="url(file:///etc/x#a)"/>'),
     "<text> is not supported": svg_text("<text>hi</text>"),
     "<image> is not supported": svg_text('<image href="a.png"/>'),
-    "filter on <g> is not supported": svg_text('<g filter="url(#f)"/>'),
-    "mask on <rect> is not supported": svg_text('<rect style="mask:url(#m)" width="5" height="5"/>'),
+    "filter on <g> is not supported": svg_text('<filter id="f"/><g filter="url(#f)"/>'),
+    "mask 'url(#a), url(#b)' on <rect>": svg_text('<rect style="mask:url(#a), url(#b)" width="5" height="5"/>'),
     "wider than 1e+06 px": svg_text('<path d="M0 0H9" stroke="red" stroke-width="1e999"/>'),
     "more than 1000 style sheet rules": svg_text(f"<style>{'a{}' * 1001}</style>"),
     "take too long to match": svg_text("<style>.x g g g g g *{fill:red}</style>" + "<g>" * 150 + "</g>" * 150),
-    "more than 2 MiB of style sheets": svg_text(f"<style>{'a' * 2_100_000}</style>"),
+    "more than 8 MiB of style sheets": svg_text(f"<style>{'a' * 8_400_000}</style>"),
     "styles are nested too deeply": svg_text(f'<g style="fill:{"(" * 10_000}"/>'),
-    "too many dashes": svg_text('<path d="M0 0H32" stroke="red" stroke-dasharray="1e-7"/>'),
+    "has too many dashes": svg_text('<path d="M0 0H32" stroke="red" stroke-dasharray="1e-7"/>'),
     "a picture of 0 x 0": svg_text("<g/>", 'width="0" height="0"'),
+    "cannot be drawn": svg_text("<g/>", 'viewBox="0 0 1e-320 1e-320"'),
+    "more than 150000 elements to visit": svg_text(f'<g id="a">{"<g/>" * 1500}</g>' + '<use href="#a"/>' * 200),
+    "drawing has too many dashes": svg_text('<path d="M0 0H32" stroke="red" stroke-dasharray=".005"/>' * 60),
+    "more than 500000 points": svg_text(f'<path d="M0 0{"1 2 " * 500_001}"/>'),
+    "'#c' refers to itself": svg_text(
+        '<clipPath id="c" clipPathUnits="objectBoundingBox"><rect width="1" height="1" clip-path="url(#c)"/></clipPath>'
+        '<rect width="9" height="9" clip-path="url(#c)"/>'),
+    "gradient '#g' is not finite or too large": svg_text(
+        '<radialGradient id="g" gradientTransform="matrix(1e-29 0 0 10 0 0)"><stop/><stop offset="1"/></radialGradient>'
+        '<rect width="9" height="9" fill="url(#g)"/>'),
+    "vector-effect on <path>": svg_text('<path d="M0 0H9" stroke="red" vector-effect="non-scaling-stroke"/>'),
+    "clip-path 'circle(9px)' on <rect>": svg_text('<rect width="9" height="9" style="clip-path:circle(9px)"/>'),
+    "mix-blend-mode on <g>": svg_text('<g style="mix-blend-mode:multiply"/>'),
+    "pattern fill on <rect>": svg_text('<pattern id="p"/><rect width="9" height="9" fill="url(#p)"/>'),
+    "marker-start on <path>": svg_text('<marker id="a"><path d="M0 0H9"/></marker><g style="marker:url(#a)"><path '
+                                     'd="M0 0H9"/></g>'),
+    "transform rotate3d() on <g>": svg_text('<g style="transform:rotate3d(1, 1, 1, 9deg)"><rect width="9"/></g>'),
+    "fr on <radialGradient>": svg_text('<radialGradient id="g" fr=".1"><stop/></radialGradient><rect width="9" '
+                                       'height="9" fill="url(#g)"/>'),
+    "color-interpolation on <mask>": svg_text('<mask id="m" color-interpolation="linearRGB"/><rect width="9" '
+                                              'height="9" mask="url(#m)"/>'),
+    "<foreignObject> is not supported": svg_text("<foreignObject><p/></foreignObject>"),
 }
 
 
@@ -227,8 +476,16 @@ def test_degenerate_file_renders_clean(load_svg, tmp_path, body):
     svg.save(tmp_path / "saved.svg")
 
 
+def test_too_many_layers_are_refused_before_they_are_drawn(load_svg):
+    svg = load_svg('<rect width="32" height="32"/>' * 310, size=512)
+    with pytest.raises(SVGError, match="its 310 layers cover too many pixels at 512 px"):
+        svg.render()
+    with torch.no_grad():                 # which keeps less
+        svg.render()
+
+
 def test_skip_unsupported_warns_and_goes_on(load_svg):
-    body = '<text>hi</text><g filter="url(#f)"><rect width="8" height="8"/></g>'
+    body = '<filter id="f"/><text>hi</text><g filter="url(#f)"><rect width="8" height="8"/></g>'
     with pytest.warns(UserWarning, match="filter on <g>"), pytest.warns(UserWarning, match="<text> is not supported"):
         svg = load_svg(body, skip_unsupported=True)
     assert darkness(svg) == pytest.approx(64) and svg.document.skipped == ["<text>", "filter on <g>"]

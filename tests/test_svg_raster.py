@@ -106,9 +106,24 @@ def test_without_shapes_is_white(load_svg):
 
 # ---- gradients
 
-@pytest.mark.parametrize("name", GRADIENT_CASES)
+MASKED = {
+    "masks": (
+        '<mask id="m"><circle cx="14" cy="15" r="9.3" fill="#c93"/><rect x="8.2" y="12.1" width="30" height="7" '
+        'fill="#fff" '
+        'fill-opacity=".7"/></mask><mask id="a" style="mask-type:alpha"><circle cx="17" cy="14" r="9" '
+        'opacity=".8"/></mask>'
+        '<g mask="url(#m)" opacity=".8"><rect x="3.3" y="4.4" width="20" height="19" fill="#c33"/><path d="M8 8L30 '
+        '12L11 27Z" '
+        'mask="url(#a)"/></g>'),
+    "many stops": '<linearGradient id="a" x2=".9">' + "".join(
+        f'<stop offset="{k / 19:.3f}" stop-color="#{99 - k}{10 + k}{50 + k}" stop-opacity="{0.4 + k / 40}"/>'
+        for k in range(20)) + '</linearGradient><circle cx="14" cy="15" r="9.3" fill="url(#a)"/>',
+}
+
+
+@pytest.mark.parametrize("name", [*GRADIENT_CASES, *MASKED])
 def test_gradients_match_finite_differences(load_svg, name, step=1e-5):
-    svg = load_svg(GRADIENT_CASES[name]).double()
+    svg = load_svg((GRADIENT_CASES | MASKED)[name]).double()
     weights = torch.randn(3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def loss():
@@ -207,6 +222,23 @@ FEATURES = {                              # drawings on 100 x 100
         'y="5" width="40" height="30" fill="url(#a)"/><circle cx="75" cy="25" r="20" '
         'fill="url(#b)"/><rect x="5" y="50" width="40" height="45" rx="10" ry="20" fill="url(#c)" '
         'stroke="url(#a)" stroke-width="5"/><path d="M55 50H95V95Z" fill="url(#d)"/>'),
+    "masks": (
+        '<linearGradient id="g"><stop stop-color="#fff"/><stop offset="1" stop-color="red" stop-opacity=".5"/>'
+        '</linearGradient><mask id="m"><circle cx="40" cy="40" r="35" fill="url(#g)"/></mask>'
+        '<mask id="u" maskUnits="userSpaceOnUse" x="50" y="10" width="30" height="80">'
+        '<path d="M45 5H95V95L60 60Z" fill="#9c3"/></mask><mask id="b" x=".1" y=".2" width=".6" '
+        'height=".7" maskContentUnits="objectBoundingBox" mask="url(#u)"><circle cx=".5" cy=".5" r=".5" fill="#fff"/>'
+        '</mask>'
+        '<mask id="a" style="mask-type:alpha"><rect x="5" y="60" width="40" height="30" rx="9" opacity=".6"/></mask>'
+        '<g mask="url(#m)"><rect x="10" y="10" width="40" height="50" fill="blue"/>'
+        '<circle cx="50" cy="30" r="20" stroke="red" stroke-width="9"/></g>'
+        '<rect x="40" y="20" width="50" height="70" fill="teal" mask="url(#b)"/>'
+        '<rect y="55" width="60" height="60" fill="#a3c" mask="url(#a)"/>'),
+    "clip paths in units of a group's box": (
+        '<clipPath id="c" clipPathUnits="objectBoundingBox"><circle cx=".5" cy=".5" r=".5"/></clipPath>'
+        '<g clip-path="url(#c)" transform="rotate(9)"><path d="M20 10C90 -20 90 90 30 60Z" fill="teal"/>'
+        '<rect x="30" y="50" width="50" height="30" transform="rotate(20 30 50)" fill="red"/></g>'
+        '<rect x="10" y="70" width="20" height="20" clip-path="url(#c)"/>'),
     "clip paths": (
         '<clipPath id="a"><circle cx="40" cy="40" r="25"/><rect x="50" y="50" width="30" '
         'height="40"/></clipPath><clipPath id="b" clip-path="url(#a)"><path clip-rule="evenodd" d="M5 '

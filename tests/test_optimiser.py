@@ -1,0 +1,109 @@
+"""optimiser.py: the smooth field against a dense kernel, uniform Adam against its long form, plain groups as in torch."""
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from conftest import rand
+from optimiser import SmoothField, SteadyAdam
+
+
+def dense(field, n):
+    """The matrix [2n,2n] of a field, and that of its transpose, column by column."""
+    units = torch.eye(2 * n, dtype=torch.float64).view(2 * n, n, 2)
+    return (torch.stack([f(u).flatten() for u in units], 1) for f in (field, field.transpose))
+
+
+def test_the_field_is_near_a_gaussian_kernel_and_passes_translations():
+    rest = 40 * torch.rand(60, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    field = SmoothField(rest, sigma=5.0, share=1.0)
+    got, _ = dense(field, 60)
+    kernel = torch.exp(-torch.cdist(rest, rest).square() / (2 * 5.0 ** 2))
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    assert_close(got[::2, ::2], got[1::2, 1::2])
+    assert (got[::2, 1::2] == 0).all()  # x and y do not mix
+    assert (got[::2, ::2] - kernel).abs().sum(1).max() < 0.3  # of a row's sum of 1
+    moved = torch.tensor([[3.0, -2.0]], dtype=torch.float64).expand(60, 2)
+    assert_close(field(moved), moved)
+    assert_close(SmoothField(rest, 5.0, share=0.0)(rest), rest)
+
+
+def test_transpose_and_frames():
+    rest, frames = 9 * rand(7, 2), rand(7, 2, 2, seed=1)
+    field = SmoothField(rest, 4.0, share=0.7, frames=frames)
+    forth, back = dense(field, 7)
+    assert_close(back, forth.T)
+    # a displacement in the picture arrives as it was meant, whatever the points' own coordinates
+    shift = torch.tensor([[1.0, 2.0]], dtype=torch.float64).expand(7, 2)
+    assert_close((frames @ field(shift)[..., None])[..., 0], shift)
+
+
+def test_one_point_moves_freely():
+    assert_close(SmoothField(torch.zeros(1, 2), 3.0)(torch.ones(1, 2)), torch.ones(1, 2))
+
+
+def test_plain_groups_take_the_steps_of_torch():
+    ours, theirs = ([torch.nn.Parameter(rand(5, 2, seed=i)) for i in range(2)] for _ in "ab")
+    groups = lambda ps: [dict(params=[ps[0]], lr=0.1), dict(params=[ps[1]], lr=0.02, betas=(0.8, 0.9), eps=1e-12)]
+    optimisers = SteadyAdam(groups(ours)), torch.optim.Adam(groups(theirs))
+    for step in range(4):
+        for optimiser, ps in zip(optimisers, (ours, theirs)):
+            for i, p in enumerate(ps):
+                p.grad = rand(5, 2, seed=10 * step + i)
+            optimiser.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_a_shared_moment_and_a_field_against_the_long_form():
+    rest = 10 * rand(6, 2)
+    p, field = torch.nn.Parameter(rest.clone()), SmoothField(rest, 3.0, share=0.9)
+    matrix, _ = dense(field, 6)
+    adam = SteadyAdam([dict(params=[p], lr=0.1, name="points", shared=True)], {"points": field})
+    free, m, v = torch.zeros(12, dtype=torch.float64), torch.zeros(12, dtype=torch.float64), 0.0
+    for step in range(1, 5):
+        grad = rand(6, 2, seed=step)
+        p.grad = grad.clone()
+        adam.step()
+        by_free = matrix.T @ grad.flatten()
+        m, v = 0.9 * m + 0.1 * by_free, 0.999 * v + 0.001 * by_free.square().mean()
+        free -= 0.1 * (m / (1 - 0.9 ** step)) / (math.sqrt(v / (1 - 0.999 ** step)) + 1e-8)
+    assert_close(p.detach(), rest + (matrix @ free).view(6, 2))
+
+
+def test_what_no_gradient_means_stays():
+    """Adam moves every number by its rate; with a shared moment a number with a small gradient moves little."""
+    for shared, bound in ((False, 0.9), (True, 0.01)):
+        p = torch.nn.Parameter(torch.zeros(2))
+        adam = SteadyAdam([dict(params=[p], lr=1.0, shared=shared)])
+        p.grad = torch.tensor([1.0, 1e-3])
+        adam.step()
+        assert (abs(p[1].item()) < bound) == shared and abs(p[0].item()) > 0.9
+
+
+def test_its_state_goes_on_from_a_saved_one(tmp_path):
+    def run(steps, adam, p):
+        for step in steps:
+            p.grad = rand(4, 2, seed=step, dtype=torch.float32)
+            adam.step()
+
+    def new():
+        p = torch.nn.Parameter(rand(4, 2, dtype=torch.float32))
+        return SteadyAdam([dict(params=[p], lr=0.1, name="points", shared=True)],
+                          {"points": SmoothField(rand(4, 2, dtype=torch.float32), 2.0)}), p
+    whole, part, again = new(), new(), new()
+    run(range(6), *whole)
+    run(range(3), *part)
+    torch.save((part[0].state_dict(), part[1].data), tmp_path / "state.pt")
+    state, again[1].data = torch.load(tmp_path / "state.pt", weights_only=True)
+    again[0].load_state_dict(state)
+    run(range(3, 6), *again)
+    assert torch.equal(again[1], whole[1])
+
+
+@pytest.mark.parametrize("count", [20000])
+def test_many_points_need_no_dense_matrix(count):
+    rest = 64 * torch.rand(count, 2, generator=torch.Generator().manual_seed(0))
+    field = SmoothField(rest, 6.0)
+    assert field.index.shape == (count, 16) and field.nodes < 400
+    assert torch.isfinite(field(rest)).all()

@@ -1,0 +1,97 @@
+"""svg_raster.SVG under an edit: smooth fields in the picture, smooth joints, what stays opaque, what may change."""
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from bench.geometry import joint_angles, self_intersections
+from optimiser import SteadyAdam
+from svg_raster import SVG, SVGError
+
+CIRCLES = ('<circle id="a" cx="8" cy="8" r="4" fill="#c33"/><g id="g" transform="rotate(30) scale(2 1)"><circle cx="9" '
+           'cy="4" r="4" fill="#3c3" opacity=".5"/><path d="M8 8L12 9" stroke="#00f" stroke-width="2"/></g>')
+
+
+def steps(svg, count=20, sigma=4.0, shared=True):
+    """Adam steps along gradients that know nothing of each other."""
+    adam, generator = SteadyAdam(svg.param_groups(0.5, 0.05, shared=shared)), torch.Generator().manual_seed(0)
+    for _ in range(count):
+        adam.fields = svg.fields(sigma) if sigma else {}
+        for p in svg.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        adam.step()
+        svg.project_()
+
+
+def test_all_shapes_move_by_one_field_in_the_picture(load_svg):
+    svg = load_svg(CIRCLES)
+    field = svg.fields(1e4)["points"]  # so wide that all points move alike, whatever their transforms
+    with torch.no_grad():
+        before = svg.segments(1.0)
+        svg.points += field(torch.tensor([[2.0, -1.0]]).expand(len(svg.points), 2))
+        after = svg.segments(1.0)
+    a = svg.frames[before[1]][:, :, :2]
+    moved = torch.einsum("sij,sj->si", a, (after[0] - before[0])[:, :2])
+    assert_close(moved, torch.tensor([[2.0, -1.0]]).expand_as(moved), atol=1e-3, rtol=0)
+    assert svg.fields(4.0)["stroke_widths"](torch.ones(1)) == 1
+
+
+def test_a_shape_drawn_as_a_line_is_no_obstacle(load_svg):
+    svg = load_svg('<rect width="9" height="9" transform="scale(1 0)"/><rect x="3" width="9" height="9"/>')
+    assert torch.isfinite(svg.fields(4.0)["points"](torch.ones(len(svg.points), 2))).all()
+
+
+def test_smooth_joints_stay_smooth_and_corners_free(load_svg):
+    body = CIRCLES + '<path id="p" d="M4 20C4 16 10 16 10 20L10 28C12 30 14 30 16 28Q18 26 20 28L28 20Z" fill="#333"/>'
+    free, kept = load_svg(body), load_svg(body)
+    kept.restrict()
+    before = joint_angles(free, free.loaded["points"])
+    smooth, corners = before < 5, before > 30
+    assert smooth.sum() >= 9 and corners.sum() >= 3
+    for svg in (free, kept):
+        steps(svg, sigma=0, shared=False)
+    after = [joint_angles(svg, svg.points.detach()) for svg in (free, kept)]
+    assert (after[0][smooth] > 30).any() and after[1][smooth].max() < 1
+    assert (after[1][corners] - before[corners]).abs().max() > 5
+
+
+def test_crossings_are_counted(load_svg):
+    svg = load_svg('<path d="M2 2L20 20L20 2L3 21Z"/><path d="M4 4H9V9H4Z"/><circle cx="20" cy="20" r="5"/>')
+    assert self_intersections(svg, svg.points.detach()) == 1
+    assert self_intersections(load_svg(CIRCLES), load_svg(CIRCLES).points.detach()) == 0
+
+
+def test_opaque_stays_opaque_unless_asked(load_svg):
+    body = (CIRCLES + '<linearGradient id="l"><stop stop-color="#f00"/><stop offset="1" stop-color="#00f" '
+            'stop-opacity=".5"/></linearGradient><rect width="9" height="9" fill="url(#l)"/>')
+    svg, free = load_svg(body), load_svg(body)
+    svg.restrict()
+    free.restrict(opacities=True)
+    opaque = svg.loaded["opacities"] == 1
+    for one in (svg, free):
+        steps(one)
+    assert (svg.opacities[opaque] == 1).all() and (svg.opacities[~opaque] != svg.loaded["opacities"][~opaque]).all()
+    assert svg.stop_colours[0, 3] == 1 and svg.stop_colours[1, 3] != 0.5
+    assert (free.opacities[opaque] < 1).any() and free.stop_colours[0, 3] < 1
+
+
+def test_only_the_named_elements_change(load_svg, tmp_path):
+    svg = load_svg(CIRCLES)
+    svg.restrict(only=["g"])
+    steps(svg)
+    svg.save(tmp_path / "saved.svg")
+    saved = (tmp_path / "saved.svg").read_text()
+    assert '<circle id="a" cx="8" cy="8" r="4" fill="#c33"' in saved and 'fill="#3c3"' not in saved
+    again = SVG.load(tmp_path / "saved.svg", size=32)
+    assert np.abs((again.render() - svg.render()).detach().numpy()).max() < 0.02
+    with pytest.raises(SVGError, match="no element has the id 'zzz'; there are: a, g"):
+        svg.restrict(only=["zzz"])
+
+
+def test_what_a_use_draws_belongs_to_it(load_svg):
+    svg = load_svg('<defs><circle id="c" cx="8" cy="8" r="4"/></defs><use id="u" href="#c"/><rect width="3" height="3"/>')
+    svg.restrict(only=["u"])
+    steps(svg)
+    changed = (svg.points != svg.loaded["points"]).any(1)
+    first = svg.document.shapes[0]
+    assert changed[first.first:first.first + len(first.outline.points)].all() and not changed.all()
