@@ -7,16 +7,19 @@ A scene is anything that can be edited: an SVG, a Picture, a NeRF, Splats. It is
 can be kept, with sample_view(generator), render(view, size) -> [1,3,size,size] in [0,1], and project_() after a step;
 `groups` are its parameter groups for Adam. The source, too, has render(view, size): the picture before.
 """
+import json
 import signal
 from collections import namedtuple
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import pds
 import report
+from checkpoint import CheckpointError, read_run, restore, restore_generator, restore_optimiser, restore_stages
 from edit2d import ddpm_inversion, instruct_pix2pix, sdedit
+from optimiser import SteadyAdam
+from progress import progress as progress_bar
 from report import snapshot, to_pil, write
 
 MODES = ("svg", "image", "nerf", "splat")
@@ -29,6 +32,7 @@ EDITORS = {"sdedit": Editor("SDEdit", 15.0, 0.4, (0.8, 0.9)), "inv2n": Editor("I
 TITLES = {name: name.upper() for name in LOSSES} | {name: editor.title for name, editor in EDITORS.items()}
 COEFFICIENTS = {"official": "official", "consistent": "consistent", "dreamcatalyst": pds.dreamcatalyst}
 HOLD = {"svg": 1, "image": 1, "nerf": 10, "splat": 10}  # steps for which a view is kept, as in the paper
+LEVELS, FINEST = 12, 0.25  # in so many levels the width of the smooth fields falls to this share
 REFIT = {"nerf": 1, "splat": 4}  # a dataset update is a fit: its rates, as a multiple of those of an edit
 
 
@@ -37,17 +41,21 @@ REFIT = {"nerf": 1, "splat": 4}  # a dataset update is a fit: its rates, as a mu
 class Distillation:
     """The edit: one of the three losses, at a view that is kept for HOLD steps."""
 
-    def __init__(self, scene, source, prior, name, guidance, args):
-        self.scene, self.source, self.prior, self.args = scene, source, prior, args
-        self.name, self.steps, self.guidance, self.rate = name, args.steps, guidance, 1
-        self.options = dict(stride=args.stride, coefficients=COEFFICIENTS[args.coefficients]) if name == "pds" else {}
+    def __init__(self, scene, source, prior, name, guidance, args, where=None):
+        """where: the masks of the views, a masks.Where; None: the edit acts everywhere."""
+        self.scene, self.source, self.prior, self.args, self.where = scene, source, prior, args, where
+        self.name, self.steps, self.guidance, self.rate, self.options = name, args.steps, guidance, 1, {}
+        if name == "pds":
+            self.options = dict(stride=args.stride, coefficients=COEFFICIENTS[args.coefficients], identity=args.identity)
         self.y_src, self.y_tgt = prior.embed(args.source), prior.embed(args.target)
         self.state, self.x0_src = {"view": None}, None
 
     def loss(self, step, generator):
         prior, args = self.prior, self.args
         if step % HOLD[args.mode] == 0:
-            self.state["view"], self.x0_src = self.scene.sample_view(generator), None
+            last, self.state["view"] = self.state["view"], self.scene.sample_view(generator)
+            if self.state["view"] != last:
+                self.x0_src = None
         view = self.state["view"]
         if self.x0_src is None:
             with torch.no_grad():
@@ -56,7 +64,8 @@ class Distillation:
         x0_tgt = prior.encode(self.scene.render(view, prior.size, **shake))
         progress = step / self.steps if args.schedule == "decreasing" else None
         t = pds.sample_timesteps(1, len(prior.abar), args.t_min, args.t_max, progress, generator)
-        return LOSSES[self.name](prior, x0_tgt, self.x0_src, self.y_tgt, self.y_src, t, generator=generator,
+        mask = self.where(view, x0_tgt, prior.size) if self.where else None
+        return LOSSES[self.name](prior, x0_tgt, self.x0_src, self.y_tgt, self.y_src, t, mask=mask, generator=generator,
                                  **self.options)
 
 
@@ -127,13 +136,13 @@ class DatasetUpdate:
                     ("the scene", self.args.target, look(lambda view: self.scene.render(view, size)))]
 
 
-def stages_of(scene, source, prior, name, args, editor=None):
+def stages_of(scene, source, prior, name, args, editor=None, where=None):
     """The edit by a loss or an editor and, with --refine, the paper's second stage.
 
-    editor: the InstructPix2Pix of prior.py that "in2n" needs.
+    editor: the InstructPix2Pix of prior.py that "in2n" needs; where: see Distillation.
     """
     guidance = guidance_of(prior, name, args.guidance)
-    stages = [Distillation(scene, source, prior, name, guidance, args) if name in LOSSES else
+    stages = [Distillation(scene, source, prior, name, guidance, args, where) if name in LOSSES else
               DatasetUpdate(scene, source, prior, name, args.steps, guidance, args, editor)]
     if args.refine:
         stages.append(DatasetUpdate(scene, source, prior, "sdedit", args.refine, guidance_of(prior, "sdedit"), args))
@@ -148,39 +157,46 @@ def guidance_of(prior, name, wanted=None):
 
 # ---- the one loop -------------------------------------------------------------------------------------
 
-def edit(scene, groups, stages, prior, args, out):
+def edit(scene, groups, stages, prior, args, out, config=None):
     """Optimise the scene with Adam, one stage after the other.
 
     A checkpoint is written every args.every steps and at Ctrl-C; a run resumed from it takes exactly the steps that
     the uninterrupted run would have taken.
 
+    Args:
+        config: a dict for JSON, kept in the checkpoint: everything that the result depends on. Only a checkpoint with
+            the same one is resumed.
     Returns:
         The frames of progress.gif, a list of PIL pictures, and whether Ctrl-C ended the loop.
     Raises:
         FloatingPointError: the loss is no longer finite.
+        ValueError: the checkpoint is damaged or another run's. OSError: it cannot be written.
     """
-    optimiser = torch.optim.Adam(groups)
+    optimiser = SteadyAdam(groups)
     rates = [group["lr"] for group in groups]
     generator = torch.Generator().manual_seed(args.seed)
     start, frames, checkpoint = 0, [snapshot(scene)], out / "checkpoint.pt"
-    if args.resume and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        scene.load_state_dict(state["scene"])
-        optimiser.load_state_dict(state["optimiser"])
-        generator.set_state(state["generator"])
-        for stage, own in zip(stages, state["stages"]):
-            stage.state = own
-        start, frames = state["step"], [Image.fromarray(f.numpy()) for f in state["frames"]]
+    state = read_run(checkpoint, config) if args.resume else None
+    if state:
+        shown = [Image.fromarray(f.numpy()) for f in state["frames"]]
+        if state["step"] > sum(stage.steps for stage in stages) or {f.size for f in shown} != {frames[0].size}:
+            raise CheckpointError(checkpoint, "it is that of a longer run, or of one with other pictures")
+        restore(scene, state["scene"], checkpoint)
+        restore_optimiser(optimiser, state["optimiser"], checkpoint)
+        restore_generator(generator, state["generator"], checkpoint)
+        restore_stages(stages, state["stages"], checkpoint)
+        start, frames = state["step"], shown
 
     def keep(step):
         pixels = [torch.frombuffer(bytearray(f.tobytes()), dtype=torch.uint8).reshape(f.height, f.width, 3)
                   for f in frames]
         write(checkpoint, dict(scene=scene.state_dict(), optimiser=optimiser.state_dict(),
                                generator=generator.get_state(), step=step, stages=[s.state for s in stages],
-                               frames=pixels))
+                               frames=pixels, config=json.dumps(config)))
 
+    level = None  # of the smooth fields
     plan = [(stage, at) for stage in stages for at in range(stage.steps)]
-    with DelayedInterrupt() as interrupt, tqdm(total=len(plan), initial=start, unit="step") as bar:
+    with DelayedInterrupt() as interrupt, progress_bar(total=len(plan), initial=start, unit="step") as bar:
         for step, (stage, at) in enumerate(plan[start:], start):
             prior.guidance = stage.guidance
             loss = stage.loss(at, generator)
@@ -189,6 +205,9 @@ def edit(scene, groups, stages, prior, args, out):
             for group, rate in zip(optimiser.param_groups, rates):
                 # A short warm-up, as Adam's first steps know little; the decay in the second half averages the noise.
                 group["lr"] = stage.rate * rate * min(1.0, (at + 1) / 10, 2 - 2 * at / stage.steps)
+            if args.smooth and at * LEVELS // stage.steps != level:  # from coarse to fine
+                level = at * LEVELS // stage.steps
+                optimiser.fields = scene.fields(args.smooth * FINEST ** (level / (LEVELS - 1)))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -102,29 +102,33 @@ def instruct_pix2pix(editor, picture, y, x0=None, steps=20, skip=0.0, generator=
 
 
 @torch.no_grad()
-def diffedit_mask(prior, x0, y_tgt, y_src, noises=16, level=0.5, generator=None):
-    """Where the two prompts disagree about the picture, [B,1,h,w] bool: DiffEdit, step 1.
+def diffedit_map(prior, x0, y_tgt, y_src, noises=16, level=0.5, generator=None):
+    """How much the two prompts disagree about the picture, [B,1,h,w] from 0 up: DiffEdit, step 1.
 
     The difference of the two noise predictions at `level` T, averaged over several noises and channels, is
-    scaled so that its 98th percentile is 1 (a single extreme must not decide) and cut at one half.
+    scaled so that its 98th percentile is 1 (a single extreme must not decide).
     """
     t = torch.full((len(x0),), int(level * len(prior.abar)), device=x0.device)
     total = 0
     for _ in range(noises):
         x_t = add_noise(x0, _draw(x0, generator), prior.abar, t)
         total = total + (prior.eps(x_t, t, y_tgt) - prior.eps(x_t, t, y_src)).abs().mean(1, keepdim=True)
-    top = total.flatten(1).quantile(0.98, dim=1).clamp_min(1e-12)
-    return total > 0.5 * top.reshape(-1, 1, 1, 1)
+    return total / total.flatten(1).quantile(0.98, dim=1).clamp_min(1e-12).reshape(-1, 1, 1, 1)
+
+
+def diffedit_mask(prior, x0, y_tgt, y_src, noises=16, level=0.5, generator=None):
+    """Where the two prompts disagree about the picture, [B,1,h,w] bool: DiffEdit's map, cut at one half."""
+    return diffedit_map(prior, x0, y_tgt, y_src, noises, level, generator) > 0.5
 
 
 @torch.no_grad()
-def subject_masks(prior, scene, views, source, target):
-    """The subject of an edit in each view of a scene: a list of [1,1,h,w] bool, the DiffEdit mask of the two prompts,
+def subject_masks(prior, pictures, source, target, noises=8):
+    """The subject of an edit in pictures [1,3,S,S]: a list of [1,1,h,w] bool, the DiffEdit mask of the two prompts,
     widened by one latent pixel. It leaves the prior with a guidance of 1."""
     prior.guidance, generator, masks = 1.0, torch.Generator().manual_seed(0), []
-    for view in views:
-        x0 = prior.encode(scene.render(view, prior.size))
-        mask = diffedit_mask(prior, x0, prior.embed(target), prior.embed(source), generator=generator)
+    for picture in pictures:
+        x0 = prior.encode(picture)
+        mask = diffedit_mask(prior, x0, prior.embed(target), prior.embed(source), noises, generator=generator)
         masks.append(torch.nn.functional.max_pool2d(mask.float(), 3, 1, 1) > 0)
     return masks
 

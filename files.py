@@ -1,7 +1,23 @@
-"""Writing a file in one piece or not at all; the only place that does it."""
+"""Writing a file in one piece or not at all, one run at a time in a folder, and one line for every error."""
 import contextlib
+import hashlib
+import json
+import math
 import os
+import secrets
+import warnings
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are then the user's own care
+    fcntl = None
+
+
+def one_line(error, longest=500):
+    """The text of an error or a message, whose lines are joined and whose middle is left out where it is long."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split()) or type(error).__name__
+    return text if len(text) <= longest else f"{text[:longest // 2]} ... {text[-longest // 2:]}"
 
 
 @contextlib.contextmanager
@@ -14,9 +30,102 @@ def replacing(path):
     Raises OSError where the folder is missing, cannot be written to, or is full; `path` is then as it was.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # the random part keeps two runs apart that have one number, as in two containers
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield part
+        with open(part, "rb") as file:  # else a power cut could leave an empty file under the final name
+            os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as e:
+        raise OSError(f"{path}: cannot be written: {e.strerror or one_line(e)}") from e
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that turned read-only
+            part.unlink(missing_ok=True)
+
+
+def check_writable(folder):
+    """Raise OSError where the folder cannot be made or written to. Nothing is written to find that out."""
+    folder = Path(folder)
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    except OSError as e:  # a name that is too long
+        raise OSError(f"{folder}: cannot be written: {e.strerror}") from e
+    if not there.is_dir():
+        raise OSError(f"{folder}: cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OSError(f"{folder}: cannot be written: no permission for {there}")
+
+
+@contextlib.contextmanager
+def locked(path, wait=False):
+    """Within it no other run holds the lock on `path`, a file in a folder that exists, which need not exist itself.
+
+    The lock ends with the process, however it ends. What killed runs left half-written of `path` is removed; of a folder
+    whose lock is folder / "run", all that they left there.
+
+    Raises OSError where another run holds it; with `wait`, waits for the end of that run instead.
+    """
+    path = Path(path)
+    lock, handle = path.with_name(f".{path.name}.lock"), None
+    while fcntl and handle is None:
+        try:
+            handle = open(lock, "ab")
+        except OSError as e:
+            raise OSError(f"{path.parent}: cannot be written: {e.strerror}") from e
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            if not wait:
+                handle.close()
+                raise OSError(f"{path.parent}: another run is writing there, wait for it or choose another --out") from e
+            warnings.warn(f"{path}: another run is making it, this one waits for its end", stacklevel=3)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            break
+        if not lock.exists() or os.fstat(handle.fileno()).st_ino != lock.stat().st_ino:
+            handle.close()  # the run before removed the file while this one was waiting
+            handle = None
+    try:
+        patterns = (".*.part", "export/.*.part", "export/*/.*.part") if path.name == "run" else (f".{path.name}.*.part",)
+        for part in [part for pattern in patterns for part in path.parent.glob(pattern)]:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        yield
+    finally:
+        if handle:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+            handle.close()
+
+
+def digest(paths):
+    """sha256 in hexadecimal of the files one after another; they are read in pieces. Raises OSError."""
+    total = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(2 ** 20):
+                total.update(piece)
+    return total.hexdigest()
+
+
+def read_json(path, largest=2 ** 28, hint=""):
+    """The dict in a JSON file; raises ValueError, one line with the file's name and the hint, for anything else."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > largest:
+            raise ValueError(f"it is larger than {largest >> 20} MiB")
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}")
+    except (OSError, ValueError, RecursionError, MemoryError) as e:
+        reason = one_line(e.strerror if isinstance(e, OSError) else e, 200)
+        raise ValueError(f"{path}: no readable JSON: {reason}{hint}") from e
+    return value
+
+
+def is_number(value, low=-math.inf, high=math.inf):
+    """Whether a value read from JSON is a finite number in [low, high]; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return -1e300 < value < 1e300 and low <= value <= high

@@ -5,14 +5,18 @@
         ...                                        # a step of the optimiser, its rate scaled by fit.share(step)
         fit.report(loss, error)
 """
+import contextlib
+import io
 import math
 import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from files import replacing
+from checkpoint import (CheckpointError, count, dictionary, random_state, read_checkpoint, restore_generator,
+                        restore_optimiser, seconds as seconds_of, text)
+from files import check_writable, replacing
+from progress import progress as progress_bar
 from scene import SceneError
 
 
@@ -25,49 +29,59 @@ class Fit:
     """
 
     def __init__(self, scene, sizes, names=(), seconds=None, steps=None, checkpoint=None, device="cpu"):
-        """The clock starts now.
-
+        """
         Args:
             sizes: a dict; only a checkpoint of a fit with the same sizes is resumed.
-            names: of what its checkpoints must hold besides.
+            names: of what its checkpoints must hold besides; or {name: function of the value, true where it is right}.
             seconds, steps: see `share`. 60 seconds if neither is given.
             checkpoint: a path, or None. The file there, if there is one, is resumed.
             device: on a CPU, seconds are process CPU time; elsewhere they are wall time.
         Raises:
             SceneError: the checkpoint is damaged, of another scene or of other sizes.
+            OSError: it could not be written.
+            ValueError: seconds are not positive.
         """
         self.clock = time.process_time if torch.device(device).type == "cpu" else time.perf_counter
-        self.started = self.clock()
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise ValueError(f"the seconds of a fit must be positive, got {seconds}")
         self.scene, self.sizes = scene, sizes
         self.seconds, self.steps = 60 if seconds is None and steps is None else seconds, steps
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.step, self.spent, self.saved = 0, 0.0, None
-        if self.checkpoint and self.checkpoint.exists():
-            self.saved = self._read(("step", "spent", "optimiser", "generator", *names), device)
-            self.step, self.spent = self.saved["step"], self.saved["spent"]
-            self.started -= self.spent
+        if self.checkpoint:
+            check_writable(self.checkpoint.parent)  # before the minutes of the fit, not after them
+            if self.checkpoint.exists():
+                self.saved = self._read(names, device)
+                self.step, self.spent = self.saved["step"], self.saved["spent"]
+
+    @contextlib.contextmanager
+    def reading(self):
+        """Within it what is wrong with the checkpoint is a SceneError."""
+        try:
+            yield
+        except CheckpointError as e:
+            raise SceneError(e) from e
 
     def _read(self, names, device):
         path = self.checkpoint
-        try:
-            saved = torch.load(path, map_location=device, weights_only=True)
-            fingerprint, sizes = saved["fingerprint"], saved["sizes"]
-            [saved[name] for name in names]
-        except Exception as e:  # torch.load raises a dozen kinds for a damaged file
-            reason = (str(e) or repr(e)).splitlines()[0][:200]
-            raise SceneError(f"{path}: no readable checkpoint of a fit: {reason}") from e
-        if fingerprint != self.scene.fingerprint:
-            raise SceneError(f"{path}: is the fit of another scene than {self.scene.path}")
-        if sizes != self.sizes:
-            raise SceneError(f"{path}: has other sizes, {sizes}, than {self.sizes}")
+        checks = names if isinstance(names, dict) else dict.fromkeys(names, lambda value: True)
+        with self.reading():
+            saved = read_checkpoint(path, {"fingerprint": text, "sizes": dictionary, "step": count, "spent": seconds_of,
+                                           "optimiser": dictionary, "generator": random_state} | checks, device,
+                                    "checkpoint of a fit")
+        if saved["fingerprint"] != self.scene.fingerprint:
+            raise SceneError(f"{path}: is the fit of another scene than {self.scene.path}; delete it to fit anew")
+        if saved["sizes"] != self.sizes:
+            raise SceneError(f"{path}: has other sizes, {saved['sizes']}, than {self.sizes}; delete it to fit anew")
         return saved
 
     def share(self, step):
         """Share of the fit that is done before a step, from 0: of its steps or of its time, whichever is larger."""
-        return max(step / self.steps if self.steps else 0.0, self.spent / self.seconds if self.seconds else 0.0)
+        of_steps = 0.0 if self.steps is None else step / self.steps if self.steps else 1.0
+        return max(of_steps, self.spent / self.seconds if self.seconds else 0.0)
 
     def run(self, optimiser, generator, state, progress=True):
-        """The numbers of the steps that are left, to be taken by the caller.
+        """The numbers of the steps that are left, to be taken by the caller. The clock starts now.
 
         A checkpoint is written every 15 seconds and at the end; a fit that had its time takes no step and leaves
         its checkpoint as it is.
@@ -78,23 +92,28 @@ class Fit:
             progress: show a bar.
         """
         if self.saved:
-            optimiser.load_state_dict(self.saved["optimiser"])
-            generator.set_state(self.saved["generator"].cpu())
+            with self.reading():
+                restore_optimiser(optimiser, self.saved["optimiser"], self.checkpoint)
+                restore_generator(generator, self.saved["generator"], self.checkpoint)
             self.saved = None  # its memory is free
+        started = self.clock() - self.spent
 
         def keep():
+            whole = io.BytesIO()  # torch's own writing of files hides a full disk behind a RuntimeError
+            torch.save(state() | dict(step=self.step, spent=self.spent, optimiser=optimiser.state_dict(),
+                                      generator=generator.get_state(), sizes=self.sizes,
+                                      fingerprint=self.scene.fingerprint), whole)
             with replacing(self.checkpoint) as part:
-                torch.save(state() | dict(step=self.step, spent=self.spent, optimiser=optimiser.state_dict(),
-                                          generator=generator.get_state(), sizes=self.sizes,
-                                          fingerprint=self.scene.fingerprint), part)
+                part.write_bytes(whole.getbuffer())
 
         written, first = time.monotonic(), self.step
-        with tqdm(total=self.steps, initial=first, desc="fit", unit="step", disable=not progress) as self.bar:
+        with progress_bar(total=self.steps, initial=first, desc="fit", unit="step",
+                          disable=not progress) as self.bar:
             while self.share(self.step) < 1:
                 yield self.step
                 self.step += 1
                 self.bar.update()
-                self.spent = self.clock() - self.started
+                self.spent = self.clock() - started
                 if self.checkpoint and time.monotonic() - written > 15:
                     keep()
                     written = time.monotonic()

@@ -15,10 +15,11 @@ import math
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch.nn.functional import huber_loss, leaky_relu, max_pool3d
 
-from files import replacing
+from checkpoint import count, dictionary, restore
+from files import one_line, replacing
 from fit import Fit
 from scene import (Pixels, Representation, SceneError, cell_points, contract, over, spherical_harmonics,
                    visual_hull)
@@ -405,8 +406,9 @@ class NeRF(SampledField):
         """Write everything as safetensors; never half a file."""
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         meta = {"config": self.config, "fingerprint": self.scene.fingerprint}
+        data = to_bytes(state, {"nerf": json.dumps(meta)})  # one entry: their order in the file is not fixed
         with replacing(path) as part:
-            save_file(state, part, {"nerf": json.dumps(meta)})  # one entry: their order in the file is not fixed
+            part.write_bytes(data)
 
     @classmethod
     def load(cls, path, scene, device="cpu"):
@@ -415,13 +417,22 @@ class NeRF(SampledField):
             with safe_open(path, "pt") as file:
                 meta = json.loads((file.metadata() or {})["nerf"])
                 state = {k: file.get_tensor(k) for k in file.keys()}
-            config = meta["config"]
-        except (OSError, KeyError, ValueError, SafetensorError) as e:
-            raise SceneError(f"{path}: no readable NeRF: {str(e).splitlines()[0]}") from e
-        if meta.get("fingerprint") != scene.fingerprint:
+            config, made_of = meta["config"], meta.get("fingerprint")
+            if not (dictionary(config) and set(config) == {"levels", "table", "width"}
+                    and all(count(config[key]) and 1 <= config[key] <= most for key, most in
+                            (("levels", 32), ("table", 2 ** 24), ("width", 1024)))):
+                raise ValueError("its sizes are none")
+        except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
+            raise SceneError(f"{path}: no readable NeRF: {one_line(e, 200)}") from e
+        if made_of != scene.fingerprint:
             raise SceneError(f"{path}: was fitted to another scene than {scene.path}")
-        nerf = cls(scene, **config)
-        nerf.load_state_dict(state)
+        if sum(value.numel() for value in state.values()) < config["table"]:
+            raise SceneError(f"{path}: no readable NeRF: it is smaller than it says")
+        try:
+            nerf = cls(scene, **config)
+            restore(nerf, state, path)
+        except ValueError as e:  # a table that is no power of two, other parts, NaN
+            raise SceneError(e if str(path) in str(e) else f"{path}: no readable NeRF: {e}") from e
         return nerf.to(device)
 
     # ---- the fit
@@ -450,7 +461,8 @@ class NeRF(SampledField):
         cpu = device.type == "cpu"
         default = dict(levels=8, table=2 ** 15, width=32) if cpu else dict(levels=16, table=2 ** 19, width=64)
         sizes = default | sizes
-        fit = Fit(scene, sizes, ("nerf", "rays", "drawn"), seconds, steps, checkpoint, device)
+        checks = {"nerf": dictionary, "rays": lambda value: count(value) and 0 < value <= 2 ** 17, "drawn": count}
+        fit = Fit(scene, sizes, checks, seconds, steps, checkpoint, device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             nerf = cls(scene, **sizes).to(device)
@@ -458,7 +470,8 @@ class NeRF(SampledField):
         marched, kept, rays, most = (2 ** 16, 2 ** 13, 512, 8192) if cpu else (2 ** 20, 2 ** 18, 4096, 2 ** 17)
         drawn = 0
         if fit.saved:
-            nerf.load_state_dict(fit.saved["nerf"])
+            with fit.reading():
+                restore(nerf, fit.saved["nerf"], fit.checkpoint)
             rays, drawn = fit.saved["rays"], fit.saved["drawn"]
         optimiser = torch.optim.Adam(nerf.param_groups(2e-2, 7e-3), fused=True)
         rates = {group["name"]: group["lr"] for group in optimiser.param_groups}

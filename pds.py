@@ -26,7 +26,7 @@ import torch
 
 
 def pds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, stride=2, coefficients="official",
-             generator=None):
+             identity=1.0, mask=None, generator=None):
     """Match the stochastic latents of target and source (paper, eq. 11 and 13).
 
     The noises that carry x0 to x_t and to x_s, s = t - stride, are shared by target and source, so they cancel
@@ -38,6 +38,9 @@ def pds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, stride=2, 
         noise: [B,C,H,W] the noise of x_t, shared by target and source, or None: drawn from `generator`.
         stride: the distance t - s between the two timesteps of the posterior.
         coefficients: as `kind` in pds_coefficients.
+        identity: multiplies psi. 1 is the paper's; 0 leaves the push alone, DDS with the weight chi(t).
+        mask: [B,1,H,W] or [1,1,H,W] in [0,1], multiplies the push alone: the edit stays inside, while the pull to the
+            source acts everywhere. None: everywhere.
         generator: torch.Generator for t and noise.
     Returns:
         Scalar, the mean over the batch of |gradient|^2 / 2; its gradient by x0_tgt is the PDS gradient / B.
@@ -47,11 +50,12 @@ def pds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, stride=2, 
     x0_tgt, x0_src, t, noise = _prepare(prior, x0_tgt, x0_src, t, noise, stride, generator)
     psi, chi = pds_coefficients(prior.abar, t, t - stride, coefficients)
     eps_tgt, eps_src = _predict(prior, t, noise, (x0_tgt, y_tgt), (x0_src, y_src))
-    grad = _rows(psi, x0_tgt) * (x0_tgt - x0_src).detach() + _rows(chi, x0_tgt) * (eps_tgt - eps_src)
-    return as_loss(x0_tgt, grad)
+    pull = identity * _rows(psi, x0_tgt) * (x0_tgt - x0_src).detach()
+    push = _rows(chi, x0_tgt) * (eps_tgt - eps_src)
+    return as_loss(x0_tgt, pull + _masked(push, mask))
 
 
-def dds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, generator=None):
+def dds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, mask=None, generator=None):
     """Delta Denoising Score: w(t) (eps_tgt - eps_src) with w(t) = 1 - abar_t. Arguments as in pds_loss.
 
     The source's prediction takes away the bias that both share, but nothing pulls x0_tgt back to x0_src.
@@ -59,10 +63,10 @@ def dds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, generator=
     x0_tgt, x0_src, t, noise = _prepare(prior, x0_tgt, x0_src, t, noise, 0, generator)
     eps_tgt, eps_src = _predict(prior, t, noise, (x0_tgt, y_tgt), (x0_src, y_src))
     grad = _rows(1 - prior.abar[t.to(prior.abar.device)], x0_tgt) * (eps_tgt - eps_src)
-    return as_loss(x0_tgt, grad)
+    return as_loss(x0_tgt, _masked(grad, mask))
 
 
-def sds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, generator=None):
+def sds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, mask=None, generator=None):
     """Score Distillation Sampling: w(t) (eps_tgt - noise) with w(t) = 1 - abar_t. Arguments as in pds_loss.
 
     x0_src and y_src stand in the signature so that the three losses can be exchanged; SDS does not look at them.
@@ -70,7 +74,7 @@ def sds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, generator=
     x0_tgt, x0_src, t, noise = _prepare(prior, x0_tgt, x0_src, t, noise, 0, generator)
     eps_tgt, = _predict(prior, t, noise, (x0_tgt, y_tgt))
     grad = _rows(1 - prior.abar[t.to(prior.abar.device)], x0_tgt) * (eps_tgt - noise)
-    return as_loss(x0_tgt, grad)
+    return as_loss(x0_tgt, _masked(grad, mask))
 
 
 def as_loss(x0, grad):
@@ -221,6 +225,15 @@ def _stack(prompts, batch):
     if any(y.shape[1:] != prompts[0].shape[1:] or len(y) not in (1, batch) for y in prompts):
         raise ValueError(f"prompts must be [{batch},...] or [1,...], got {[[*y.shape] for y in prompts]}")
     return torch.cat([y.expand(batch, *y.shape[1:]) for y in prompts])
+
+
+def _masked(push, mask):
+    """push [B,C,H,W] times a mask [B,1,H,W] or [1,1,H,W]; None: the push."""
+    if mask is None:
+        return push
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2:] != push.shape[2:] or len(mask) not in (1, len(push)):
+        raise ValueError(f"mask must be [{len(push)},1,{push.shape[2]},{push.shape[3]}], got {[*mask.shape]}")
+    return mask.to(push) * push
 
 
 def _rows(c, like):

@@ -12,7 +12,6 @@ Guidance, number format, prediction type, latent scaling and shift end here; pds
 """
 import copy
 import difflib
-import json
 import logging
 import re
 import warnings
@@ -20,13 +19,21 @@ from pathlib import Path
 
 import torch
 
+from files import is_number, one_line, read_json
+
 # The paper's guidance for PDS and DreamFusion's for SDS; DDS as in its own paper. A model may bring its own in
 # a file pds.json beside its model_index.json.
 DEFAULTS = {"guidance": {"pds": 100.0, "dds": 7.5, "sds": 100.0}}
 
 
+LETTERS = 200  # of a prompt that are compared with the captions: the time grows with their square
+
+
 class PriorError(ValueError):
     """A model that cannot be loaded or used; one line that names it and the reason."""
+
+    def __init__(self, message):
+        super().__init__(one_line(message))
 
 
 class Prior:
@@ -62,9 +69,18 @@ class Prior:
             raise PriorError(f"prediction type {self.prediction_type!r} is neither epsilon nor v_prediction")
         # In float64 from the betas: the one-step beta is a difference of neighbours in abar.
         self.abar = (1 - pipe.scheduler.betas.double().cpu()).cumprod(0)
+        if not (torch.isfinite(self.abar).all() and (self.abar.diff() <= 0).all() and 0 <= self.abar[-1] < self.abar[0] <= 1):
+            raise PriorError("its noise schedule does not fall from 1 to 0")
+        for part, module in pipe.components.items():
+            if isinstance(module, torch.nn.Module) and part != "safety_checker":
+                wrong = [key for key, value in module.named_parameters() if not _finite(value)]
+                if wrong:
+                    raise PriorError(f"{len(wrong)} weights of its {part} are not finite, e.g. {wrong[0]}")
         self.scaling = self.vae.config.scaling_factor
         self.shift = self.vae.config.get("shift_factor") or 0.0
-        self.size = self.unet.config.sample_size * pipe.vae_scale_factor
+        if not is_number(self.unet.config.sample_size, 1, 4096):
+            raise PriorError(f"the sample_size of its UNet, {self.unet.config.sample_size}, is no number of pixels")
+        self.size = int(self.unet.config.sample_size * pipe.vae_scale_factor)
         self.device = self.unet.device
 
     @classmethod
@@ -92,25 +108,33 @@ class Prior:
         quiet = logging.getLogger("huggingface_hub")
         level, _ = quiet.level, quiet.setLevel(logging.CRITICAL)
         try:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(name)
+            place = folder if folder.exists() else Path(diffusers.DiffusionPipeline.download(name))
+            pipe = diffusers.DiffusionPipeline.from_pretrained(place, **_networks(place))
         except Exception as e:  # every library below has its own; all of them mean that there is no such model
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
             where = "damaged, or no pipeline" if folder.exists() else "no such directory, and none on the hub"
-            raise PriorError(f"{name}: {where}: {reason[:200]}") from e
+            raise PriorError(f"{name}: {where}: {one_line(e, 200)}") from e
         finally:
             quiet.setLevel(level)
-        own = folder / "pds.json"
-        defaults = DEFAULTS | (json.loads(own.read_text()) if own.is_file() else {})
+        defaults = DEFAULTS | (read_defaults(folder / "pds.json") if (folder / "pds.json").is_file() else {})
         try:
             pipe = cls._complete(pipe, folder)
             for part, module in pipe.components.items():
                 if isinstance(module, torch.nn.Module) and part != "vae":
                     module.to(dtype)
             prior = cls(pipe.to(device), guidance, defaults)
+            given, taken = prior.embed("")[0].shape[-1], prior.unet.config.cross_attention_dim
+            if isinstance(taken, int) and given != taken:
+                raise PriorError(f"its texts have {given} features, its UNet takes {taken}")
+            prior._try()
         except PriorError as e:
             raise PriorError(f"{name}: {e}") from e
+        except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as e:
+            raise PriorError(f"{name}: damaged, or of a kind that is not known: {one_line(e, 200)}") from e
         if (folder / "captions.txt").is_file():
-            prior.captions = read_captions((folder / "captions.txt").read_text())
+            try:
+                prior.captions = read_captions((folder / "captions.txt").read_text(encoding="utf-8"))
+            except (OSError, ValueError) as e:
+                raise PriorError(f"{folder / 'captions.txt'}: no readable list of captions: {one_line(e, 100)}") from e
         return prior
 
     @staticmethod
@@ -119,6 +143,16 @@ class Prior:
         if "InstructPix2Pix" in type(pipe).__name__:
             raise PriorError("an InstructPix2Pix model edits pictures, it is no prior of text to image")
         return pipe
+
+    @torch.no_grad()
+    def _try(self):
+        """Raise an error where the networks do not fit each other: better now than after the fit of a scene."""
+        side = min(self.size, 16 * self.pipe.vae_scale_factor)
+        tried, picture = copy.copy(self), torch.full((1, 3, side, side), 0.5)
+        tried.image = x0 = self.encode(picture)
+        eps = tried.eps(x0, torch.tensor([len(self.abar) // 2]), self.embed(""))
+        if eps.shape != x0.shape or self.decode(x0).shape != picture.shape or not (_finite(eps) and _finite(x0)):
+            raise PriorError("what its networks give has another shape, or is not finite")
 
     def encode(self, picture):
         """[B,3,H,W] in [0,1] -> scaled latent [B,C,h,w] float32: the posterior's MEAN, differentiable."""
@@ -142,8 +176,12 @@ class Prior:
         """
         if prompt not in self._embedded:
             close = self.nearest(prompt)
+            shown = one_line(prompt, 80)
             if close:
-                warnings.warn(f"the model was never taught {prompt!r}; nearest: {', '.join(close)}", stacklevel=2)
+                warnings.warn(f"the model was never taught {shown!r}; nearest: {', '.join(close)}", stacklevel=2)
+            tokens, most = len(self.pipe.tokenizer(prompt).input_ids), self.pipe.tokenizer.model_max_length
+            if len(prompt) > 300 and tokens > most:
+                warnings.warn(f"the model reads no more than {most} of the {tokens} tokens of {shown!r}", stacklevel=2)
             out = self.pipe.encode_prompt(prompt=prompt, device=self.device, num_images_per_prompt=1,
                                           do_classifier_free_guidance=False)
             # Stable Diffusion returns (cond, uncond); SDXL (cond, uncond, pooled cond, pooled uncond)
@@ -152,13 +190,13 @@ class Prior:
 
     def nearest(self, prompt, count=4):
         """The captions that are most like a prompt; none where it is one of them, or where there is no list."""
-        words = plain(prompt)
-        if not words or words in self.captions:
+        words = plain(prompt[:LETTERS])
+        if not prompt.strip() or words in self.captions and len(prompt) <= LETTERS:
             return []
 
         def likeness(caption):
             own, other = set(words.split()), set(caption.split())
-            return len(own & other) / len(own | other) + difflib.SequenceMatcher(None, words, caption).ratio()
+            return len(own & other) / max(len(own | other), 1) + difflib.SequenceMatcher(None, words, caption).ratio()
         return sorted(self.captions, key=likeness, reverse=True)[:count]
 
     @torch.no_grad()
@@ -224,14 +262,14 @@ class InstructPix2Pix(Prior):
             pipe.unet = type(unet).from_config(dict(unet.config) | {"in_channels": 2 * unet.config.in_channels})
             states = {"unet": unet.state_dict(), "text_encoder": pipe.text_encoder.state_dict()}
             try:
-                for key, value in load_file(tuned).items():
+                for key, value in load_file(tuned).items():  # the others are those of the prior
                     part, name = key.split(".", 1)
                     old = f"text_model.{name}"  # the name in transformers 4, and in the files of both
                     states[part][old if old in states[part] else name] = value
                 for part, state in states.items():
                     getattr(pipe, part).load_state_dict(state)
             except (SafetensorError, RuntimeError, KeyError) as e:  # damaged, or of another model
-                raise PriorError(f"{tuned.name}: {' '.join(str(e).split())[:200]}") from e
+                raise PriorError(f"{tuned.name}: {one_line(e, 200)}") from e
         parts = {k: getattr(pipe, k) for k in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
         return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
                                                  requires_safety_checker=False)
@@ -257,6 +295,62 @@ class InstructPix2Pix(Prior):
         return guided(predictions, self.image_guidance, self.guidance)
 
 
+def _finite(weights):
+    """Whether a tensor holds neither NaN nor infinity."""
+    # float64, which MPS lacks, holds the sum of whatever float32 holds
+    kind = None if weights.device.type == "mps" else torch.float64
+    return weights.numel() == 0 or bool(torch.isfinite(weights.detach().sum(dtype=kind)))
+
+
+def _networks(folder):
+    """The networks of the pipeline in a folder, {part: module}; raises ValueError where weights are missing.
+
+    The pipeline would load them just so, but draw at random what their files lack, without a word.
+    """
+    import diffusers
+    import transformers
+    index, networks = read_json(folder / "model_index.json"), {}
+    if not isinstance(index.get("_class_name"), str):
+        raise ValueError("model_index.json names no pipeline of diffusers")
+    for part, entry in index.items():
+        if part.startswith("_") or not isinstance(entry, list) or part in ("safety_checker", "image_encoder"):
+            continue
+        library, kind = entry if len(entry) == 2 else (None, None)
+        if isinstance(library, str) and (folder / part / f"{library}.py").exists():
+            raise ValueError(f"its {part} is code of its own, which is not run")
+        source = {"diffusers": diffusers, "transformers": transformers}.get(library if isinstance(library, str) else None)
+        kind = getattr(source, kind, None) if isinstance(kind, str) else None
+        if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+            continue
+        networks[part], info = kind.from_pretrained(folder, subfolder=part, output_loading_info=True)
+        lacking = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
+        if lacking:
+            raise ValueError(f"{len(lacking)} weights of its {part} are missing or of another shape, e.g. {lacking[0]}")
+    return networks
+
+
+def read_defaults(path):
+    """The settings that a model brings, pds.json; raises PriorError where one of them cannot be used."""
+    try:
+        found = read_json(path)
+    except ValueError as e:
+        raise PriorError(e) from e
+    owns = [("", found), *((mode, found[mode]) for mode in ("svg", "image", "nerf", "splat") if mode in found)]
+    owns += [(f"{mode} smooth", own["smooth"]) for mode, own in owns if isinstance(own, dict) and "smooth" in own]
+    for mode, own in owns:
+        if not isinstance(own, dict):
+            raise PriorError(f"{path}: {mode} is no list of settings")
+        guidance = own.get("guidance", {})
+        right = {"guidance": isinstance(guidance, dict) and all(is_number(scale, 0, 1e6) for scale in guidance.values())}
+        right |= {key: key not in own or is_number(own[key], low, 1e6) and isinstance(own[key], kind) for key, low, kind in (
+            ("steps", 1, int), ("inversion_steps", 1, int), ("points", 0, (int, float)), ("colours", 0, (int, float)),
+            ("identity", 0, (int, float)))}
+        wrong = [key for key, fine in right.items() if not fine]
+        if wrong:
+            raise PriorError(f"{path}: {', '.join(f'{mode} {key}'.strip() for key in wrong)} cannot be used")
+    return found
+
+
 def guided(predictions, *scales):
     """Classifier-free guidance: the first prediction, and `scales` times the way from each one to the next."""
     first, *_ = predictions
@@ -276,6 +370,6 @@ def read_captions(text):
 
 def plain(prompt):
     """A prompt without capitals, articles and phrases such as "a picture of"."""
-    words = re.sub(r"[^a-z0-9 ]+", " ", prompt.lower())
+    words = re.sub(r"[\W_]+", " ", prompt.lower())  # letters of every script are kept: they make another prompt
     words = re.sub(r"^ *((an?|the) +)?((picture|drawing|emoji|photo|image|icon) +of +)?((an?|the) +)?", "", words)
     return " ".join(words.split())

@@ -3,13 +3,14 @@
 run.py, table.py and bench/ share it.
 """
 import argparse
+import io
 import math
 import sys
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from files import replacing
+from files import one_line, replacing
 
 FRAMES, VIEWS, FRAME_SIZE = 40, 24, 192  # of progress.gif and turntable.gif, pixels a side of both
 SIDES, SIDE_SIZE, SHEET_SIZE = 5, 256, 512  # of sheet.png: views of a scene, pixels a side of each, of a single picture
@@ -20,6 +21,13 @@ SIDES, SIDE_SIZE, SHEET_SIZE = 5, 256, 512  # of sheet.png: views of a scene, pi
 def to_pil(picture):
     """[1,3,H,W] in [0,1] -> PIL picture."""
     return Image.fromarray((picture[0].detach().permute(1, 2, 0) * 255).round().byte().cpu().numpy())
+
+
+def to_tensor(picture):
+    """PIL picture -> [1,3,H,W] float64 in [0,1]."""
+    picture = picture.convert("RGB")
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(1, picture.height, picture.width, 3).permute(0, 3, 1, 2).double() / 255
 
 
 def snapshot(scene, size=None, view=None):
@@ -70,7 +78,9 @@ def write(path, what):
         elif isinstance(what, (str, bytes)):
             part.write_bytes(what.encode() if isinstance(what, str) else what)
         else:
-            torch.save(what, part)
+            whole = io.BytesIO()  # torch's own writing of files hides a full disk behind a RuntimeError
+            torch.save(what, whole)
+            part.write_bytes(whole.getbuffer())
 
 
 # ---- figures ------------------------------------------------------------------------------------------
@@ -87,8 +97,7 @@ def outside(before, after, masks):
     """
     was, now, pixels = [], [], 0
     for a, b, mask in zip(before, after, masks):
-        a, b = (torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).reshape(p.height, p.width, 3).double() / 255
-                for p in (a, b))
+        a, b = (to_tensor(picture)[0].permute(1, 2, 0) for picture in (a, b))
         rest = ~(torch.nn.functional.interpolate(mask.float(), size=a.shape[:2])[0, 0] > 0).cpu()
         was, now, pixels = [*was, a[rest]], [*now, b[rest]], pixels + rest.numel()
     was, now = torch.cat(was), torch.cat(now)
@@ -115,16 +124,26 @@ def number(kind, low, high=None):
     return convert
 
 
+def device(name):
+    """Type for argparse: a device of torch that is there."""
+    try:
+        torch.zeros(1, device=name)
+    except Exception as e:  # torch has an error of its own for every kind of device
+        raise argparse.ArgumentTypeError(f"{name}: {one_line(e, 100)}") from e
+    return name
+
+
 def exit_code(program, call):
     """Run call() and return its exit code, 0 for None: 130 after Ctrl-C, 2 and one line on stderr for bad input, 1 and
     one line for a loss that is not finite."""
     try:
         return call() or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        print(f"{program}: interrupted{': ' if e.args else ''}{one_line(e) if e.args else ''}", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as e:
-        print(f"{program}: error: {e}", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
+        print(f"{program}: error: {one_line(e, 1000)}", file=sys.stderr)
         return 2
     except FloatingPointError as e:
-        print(f"{program}: {e}", file=sys.stderr)
+        print(f"{program}: {one_line(e)}", file=sys.stderr)
         return 1

@@ -19,13 +19,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.functional import interpolate, max_pool2d
+from torch.nn.functional import interpolate
 
-from files import replacing
+from files import is_number, one_line, read_json, replacing
+from pictures import PictureError, picture_size, read_picture
 
 
 class SceneError(ValueError):
     """A scene or a checkpoint that cannot be used; one line that names the file and the reason."""
+
+    def __init__(self, message):
+        super().__init__(one_line(message))
 
 
 # ---- cameras ------------------------------------------------------------------------------------------
@@ -192,20 +196,11 @@ def load_scene(path, downscale=1, background=(1.0, 1.0, 1.0)):
         SceneError: nothing there, corrupt JSON, no frames, a pose that is no pose, an unreadable picture, or
             pictures of different sizes.
     """
-    path = Path(path)
     if not (math.isfinite(downscale) and downscale >= 1):
         raise SceneError(f"{path}: downscale must be at least 1, got {downscale}")
-    if path.is_dir():
-        names = [n for n in ("transforms.json", "transforms_train.json") if (path / n).is_file()]
-        if not names:
-            raise SceneError(f"{path}: no transforms.json or transforms_train.json in it")
-        path = path / names[0]
-    elif not path.is_file():
-        raise SceneError(f"{path}: no such scene")
+    path, *held_out = _json_files(path)
     file = _read_json(path)
     train = _read_views(path, file, downscale)
-    held_out = [path.with_name(f"transforms_{split}.json") for split in ("test", "val")]
-    held_out = [p for p in held_out if p.is_file()] if path.name == "transforms_train.json" else []
     if held_out:
         test = _read_views(held_out[0], _read_json(held_out[0]), downscale)
     else:
@@ -226,72 +221,127 @@ def load_scene(path, downscale=1, background=(1.0, 1.0, 1.0)):
     return Scene(path, train, test, centre, half, bounded, background, digest.hexdigest())
 
 
+def scene_files(path):
+    """All files that load_scene(path) reads, in its order, each once; raises SceneError."""
+    found = []
+    for file in _json_files(path):
+        found.append(file)
+        found += [picture for i, frame in enumerate(_read_json(file)["frames"])
+                  if (picture := _picture_path(file, i, frame)).is_file()]
+    return list(dict.fromkeys(found))
+
+
+def _json_files(path):
+    """The file with the training views and, where a Blender scene has one, that with the held-out views."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            names = [n for n in ("transforms.json", "transforms_train.json") if (path / n).is_file()]
+            if not names:
+                raise SceneError(f"{path}: no transforms.json or transforms_train.json in it")
+            path = path / names[0]
+        elif not path.is_file():
+            raise SceneError(f"{path}: no such scene")
+    except OSError as e:  # a name that is too long
+        raise SceneError(f"{path}: no such scene: {e.strerror}") from e
+    held_out = [path.with_name(f"transforms_{split}.json") for split in ("test", "val")]
+    held_out = [p for p in held_out if p.is_file()] if path.name == "transforms_train.json" else []
+    return [path, *held_out[:1]]
+
+
 def _read_json(path):
     try:
-        file = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as e:
-        raise SceneError(f"{path}: no readable JSON: {str(e).splitlines()[0]}") from e
-    if not isinstance(file, dict) or not isinstance(file.get("frames"), list) or not file["frames"]:
+        file = read_json(path)
+    except ValueError as e:
+        raise SceneError(e) from e
+    if not isinstance(file.get("frames"), list) or not file["frames"]:
         raise SceneError(f"{path}: no frames in it")
     return file
 
 
-def _read_views(path, file, downscale):
-    """The frames of one file as a list of View, in the file's order."""
-    views, missing, size = [], [], None
-    for i, frame in enumerate(file["frames"]):
-        if not isinstance(frame, dict) or not isinstance(frame.get("file_path"), str):
-            raise SceneError(f"{path}: frame {i} has no file_path")
-        picture = path.parent / frame["file_path"]
+def _picture_path(path, i, frame):
+    """Where the picture of frame i of the file `path` lies, whether it is there or not; raises SceneError."""
+    if not isinstance(frame, dict) or not isinstance(frame.get("file_path"), str):
+        raise SceneError(f"{path}: frame {i} has no file_path")
+    name = frame["file_path"]
+    picture = path.parent / name
+    try:
+        if picture.is_dir() or not picture.name or "\0" in name:
+            raise SceneError(f"{path}: the file_path of frame {i}, {one_line(repr(name), 100)}, is no picture")
         if not picture.is_file() and not picture.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
             picture = picture.with_name(picture.name + ".png")  # Blender's paths have no extension
-        if not picture.is_file():
+            picture.is_file()
+    except OSError as e:
+        raise SceneError(f"{path}: the file_path of frame {i}, {one_line(repr(name), 100)}: {e.strerror}") from e
+    return picture
+
+
+MOST, MOST_OF_ONE = 2 ** 26, 2 ** 21  # pixels of all pictures of a file, 100 of 800 x 800 or 268 MB; of one, 1920 x 1080
+
+
+def _read_views(path, file, downscale):
+    """The frames of one file as a list of View, in the file's order."""
+    there, missing, views, sideways = [], [], [], 0
+    for i, frame in enumerate(file["frames"]):
+        picture = _picture_path(path, i, frame)
+        if picture.is_file():
+            there.append((i, frame, picture, _pose(path, i, frame)))
+        else:
             missing.append(picture)
-            continue
-        pose = _pose(path, i, frame)
-        try:
-            image = Image.open(picture)
-            own = image.size
-            pixels = _pixels(image, downscale)
-        except (OSError, ValueError, Image.DecompressionBombError) as e:
-            raise SceneError(f"{picture}: no readable picture: {str(e).splitlines()[0]}") from e
-        size = size or own
-        if own != size and not ("w" in frame and "h" in frame):
-            raise SceneError(f"{picture}: {own[0]} x {own[1]} pixels, those before it have "
-                             f"{size[0]} x {size[1]}")
-        lens = _lens(path, i, file | frame, own, pixels.shape)
-        views.append(View(Camera(pose, lens, pixels.shape[1], pixels.shape[0]), pixels, frame["file_path"]))
-    if not views:
+    if not there:
         raise SceneError(f"{path}: none of its {len(missing)} pictures is there, e.g. {missing[0]}")
     if missing:
-        warnings.warn(f"{path}: {len(missing)} of {len(file['frames'])} pictures are missing, "
-                      f"e.g. {missing[0]}", stacklevel=3)
+        warnings.warn(one_line(f"{path}: {len(missing)} of {len(file['frames'])} pictures are missing, "
+                               f"e.g. {missing[0]}"), stacklevel=3)
+    try:
+        sizes = [picture_size(picture) for _, _, picture, _ in there]
+        counts = [math.prod(own) / downscale ** 2 for own, _ in sizes]
+        reduced = math.sqrt(max(1, sum(counts) / MOST, max(counts) / MOST_OF_ONE))
+        downscale *= reduced
+        for (i, frame, picture, pose), (own, orientation) in zip(there, sizes):
+            # As the cameras were found: with the picture as it is stored, unless the file says that it was turned.
+            keys = file | frame
+            turned = orientation > 4 and own[0] != own[1] and (keys.get("w"), keys.get("h")) == own[::-1]
+            own, sideways = own[::-1] if turned else own, sideways + (orientation > 1 and not turned)
+            if own != (first := sizes[0][0]) and not ("w" in frame and "h" in frame) and not turned:
+                raise SceneError(f"{picture}: {own[0]} x {own[1]} pixels, those before it have {first[0]} x {first[1]}")
+            pixels = torch.from_numpy(np.array(read_picture(picture, downscale, upright=turned)))
+            lens = _lens(path, i, keys, own, pixels.shape)
+            views.append(View(Camera(pose, lens, pixels.shape[1], pixels.shape[0]), pixels, frame["file_path"]))
+    except PictureError as e:
+        raise SceneError(e) from e
+    if sideways:
+        warnings.warn(one_line(f"{path}: {sideways} of its pictures say that they are to be turned (EXIF); they are taken as "
+                               "they are stored, as no w and h in the file say otherwise"), stacklevel=3)
+    if reduced > 1:
+        warnings.warn(one_line(f"{path}: its pictures have {sum(counts) / 1e6:.0f} million pixels, the largest one "
+                               f"{max(counts) / 1e6:.0f}: reduced by {downscale:.3g}, as by --downscale"), stacklevel=3)
     return views
 
 
-def _pixels(image, downscale):
-    """PIL picture -> uint8 [H,W,3], or [H,W,4] where it has an alpha channel."""
-    alpha = "A" in image.getbands() or "transparency" in image.info
-    image = image.convert("RGBA" if alpha else "RGB")
-    if downscale != 1:
-        size = [max(1, round(side / downscale)) for side in image.size]
-        # averaged premultiplied, or the colour under transparent pixels would bleed into the edges
-        image = image.convert("RGBa" if alpha else "RGB").resize(size, Image.BOX).convert(image.mode)
-    return torch.from_numpy(np.array(image))
-
-
 def _pose(path, i, frame):
-    try:
-        pose = torch.tensor(frame.get("transform_matrix"), dtype=torch.float64)
-        assert pose.shape in ((3, 4), (4, 4))
-    except (TypeError, ValueError, RuntimeError, AssertionError) as e:
-        raise SceneError(f"{path}: frame {i} has no 4 x 4 transform_matrix") from e
-    if not torch.isfinite(pose).all() or pose[:3, :3].det().abs() < 1e-6:
-        raise SceneError(f"{path}: the transform_matrix of frame {i} is "
-                         f"{'singular' if torch.isfinite(pose).all() else 'not finite'}")
+    rows = frame.get("transform_matrix")
+    if not (isinstance(rows, list) and len(rows) in (3, 4) and all(isinstance(row, list) and len(row) == 4 for row in rows)
+            and all(isinstance(x, (int, float)) and not isinstance(x, bool) for row in rows for x in row)):
+        raise SceneError(f"{path}: frame {i} has no 4 x 4 transform_matrix")
+    wrong = f"{path}: the transform_matrix of frame {i} is"
+    if not all(is_number(x, -FARTHEST, FARTHEST) for row in rows for x in row):
+        raise SceneError(f"{wrong} not finite, or larger than {FARTHEST:g}")
+    pose = torch.tensor(rows, dtype=torch.float64)
+    axes = pose[:3, :3]
+    if axes.det().abs() < 1e-6:
+        raise SceneError(f"{wrong} singular")
+    if len(rows) == 4 and (pose[3] - pose.new_tensor([0, 0, 0, 1])).abs().max() > 1e-3:
+        raise SceneError(f"{wrong} no pose: its last row must be 0 0 0 1")
+    scale = axes.det().abs() ** (1 / 3)
+    if axes.det() < 0 or (axes.T @ axes / scale ** 2 - torch.eye(3, dtype=torch.float64)).abs().max() > 0.05:
+        raise SceneError(f"{wrong} no rotation: its axes must be at right angles, of one length, and right-handed")
+    if abs(scale - 1) > 1e-3:
+        pose[:3, :3] = axes / scale  # distances are those of the positions
     return pose[:3].float()
 
 
+FARTHEST = 1e7  # of any number in a pose: float32 must hold what is in sight of the cameras
 LENS_KEYS = ("w", "h", "x_fov", "y_fov", "fl_x", "fl_y", "camera_angle_x", "camera_angle_y", "cx", "cy",
              "k1", "k2", "k3", "k4", "p1", "p2")
 
@@ -301,27 +351,34 @@ def _lens(path, i, keys, own, shape):
     model = keys.get("camera_model", "OPENCV")
     if model not in ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):
         raise SceneError(f"{path}: camera model {model} is not supported, undistort the pictures first")
-    try:
-        get = {k: float(v) for k, v in keys.items() if k in LENS_KEYS and v is not None}
-    except (TypeError, ValueError) as e:
-        raise SceneError(f"{path}: frame {i} has an intrinsic that is no number") from e
+    if keys.get("is_fisheye"):
+        raise SceneError(f"{path}: a fisheye camera is not supported, undistort the pictures first")
+    get = {k: v for k, v in keys.items() if k in LENS_KEYS and v is not None}
+    for key, value in get.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise SceneError(f"{path}: frame {i} has an intrinsic that is no number, {key}")
+        if not is_number(value, -1e6, 1e6):
+            raise SceneError(f"{path}: frame {i} has an intrinsic that is not finite and positive, or too large, {key}")
     w, h = get.get("w", own[0]), get.get("h", own[1])
     if not min(w, h) > 0 or abs(w / h * own[1] / own[0] - 1) > 0.02:
         raise SceneError(f"{path}: frame {i} is {own[0]} x {own[1]} pixels, the file says {w:g} x {h:g}")
 
     def focal(axis, side):  # a fov in degrees wins over pixels, pixels over an angle in radians
         if f"{axis}_fov" in get:
-            return side / 2 / math.tan(math.radians(get[f"{axis}_fov"]) / 2)
+            return from_angle(side, math.radians(get[f"{axis}_fov"]), f"{axis}_fov")
         if f"fl_{axis}" in get:
             return get[f"fl_{axis}"]
         if f"camera_angle_{axis}" in get:
-            return side / 2 / math.tan(get[f"camera_angle_{axis}"] / 2)
-    try:
-        fx = focal("x", w)
-        fx = fx or focal("y", h)
-        fy = focal("y", h) or fx
-    except ZeroDivisionError:
-        fx = None
+            return from_angle(side, get[f"camera_angle_{axis}"], f"camera_angle_{axis}")
+
+    def from_angle(side, angle, key):
+        if not 0 < angle < math.pi:
+            raise SceneError(f"{path}: frame {i} has an angle of view of {math.degrees(angle):g} degrees, {key}: not "
+                             "finite and positive, or 180 and more")
+        return side / 2 / math.tan(angle / 2)
+    fx = focal("x", w)
+    fx = fx or focal("y", h)
+    fy = focal("y", h) or fx
     if not fx:
         raise SceneError(f"{path}: frame {i} has no focal length (x_fov, fl_x or camera_angle_x)")
     zx, zy = shape[1] / w, shape[0] / h  # the pictures may have been reduced since the file was written
@@ -330,7 +387,29 @@ def _lens(path, i, keys, own, shape):
     if not all(map(math.isfinite, lens)) or min(lens[:2]) <= 0:
         raise SceneError(f"{path}: frame {i} has a focal length or another intrinsic that is not finite "
                          "and positive")
+    for f, c, side in zip(lens, lens[2:4], (shape[1], shape[0])):
+        if not 0.01 < f / side < 1000:
+            raise SceneError(f"{path}: frame {i} has a focal length of {f / side:g} times its picture's side")
+        if not -1 <= c / side <= 2:
+            raise SceneError(f"{path}: frame {i} has its optical axis (cx, cy) far outside of the picture")
+    if any(lens[4:]) and not _undistorts(lens, shape):
+        raise SceneError(f"{path}: frame {i} has a distortion (k1 to k4, p1, p2) that cannot be undone")
+    if i == 0 and "x_fov" in get and "fl_x" in get and not 0.8 < get["fl_x"] / fx < 1.25:
+        warnings.warn(f"{path}: x_fov and fl_x contradict each other, {get['x_fov']:g} degrees are taken", stacklevel=4)
     return lens
+
+
+def _undistorts(lens, shape):
+    """Whether `directions` finds the way back through the distortion of a lens, for most of the picture [H,W,...]."""
+    fx, fy, cx, cy, k1, k2, k3, k4, p1, p2 = lens
+    v, u = torch.meshgrid(*(torch.linspace(0, n, 9, dtype=torch.float64) for n in shape[:2]), indexing="ij")
+    d = directions(torch.tensor(lens, dtype=torch.float64)[:, None], u.flatten(), v.flatten())
+    x, y = d[0] / -d[2], -d[1] / -d[2]
+    r2 = x * x + y * y
+    radial = 1 + r2 * (k1 + r2 * (k2 + r2 * (k3 + r2 * k4)))
+    off = torch.stack((fx * (x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x)) + cx - u.flatten(),
+                       fy * (y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y) + cy - v.flatten()))
+    return bool(d.isfinite().all() and (off.abs() < 1).all(0).float().mean() > 0.75)
 
 
 NGP_UNIT = 0.33  # instant-ngp's unit cube holds 1 / 0.33 of the file's units, centred
@@ -362,13 +441,18 @@ def _bounds(views, bounded, file, path):
             low, high = x.amin(1), x.amax(1)
             centre, half = centre + (low + high) / 2, min(half, 1.25 * (high - low).max().item() / 2)
     else:
-        half = distance.median().item()
-        try:
-            limit = float(file.get("aabb_scale") or math.inf) / 2 / NGP_UNIT
-        except (TypeError, ValueError) as e:
-            raise SceneError(f"{path}: aabb_scale is no number") from e
-        half = min(half, limit if limit > 0 else math.inf)
-    return centre.float(), max(half, 1e-3)
+        half, scale = distance.median().item(), file.get("aabb_scale")
+        if scale is not None:
+            if not is_number(scale, 1e-3, 1e6):
+                raise SceneError(f"{path}: aabb_scale is no number between 0.001 and a million")
+            half = min(half, scale / 2 / NGP_UNIT)
+    half = max(half, 1e-3)
+    if not (math.isfinite(half) and centre.isfinite().all()):
+        raise SceneError(f"{path}: its cameras look at no common place")
+    if position.abs().max() > 1e4 * half:
+        raise SceneError(f"{path}: its cameras lie at up to {position.abs().max():g} units, what they look at is {half:.3g} "
+                         "large: move the origin of the poses there")
+    return centre.float(), half
 
 
 # ---- the box of interest ------------------------------------------------------------------------------
@@ -413,12 +497,16 @@ def visual_hull(views, centre, half, extent, cells):
         inside = (p[2] < 0) & (u > 0) & (u < camera.width) & (v > 0) & (v < camera.height)
         seen[alive[inside]] = True
         if view.pixels.shape[-1] == 4 and inside.any() and not any(distortion):
-            # any pixel that the cell may touch speaks for it
-            radius = math.ceil(fx * half * extent / cells * 3 ** 0.5 / depth[inside].min().item())
-            shown = (view.pixels[None, None, ..., 3] > 0).float()
-            shown = max_pool2d(shown, 2 * radius + 1, 1, radius)[0, 0] > 0
+            # any pixel that the cell may touch speaks for it; sums over rectangles cost the same for any radius
+            radius = fx * half * extent / cells * 3 ** 0.5 / depth[inside].min().item()
+            radius = math.ceil(min(radius, max(camera.width, camera.height)))
+            sums = torch.zeros(camera.height + 1, camera.width + 1, dtype=torch.int32)
+            sums[1:, 1:] = (view.pixels[..., 3] > 0).int().cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32)
+            row, column = v[inside].long(), u[inside].long()
+            top, bottom = (row - radius).clamp_min(0), (row + radius + 1).clamp_max(camera.height)
+            left, right = (column - radius).clamp_min(0), (column + radius + 1).clamp_max(camera.width)
             keep = ~inside
-            keep[inside] = shown[v[inside].long(), u[inside].long()]
+            keep[inside] = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left] > 0
             alive = alive[keep]
     hull = torch.zeros_like(seen)
     hull[alive] = True

@@ -9,17 +9,20 @@
 The method is Kerbl et al.'s (arXiv 2308.04079), its projection EWA splatting (Zwicker et al., 2001).
 """
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.functional import avg_pool3d, logsigmoid, threshold_
 
-from files import replacing
+from checkpoint import CheckpointError, dictionary, finite, restore
+from files import one_line, replacing
 from fit import Fit
 from scene import Representation, SceneError, cell_points, over, spherical_harmonics, uncontract, visual_hull
 
 ATTRIBUTES = ("means", "log_scales", "quaternions", "opacities", "sh_dc", "sh_rest")
+LARGEST = (1e8, 40, 1e8, 1e4, 1e6, 1e6)  # of these: squares and products of what is larger overflow, or mean nothing
 SEEN = 1 / 255  # an alpha below this is not drawn
 OPAQUE = 0.99  # none is above this: each layer lets some gradient through
 SPENT = 1e-4  # of the light left in a tile: what lies behind is not drawn
@@ -321,9 +324,16 @@ class Splats(Representation):
         except OSError as e:
             raise SceneError(f"{path}: cannot be read: {e.strerror}") from e
         values = read(path, data)
-        wrong = ~torch.isfinite(torch.stack([v.flatten(1).sum(1) if v.ndim > 1 else v for v in values])).all(0)
+        if not len(values[0]):
+            raise SceneError(f"{path}: holds no Gaussian")
+        largest = torch.stack([v.reshape(len(v), -1).abs().amax(1) if v[0].numel() else torch.zeros(len(v)) for v in values])
+        wrong = ~torch.isfinite(largest).all(0)
         if wrong.any():
             raise SceneError(f"{path}: {int(wrong.sum())} of its {len(wrong)} Gaussians are not finite")
+        for name, most, figures in zip(ATTRIBUTES, LARGEST, largest):
+            if (figures > most).any():
+                raise SceneError(f"{path}: {int((figures > most).sum())} of its {len(wrong)} Gaussians are too large: "
+                                 f"{name} of up to {figures.max():.3g}, {most:g} can be drawn")
         return cls(scene, *values).to(device)
 
     # ---- the fit
@@ -382,10 +392,11 @@ class Splats(Representation):
         default = (dict(count=2000, limit=10000, degree=1) if device.type == "cpu" else
                    dict(count=20000, limit=300000, degree=3))
         sizes = default | sizes
-        fit = Fit(scene, sizes, ("splats", "moved"), seconds, steps, checkpoint, device)
+        fit = Fit(scene, sizes, {"splats": dictionary, "moved": torch.is_tensor}, seconds, steps, checkpoint, device)
         generator = torch.Generator().manual_seed(seed)
         if fit.saved:
-            splats = cls(scene, *(fit.saved["splats"][name] for name in ATTRIBUTES))
+            with fit.reading():
+                splats = cls._restored(scene, fit.saved, sizes, fit.checkpoint)
         else:
             splats = cls.start(scene, sizes["count"], sizes["degree"], generator)
         splats.to(device)
@@ -419,6 +430,22 @@ class Splats(Representation):
                 moved = moved.new_zeros(2, len(splats.means))
             fit.report(loss, error, splats=len(splats.means))
         splats.fitted = {"steps": fit.step, "seconds": fit.spent}
+        return splats
+
+    @classmethod
+    def _restored(cls, scene, saved, sizes, path):
+        """The splats of a fit's checkpoint, which is the file `path`."""
+        state = saved["splats"]
+        tensors = [state.get(name) for name in ATTRIBUTES]
+        right = all(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in tensors)
+        number = len(tensors[0]) if right and tensors[0].ndim else 0
+        shapes = [(number, 3), (number, 3), (number, 4), (number,), (number, 3), (number, (sizes["degree"] + 1) ** 2 - 1, 3)]
+        if not number or [tuple(value.shape) for value in tensors] != shapes or saved["moved"].shape != (2, number):
+            raise CheckpointError(path, "its Gaussians have other shapes")
+        splats = cls(scene, *tensors).to(tensors[0].device)
+        restore(splats, state, path)
+        if not finite(saved["moved"]):
+            raise CheckpointError(path, "moved is not finite")
         return splats
 
     def _fit_step(self, view, generator):
@@ -489,12 +516,14 @@ def _ply_bytes(means, log_scales, quaternions, opacities, sh_dc, sh_rest):
 
 
 def _read_ply(path, data):
-    head, mark, body = data.partition(b"end_header\n")
-    lines = [line.split() for line in head.decode("ascii", "replace").splitlines()]
-    if not mark or lines[:1] != [["ply"]]:
+    end = re.search(rb"(?<=[\r\n])end_header[ \t]*(\r\n|\n|\r)", data[:2 ** 20])
+    if not end or not re.match(rb"ply\s", data):
         raise SceneError(f"{path}: no .ply: it has no header")
-    if ["format", "binary_little_endian", "1.0"] not in lines:
-        raise SceneError(f"{path}: only binary_little_endian .ply can be read")
+    head, body = data[:end.start()], data[end.end():]
+    lines = [line.split() for line in head.decode("ascii", "replace").splitlines()]
+    layout = next((words[1] for words in lines if words[:1] == ["format"] and words[2:] == ["1.0"]), None)
+    if layout not in ("ascii", "binary_little_endian", "binary_big_endian"):
+        raise SceneError(f"{path}: a .ply of no format that is known, ascii or binary")
     elements = [words[1:] for words in lines if words[:1] == ["element"]]
     if any(words[:1] == ["chunk"] for words in elements) or b" packed_" in head:
         raise SceneError(f"{path}: is a compressed .ply, export it uncompressed")
@@ -504,7 +533,7 @@ def _read_ply(path, data):
         count = int(elements[0][1])
         assert elements[0][0] == "vertex" and count >= 0
         kind = np.dtype([(w[2], PLY_TYPES[w[1]]) for w in lines[first + 1:last] if w[:1] == ["property"]])
-    except (StopIteration, AssertionError, KeyError, ValueError, IndexError) as e:
+    except (StopIteration, AssertionError, KeyError, ValueError, IndexError, OverflowError) as e:
         raise SceneError(f"{path}: a header that cannot be read, or that does not begin with the vertices") from e
     rest = sum(name.startswith("f_rest_") for name in kind.names or ())
     names = _ply_names(rest)
@@ -513,12 +542,30 @@ def _read_ply(path, data):
         raise SceneError(f"{path}: no .ply of Gaussians: it has no {', '.join(missing)}")
     if rest not in (0, 9, 24, 45):
         raise SceneError(f"{path}: {rest} f_rest are no harmonics of degree 0 to 3")
-    if len(body) < count * kind.itemsize:
-        raise SceneError(f"{path}: is cut short: {len(body)} bytes of {count * kind.itemsize}")
-    table = np.frombuffer(body, kind, count)
-    columns = (np.array([table[name] for name in group], np.float32).reshape(len(group), count) for group in names)
+    if layout == "ascii":
+        table = _ascii_table(path, body, kind, count)
+    else:
+        if len(body) < count * kind.itemsize:
+            raise SceneError(f"{path}: is cut short: {len(body)} bytes of {count * kind.itemsize}")
+        table = np.frombuffer(body, kind if layout == "binary_little_endian" else kind.newbyteorder(">"), count)
+    with np.errstate(over="ignore"):  # what is beyond float32 becomes inf, which is refused
+        columns = [np.array([table[name] for name in group], np.float32).reshape(len(group), count) for group in names]
     mean, scale, rot, opacity, dc, others = (torch.from_numpy(c).T for c in columns)
     return mean, scale, rot, opacity[:, 0], dc, others.reshape(count, 3, rest // 3).transpose(1, 2)
+
+
+def _ascii_table(path, body, kind, count):
+    """The first `count` rows of numbers as {name: float64 [count]}."""
+    if len(body) < 2 * count * len(kind.names) - 1:  # a digit and a blank each
+        raise SceneError(f"{path}: is cut short: {len(body)} bytes for {count} lines of {len(kind.names)} numbers")
+    words = body.split(None, count * len(kind.names))[:count * len(kind.names)]
+    try:
+        rows = np.array([float(word) for word in words], np.float64)
+    except ValueError as e:
+        raise SceneError(f"{path}: {one_line(e, 100)}") from e
+    if len(rows) < count * len(kind.names):
+        raise SceneError(f"{path}: is cut short: {len(rows)} numbers of {count * len(kind.names)}")
+    return dict(zip(kind.names, rows.reshape(count, len(kind.names)).T))
 
 
 SPLAT = np.dtype([("mean", "<f4", 3), ("scale", "<f4", 3), ("rgba", "u1", 4), ("rotation", "u1", 4)])

@@ -24,7 +24,9 @@ from PIL import Image
 
 import pds
 from edit import EDITABLE, EDITORS, MODES, SCENES, TITLES
-from report import beside, memory_status, psnr, sheet, write
+from files import is_number, read_json
+from pictures import read_picture
+from report import beside, memory_status, psnr, sheet, to_tensor, write
 
 Maker = namedtuple("Maker", "options settings fit edit")
 Maker.__doc__ = """What makes the edits of the table, four functions:
@@ -78,8 +80,7 @@ def names_of(mode, names):
 
 def pixels(picture, side=SIDE):
     """PIL picture -> [1,3,side,side] float64 in [0,1]."""
-    picture = picture.convert("RGB").resize((side, side), Image.LANCZOS)  # a picture of that size comes back as it is
-    return torch.from_numpy(np.asarray(picture) / 255).permute(2, 0, 1)[None]
+    return to_tensor(picture.convert("RGB").resize((side, side), Image.LANCZOS))  # one of that size comes back as it is
 
 
 def ssim(a, b):
@@ -241,8 +242,10 @@ def edit_row(prior, name, options, maker, out, lpips, clip):
     config = json.loads(json.dumps(maker.settings(options, prior, name)))
     done, row = out / "config.json", {}
     if (out / "row.json").exists() and done.exists():
-        same = json.loads(done.read_text()) | {"versions": config["versions"]} == config
-        row = json.loads((out / "row.json").read_text()) if same else {}
+        old = read_json(done, hint="; delete it to make the edit anew")
+        alike = {"versions", "threads", "fit"}  # do not make an edit another one
+        same = all(old.get(k) == config.get(k) for k in old.keys() | config.keys() if k not in alike)
+        row = read_row(out / "row.json") if same else {}
     if not row:
         (out / "row.json").unlink(missing_ok=True)  # an interruption must not leave the figures of another run here
         if options.mode in SCENES:
@@ -260,9 +263,20 @@ def edit_row(prior, name, options, maker, out, lpips, clip):
     return row
 
 
+def read_row(path):
+    """The figures that edit_row has written; raises ValueError, one line, where they are no figures of an edit."""
+    hint = "; delete it to make the edit anew"
+    row = read_json(path, hint=hint)
+    wanted = {"s", "MB", "before", "log-odds", "PSNR", "SSIM"}
+    wrong = wanted - row.keys() or {key for key, value in row.items() if key != "clip" and not is_number(value)}
+    if wrong:
+        raise ValueError(f"{path}: no figures of an edit: {', '.join(sorted(wrong))} missing or wrong{hint}")
+    return row
+
+
 def squares(path):
-    """The square pictures that stand side by side in a file."""
-    page = Image.open(path).convert("RGB")
+    """The square pictures that stand side by side in a file; raises ValueError."""
+    page = read_picture(path, downscale=1, upright=False).convert("RGB")
     return [page.crop((x, 0, x + page.height, page.height)) for x in range(0, page.width, page.height)]
 
 

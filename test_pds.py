@@ -175,6 +175,25 @@ def test_value_and_scale_of_the_loss():
     assert_close(x0.grad, grad / 4)
 
 
+def test_identity_and_mask_act_on_the_pull_and_on_the_push_alone():
+    prior, t = GaussianPrior(), torch.tensor([50, 700])
+    tgt, src, noise = (rand(2, 3, 2, 2, seed=i) for i in range(3))
+    arguments = prior, tgt, src, TGT, SRC, t, noise
+    pull = grad_of(pds.pds_loss, prior, tgt, src, SRC, SRC, t, noise, coefficients=lambda *a: (
+        pds.pds_coefficients(*a)[0], torch.zeros(2)))
+    push = grad_of(pds.pds_loss, *arguments) - pull
+    for k in (0, 0.5, 1):
+        assert_close(grad_of(pds.pds_loss, *arguments, identity=k), k * pull + push)
+    mask = torch.tensor([[0.0, 1.0], [0.25, 1.0]]).expand(2, 1, 2, 2)
+    for one in (mask, mask[:1]):
+        assert_close(grad_of(pds.pds_loss, *arguments, mask=one), pull + mask * push)
+        for loss in (pds.sds_loss, pds.dds_loss):
+            assert_close(grad_of(loss, *arguments, mask=one), mask * grad_of(loss, *arguments))
+    for wrong in (mask[0], mask[:, :, :1], mask.expand(2, 3, 2, 2), mask[:1].expand(3, 1, 2, 2)):
+        with pytest.raises(ValueError, match=r"mask must be \[2,1,2,2\]"):
+            pds.pds_loss(*arguments, mask=wrong)
+
+
 def test_a_nan_is_not_hidden():
     prior = GaussianPrior()
     prior.eps = lambda x_t, t, y: x_t * float("nan")

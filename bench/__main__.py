@@ -4,12 +4,18 @@
     python -m bench svg-gradients                   # against finite differences
     python -m bench svg-speed                       # against plain autograd; memory; cost table; fits
     python -m bench svg-roundtrip ICONS.json...     # save, then resvg, against the own render
+    python -m bench svg-geometry                    # edits: crossings, broken joints, against free points
+    python -m bench fuzz-drawings --count 5000      # drawings made at random: pictures or one-line errors
+    python -m bench fuzz-scenes                     # damaged scenes, pictures, checkpoints: read, or one-line errors
+    python -m bench kills                           # runs killed at random moments: --resume ends bit-identically
+    python -m bench svg-field                       # a step of 5000 paths with the smooth field, and without
     python -m bench nerf-grid                       # the hash grid against nn.Embedding
     python -m bench nerf-fit SCENE --at 10 30 60    # PSNR over time, rays/s, memory
     python -m bench nerf-deferred SCENE             # deferred image gradients against direct ones; memory
     python -m bench splat-speed                     # 3D Gaussians against two plain formulations
     python -m bench splat-memory                    # what 10 000 of them add to a process
     python -m bench splat-fit SCENE --at 10 30 60   # PSNR over time, files
+    python -m bench local                           # --local on the ball, alone and on a ground: what it keeps
     python -m bench step                            # a PDS step: the network, and everything else
 
 Run it in the root of the repository, with OMP_NUM_THREADS=1 for figures of one core. The exit code is 1 where a bar was
@@ -22,9 +28,13 @@ import sys
 from report import exit_code, number
 
 
+PLACES = {"svg-geometry": "geometry", "svg-field": "geometry", "fuzz-scenes": "fuzz_scenes"}  # commands whose module has another name
+
+
 def measure(args):
     """Run the command MODULE-FUNCTION, or MODULE alone, of this folder; returns the number of bars missed."""
     module, _, function = args.command.partition("-")
+    module = PLACES.get(args.command, module)
     return getattr(importlib.import_module(f"bench.{module}"), function or module)(args)
 
 
@@ -40,6 +50,23 @@ def main(argv=None):
         a("--count", type=int, default=200, help="icons of each set (default 200)")
     command("svg-gradients", "gradients against finite differences")
     command("svg-speed", "time, memory, cost table, fits")
+    a = command("svg-geometry", "crossings and broken joints of edits, against every point for itself")
+    a("--model", default="models/emoji")
+    a("--flags", nargs=argparse.REMAINDER, default=[], help="of run.py, for both; last")
+    a = command("fuzz-drawings", "drawings made at random: pictures or one-line errors")
+    a("--count", type=number(int, 1), default=5000)
+    a("--seed", type=int, default=0)
+    a("--first", type=int, default=0, help="number of the first drawing (default 0)")
+    a("--keep", help="folder for the drawings that fail")
+    a = command("fuzz-scenes", "damaged scenes, pictures, checkpoints, settings: read or refused in one line")
+    a("--share", type=number(float, 0.001, 100), default=1, help="of the 1300 cases (default 1)")
+    a("--seed", type=int, default=0)
+    a = command("kills", "runs that are killed at random moments: what --resume makes of them")
+    a("--count", type=number(int, 1), default=20)
+    a("--seed", type=int, default=0)
+    a = command("svg-field", "a step of many paths with the smooth field, and without")
+    a("--paths", type=int, default=5000)
+    a("--way", help=argparse.SUPPRESS)
     a = command("nerf-grid", "the hash grid against nn.Embedding")
     a("--points", type=int, default=20000)
     for name, help_line in (("nerf-fit", "PSNR over time, rays/s, memory of fits"),
@@ -61,6 +88,9 @@ def main(argv=None):
     a = command("splat-memory", "peak memory of a forward and a backward")
     a("--size", type=int, default=128)
     a("--only", type=int, help=argparse.SUPPRESS)
+    a = command("local", "what --local keeps of a scene outside the subject")
+    a("--mode", choices=["nerf", "splat"], default="nerf")
+    a("--out", default="out/local", help="what stands there is not made again (default: out/local)")
     a = command("step", "a PDS step of run.py")
     a("--steps", type=number(int, 3), default=200)
     args = parser.parse_args(argv)

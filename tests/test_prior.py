@@ -1,5 +1,7 @@
 """prior.py: Prior and InstructPix2Pix against diffusers, prompts, bad models, the shipped model."""
+import json
 import shutil
+import time
 import warnings
 
 import pytest
@@ -129,6 +131,54 @@ def test_models_that_cannot_be_used(pipelines, tmp_path, monkeypatch):
         assert str(name) in str(e.value) and "\n" not in str(e.value)
 
 
+def change_weights(path, change):
+    """Rewrite a .safetensors file with what `change` makes of its tensors."""
+    from safetensors.torch import load_file, save_file
+    save_file(change(load_file(path)), path)
+
+
+def first_is(value):
+    return lambda state: state | {min(state): torch.full_like(state[min(state)], value)}
+
+
+@pytest.mark.parametrize("file, damage, message", [
+    ("unet/diffusion_pytorch_model.safetensors", lambda s: dict(list(s.items())[3:]), "3 weights of its unet are missing"),
+    ("vae/diffusion_pytorch_model.safetensors", lambda s: dict(list(s.items())[1:]), "1 weights of its vae are missing"),
+    ("text_encoder/model.safetensors", lambda s: dict(list(s.items())[2:]), "2 weights of its text_encoder are missing"),
+    ("unet/diffusion_pytorch_model.safetensors", first_is(float("nan")), "weights of its unet are not finite"),
+    ("vae/diffusion_pytorch_model.safetensors", first_is(float("inf")), "weights of its vae are not finite"),
+    ("text_encoder/model.safetensors", first_is(float("nan")), "weights of its text_encoder are not finite")])
+def test_weights_that_are_missing_or_not_finite_are_refused(pipelines, tmp_path, file, damage, message):
+    shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    change_weights(tmp_path / "sd" / file, damage)
+    with pytest.raises(PriorError, match=message) as e:
+        Prior.from_pretrained(tmp_path / "sd")
+    assert "\n" not in str(e.value) and str(tmp_path / "sd") in str(e.value)
+
+
+@pytest.mark.parametrize("file, contents, message", [
+    ("pds.json", "[1]", "pds.json: no readable JSON: it holds a list"), ("pds.json", "{", "pds.json: no readable JSON"),
+    ("pds.json", {"guidance": [1]}, "pds.json: guidance cannot be used"),
+    ("pds.json", {"guidance": {"pds": "high"}}, "pds.json: guidance cannot be used"),
+    ("pds.json", {"steps": 0}, "pds.json: steps cannot be used"), ("pds.json", {"steps": 1.5}, "steps cannot be used"),
+    ("pds.json", {"image": {"points": float("nan"), "steps": True}}, "image steps, image points cannot be used"),
+    ("pds.json", {"svg": 3}, "svg is no list of settings"),
+    ("captions.txt", b"\xff\xfe\x00", "captions.txt: no readable list of captions"),
+    ("model_index.json", "[]", "damaged, or no pipeline"), ("unet/config.json", "{}", "damaged"),
+    ("model_index.json", {"_class_name": ["own", "Own"]}, "damaged, or no pipeline"),
+    ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler", "trained_betas": [float("nan")] * 1000}, "schedule"),
+    ("unet/diffusion_pytorch_model.safetensors", b"nothing", "damaged, or no pipeline"),
+    ("tokenizer/tokenizer_config.json", "[", "damaged, or no pipeline"),
+    ("vae/config.json", "nothing", "damaged, or no pipeline")])
+def test_settings_of_a_model_that_cannot_be_used(pipelines, tmp_path, file, contents, message):
+    shutil.copytree(pipelines["sd"], tmp_path / "sd")
+    contents = contents if isinstance(contents, (str, bytes)) else json.dumps(contents)
+    (tmp_path / "sd" / file).write_bytes(contents if isinstance(contents, bytes) else contents.encode())
+    with pytest.raises(PriorError, match=message) as e:
+        Prior.from_pretrained(tmp_path / "sd")
+    assert "\n" not in str(e.value) and str(tmp_path / "sd") in str(e.value)
+
+
 def test_a_prompt_outside_the_vocabulary_warns_and_names_the_nearest(pipelines, tmp_path):
     text = "# a comment\n# COLOUR is one of red blue\nred apple | apple | COLOUR apple\ncat face | kitten\n"
     assert read_captions(text) == ["red apple", "apple", "blue apple", "cat face", "kitten"]
@@ -138,6 +188,14 @@ def test_a_prompt_outside_the_vocabulary_warns_and_names_the_nearest(pipelines, 
     prior = Prior.from_pretrained(tmp_path / "sd")
     with pytest.warns(UserWarning, match="never taught 'a kitten face'; nearest: kitten, cat face"):
         prior.embed("a kitten face")
+    for words in ("яблоко", "りんご", "🍎", "red яблоко"):
+        with pytest.warns(UserWarning, match=f"never taught '{words}'; nearest: "):
+            prior.embed(words)
+    started = time.process_time()
+    with pytest.warns(UserWarning) as told:
+        prior.embed("red apple " * 2000)
+    assert time.process_time() - started < 2 and all(len(str(w.message)) < 400 for w in told)
+    assert any("no more than 12 of the" in str(w.message) for w in told)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prior.embed("a kitten face")  # once is enough

@@ -128,7 +128,7 @@ def test_bad_flags_are_refused_by_the_parser(command, flags, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--list", "edits.txt"], "--list: only with --mode bench"), (["--only", "svg"], "--only: only with --mode bench"),
+    (["--list", "edits.txt"], "--list: only with --mode bench"), (["--modes", "svg"], "--modes: only with --mode bench"),
     (["--refine", "3"], "--refine: only with --mode nerf and splat")])
 def test_options_of_another_mode_are_refused(command, flags, message, capsys):
     with pytest.raises(SystemExit) as e:

@@ -12,8 +12,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from fit import Fit
-from scene import (Camera, Representation, SceneError, contract, directions, evaluate, export, input_path, load_scene,
-                   sides, turntable, uncontract)
+from scene import (Camera, Representation, SceneError, View, contract, directions, evaluate, export, input_path, load_scene,
+                   scene_files, sides, turntable, uncontract, visual_hull)
 
 
 class Ball(Representation):
@@ -118,6 +118,10 @@ def nerf_matrix(file, value):
     file["frames"][1]["transform_matrix"] = value
 
 
+def nerf_pose(x):
+    return [[1, 0, 0, x], [0, 1, 0, 0], [0, 0, 1, 4], [0, 0, 0, 1]]
+
+
 @pytest.mark.parametrize("damage, message", [
     (nerf_broken(lambda f: f.update(frames=[])), "transforms.json: no frames in it"),
     (nerf_broken(lambda f: f.update(frames=[3])), "frame 0 has no file_path"),
@@ -132,6 +136,35 @@ def nerf_matrix(file, value):
     (nerf_broken(lambda f: f.update(camera_model="OPENCV_FISHEYE")), "camera model OPENCV_FISHEYE is not supported"),
     (nerf_broken(lambda f: f.update(aabb_scale="big")), "aabb_scale is no number"),
     (nerf_broken(lambda f: [x.update(file_path="gone.png") for x in f["frames"]]), "none of its 4 pictures is there"),
+    (nerf_broken(lambda f: nerf_matrix(f, nerf_pose(1e10))), "frame 1 is not finite, or larger than 1e+07"),
+    (nerf_broken(lambda f: nerf_matrix(f, nerf_pose(10 ** 400))), "frame 1 is not finite, or larger"),
+    (nerf_broken(lambda f: nerf_matrix(f, nerf_pose(True))), "frame 1 has no 4 x 4 transform_matrix"),
+    (nerf_broken(lambda f: nerf_matrix(f, nerf_pose("4"))), "frame 1 has no 4 x 4 transform_matrix"),
+    (nerf_broken(lambda f: nerf_matrix(f, [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, 4], [0, 0, 0, 1]])), "frame 1 is no rotation"),
+    (nerf_broken(lambda f: nerf_matrix(f, [[1, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 1, 4], [0, 0, 0, 1]])), "no rotation"),
+    (nerf_broken(lambda f: nerf_matrix(f, [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 4, 1]])), "its last row must be"),
+    (nerf_broken(lambda f: [x["transform_matrix"][0].__setitem__(3, x["transform_matrix"][0][3] + 9e6)
+                            for x in f["frames"]]), "move the origin of the poses there"),
+    (nerf_broken(lambda f: f.update(fl_x=True)), "frame 0 has an intrinsic that is no number, fl_x"),
+    (nerf_broken(lambda f: f.update(cx="12")), "frame 0 has an intrinsic that is no number, cx"),
+    (nerf_broken(lambda f: f.update(fl_x=10 ** 400)), "not finite and positive, or too large, fl_x"),
+    (nerf_broken(lambda f: f.update(fl_x=1e5)), "a focal length of 4166.67 times its picture's side"),
+    (nerf_broken(lambda f: f.update(cx=1e30)), "too large, cx"), (nerf_broken(lambda f: f.update(cy=500)), "optical axis"),
+    (nerf_broken(lambda f: f.update(x_fov=180)), "an angle of view of 180 degrees, x_fov"),
+    (nerf_broken(lambda f: f.update(x_fov=400.0)), "an angle of view of 400 degrees, x_fov"),
+    (nerf_broken(lambda f: f.update(camera_angle_x=0)), "an angle of view of 0 degrees, camera_angle_x"),
+    (nerf_broken(lambda f: f.update(k1=-50.0)), "distortion (k1 to k4, p1, p2) that cannot be undone"),
+    (nerf_broken(lambda f: f.update(is_fisheye=True)), "a fisheye camera is not supported"),
+    (nerf_broken(lambda f: f.update(aabb_scale=math.nan)), "aabb_scale is no number between"),
+    (nerf_broken(lambda f: f.update(aabb_scale=-4)), "aabb_scale is no number between"),
+    (nerf_broken(lambda f: f.update(aabb_scale=1e308)), "aabb_scale is no number between"),
+    *((nerf_broken(lambda f, name=name: f["frames"][1].update(file_path=name)), message) for name, message in (
+        ("train", "the file_path of frame 1, 'train', is no picture"), ("/", "the file_path of frame 1, '/', is no picture"),
+        ("", "the file_path of frame 1, '', is no picture"), ("a" * 5000 + ".png", "File name too long"),
+        ("a\0b.png", "is no picture"))),
+    (lambda p: [Image.new("1", (6000, 6000)).save(p / "train" / f"{i}.png") for i in range(4)], "0.png: no readable picture: it has 6000 x 6000"),
+    (lambda p: (p / "transforms.json").write_text("[]"), "transforms.json: no readable JSON: it holds a list"),
+    (lambda p: (p / "transforms.json").write_text("[" * 10 ** 5), "transforms.json: no readable JSON"),
     (lambda p: (p / "transforms.json").write_text("{ nonsense"), "transforms.json: no readable JSON"),
     (lambda p: (p / "transforms.json").unlink(), "no transforms.json or transforms_train.json in it"),
     (lambda p: (p / "train" / "1.png").write_bytes(b"x"), "1.png: no readable picture"),
@@ -143,6 +176,85 @@ def test_bad_scenes_are_one_line(tmp_path, damage, message):
     with pytest.raises(SceneError) as error:
         load_scene(folder)
     assert message in str(error.value) and "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_names_with_line_feeds_are_missing_in_one_line(tmp_path):
+    folder = nerf_scene(tmp_path, views=4, split=False)
+    nerf_broken(lambda f: f["frames"][1].update(file_path="a\nb.png"))(folder)
+    with pytest.warns(UserWarning, match="1 of 4 pictures are missing, e.g. .*a b.png") as told:
+        load_scene(folder)
+    assert "\n" not in str(told[0].message)
+
+
+def test_the_sum_of_the_pictures_is_bounded(tmp_path, monkeypatch):
+    folder = nerf_scene(tmp_path, views=4, split=False)
+    monkeypatch.setattr("scene.MOST", 4 * 12 * 12)
+    with pytest.warns(UserWarning, match="reduced by 2, as by --downscale"):
+        scene = load_scene(folder)
+    assert scene.train[0].pixels.shape == (12, 12, 4)
+    assert scene.fingerprint == load_scene(folder, downscale=2).fingerprint
+
+
+def test_scaled_rotations_and_pictures_stored_on_their_side(tmp_path):
+    folder = nerf_scene(tmp_path, views=4, split=False)
+    whole = load_scene(folder)
+    file = json.loads((folder / "transforms.json").read_text())
+    for frame in file["frames"]:
+        for row in frame["transform_matrix"][:3]:
+            row[:3] = [x * 0.1 for x in row[:3]]
+    (folder / "transforms.json").write_text(json.dumps(file))
+    assert_close(load_scene(folder).train[0].camera.pose, whole.train[0].camera.pose)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(4):  # 24 x 24 becomes 24 x 20, stored as 20 x 24
+        upright = Image.open(folder / "train" / f"{i}.png").crop((0, 0, 24, 20))
+        upright.transpose(Image.ROTATE_90).save(folder / "train" / f"{i}.png", exif=exif)
+    (folder / "transforms.json").write_text(json.dumps(file | {"w": 24, "h": 20}))
+    turned = load_scene(folder)
+    assert turned.train[0].pixels.shape == (20, 24, 4)
+    assert torch.equal(turned.train[0].pixels, whole.train[0].pixels[:20])
+    (folder / "transforms.json").write_text(json.dumps(file))  # as it is stored, where no size says otherwise
+    with pytest.warns(UserWarning, match="4 of its pictures say that they are to be turned"):
+        assert load_scene(folder).train[0].pixels.shape == (24, 20, 4)
+
+
+def test_the_hull_costs_the_same_for_any_lens_and_size():
+    pixels = torch.zeros(24, 400, 4, dtype=torch.uint8)
+    pixels[8:16, 190:210] = 255
+    for focal, shape in ((4.0, (400, 400)), (14000.0, (24, 400)), (300.0, (2000, 2000))):
+        pixels = torch.zeros(*shape, 4, dtype=torch.uint8)
+        pixels[shape[0] // 3:shape[0] // 2, shape[1] // 3:shape[1] // 2] = 255
+        pose = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1.1]])
+        lens = (focal, focal, shape[1] / 2, shape[0] / 2, 0, 0, 0, 0, 0, 0)
+        started = time.process_time()
+        visual_hull([View(Camera(pose, lens, shape[1], shape[0]), pixels, "a")], torch.zeros(3), 1.0, 1, 48)
+        assert time.process_time() - started < 1
+
+
+def test_the_hull_is_that_of_max_pooling(nerf_sphere):
+    views, centre, half, cells = nerf_sphere.train, nerf_sphere.centre, nerf_sphere.half, 24
+    alive = torch.ones(cells ** 3, dtype=torch.bool)
+    x = (torch.stack([axis.reshape(-1) for axis in torch.meshgrid(*[(torch.arange(cells) + 0.5) / cells * 2 - 1] * 3,
+                                                                 indexing="ij")]).flip(0)) * half + centre[:, None]
+    for view in views:  # every pixel that a cell may touch, one cell at a time
+        fx, fy, cx, cy, *_ = view.camera.lens
+        p = torch.linalg.inv(view.camera.pose[:, :3]) @ (x - view.camera.pose[:, 3:])
+        depth = (-p[2]).clamp_min(1e-6)
+        u, v = cx + fx * p[0] / depth, cy - fy * p[1] / depth
+        inside = (p[2] < 0) & (u > 0) & (u < view.camera.width) & (v > 0) & (v < view.camera.height)
+        radius = math.ceil(fx * half / cells * 3 ** 0.5 / depth[inside & alive].min().item())
+        shown = torch.nn.functional.max_pool2d((view.pixels[None, None, ..., 3] > 0).float(), 2 * radius + 1, 1, radius)[0, 0]
+        alive[inside] &= shown[v[inside].long(), u[inside].long()] > 0
+    seen, hull = visual_hull(views, centre, half, 1, cells)
+    assert torch.equal(hull, alive & seen) and 0 < hull.sum() < seen.sum()
+
+
+def test_the_files_of_a_scene(tmp_path):
+    folder = nerf_scene(tmp_path / "a")
+    (folder / "neighbour.bin").write_bytes(bytes(100))
+    found = scene_files(folder)
+    assert found[0] == folder / "transforms_train.json" and len(found) == len(set(found)) == 2 + 12
+    assert folder / "neighbour.bin" not in found and folder / "transforms_test.json" in found
 
 
 def test_no_scene_at_all(tmp_path):
@@ -245,3 +357,19 @@ def test_a_checkpoint_of_something_else_is_refused(nerf_sphere, tmp_path):
     assert list(steps) == [2, 3, 4] and again.step == 5
     with pytest.raises(SceneError, match="fit.pt: no readable checkpoint of a fit: 'nerf'"):
         course(nerf_sphere, checkpoint=tmp_path / "fit.pt", names=("nerf",))
+    whole = torch.load(tmp_path / "fit.pt", weights_only=True)
+    for key, value in {"step": -1, "spent": math.nan, "sizes": [], "optimiser": 3, "generator": torch.zeros(3)}.items():
+        torch.save(whole | {key: value}, tmp_path / "fit.pt")
+        with pytest.raises(SceneError, match=f"fit.pt: no readable checkpoint of a fit: '{key}' is wrong; delete it"):
+            course(nerf_sphere, checkpoint=tmp_path / "fit.pt")
+    for contents in ([], {}, 3):
+        torch.save(contents, tmp_path / "fit.pt")
+        with pytest.raises(SceneError, match="fit.pt: no readable checkpoint of a fit: .*; delete it to start anew"):
+            course(nerf_sphere, checkpoint=tmp_path / "fit.pt")
+
+
+def test_a_fit_of_no_time_is_refused_and_one_of_no_steps_ends(nerf_sphere):
+    for seconds in (0, -1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="the seconds of a fit must be positive"):
+            course(nerf_sphere, seconds=seconds)
+    assert list(course(nerf_sphere, steps=0)[2]) == []

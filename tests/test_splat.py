@@ -317,6 +317,28 @@ def splat_ply(splats, drop=(), types={}, order=None, form="binary_little_endian"
     return "\n".join(lines).encode() + table.tobytes()
 
 
+def splat_text(splats, change={}, line="\n"):
+    """An ascii .ply; `change`: {attribute: the value of all of its numbers}."""
+    table = np.frombuffer(splat_ply(splats).split(b"end_header\n")[1], "<f4").reshape(len(splats.means), -1).astype(float)
+    head = splat_ply(splats, form="ascii").split(b"end_header\n")[0].decode().splitlines()
+    names = [words.split()[2] for words in head if words.startswith("property")]
+    for name, value in change.items():
+        table[:, names.index(name)] = value
+    return line.join([*head, "end_header", *(" ".join(f"{x:.9g}" for x in row) for row in table), ""]).encode()
+
+
+@pytest.mark.parametrize("contents", [
+    splat_text, lambda s: splat_text(s, line="\r\n"),
+    lambda s: splat_ply(s).split(b"end_header\n")[0].replace(b"\n", b"\r\n") + b"end_header\r\n" + splat_ply(s).split(b"end_header\n")[1],
+    lambda s: splat_ply(s, form="binary_big_endian").split(b"end_header\n")[0] + b"end_header\n" + np.frombuffer(
+        splat_ply(s).split(b"end_header\n")[1], "<f4").astype(">f4").tobytes()])
+def test_ply_of_every_format_and_line_end(nerf_sphere, tmp_path, contents):
+    splats = splat_random(nerf_sphere, 30, 1)
+    (tmp_path / "a.ply").write_bytes(contents(splats))
+    again = Splats.load(tmp_path / "a.ply", nerf_sphere)
+    assert all(torch.equal(a, b) for a, b in zip(splats.state_dict().values(), again.state_dict().values()))
+
+
 def test_ply_attributes_are_found_by_name(nerf_sphere, tmp_path):
     splats = splat_random(nerf_sphere, 30, 1)
     (tmp_path / "a.ply").write_bytes(splat_ply(splats, order=3, types={"x": "double", "extra": "uchar"}))
@@ -326,7 +348,14 @@ def test_ply_attributes_are_found_by_name(nerf_sphere, tmp_path):
 
 @pytest.mark.parametrize("name, contents, message", [
     ("a.ply", lambda s: b"solid stl", "a.ply: no .ply: it has no header"),
-    ("a.ply", lambda s: splat_ply(s, form="ascii"), "a.ply: only binary_little_endian .ply can be read"),
+    ("a.ply", lambda s: splat_ply(s, form="binary_middle_endian"), "a.ply: a .ply of no format that is known"),
+    ("a.ply", lambda s: splat_ply(s, form="ascii"), "a.ply: "),
+    ("a.ply", lambda s: splat_text(s, change={"x": 3e38}), "a.ply: 30 of its 30 Gaussians are too large: means"),
+    ("a.ply", lambda s: splat_text(s, change={"x": 1e300}), "a.ply: 30 of its 30 Gaussians are not finite"),
+    ("a.ply", lambda s: splat_text(s, change={"scale_1": 88}), "a.ply: 30 of its 30 Gaussians are too large: log_scales"),
+    ("a.ply", lambda s: splat_text(s)[:-400], "a.ply: is cut short"),
+    ("a.ply", lambda s: splat_text(s).replace(b"element vertex 30", b"element vertex 0"), "a.ply: holds no Gaussian"),
+    ("a.ply", lambda s: splat_ply(s).replace(b"vertex 30", b"vertex " + b"9" * 30), "a.ply: is cut short"),
     ("a.ply", lambda s: splat_ply(s, element="chunk"), "a.ply: is a compressed .ply, export it uncompressed"),
     ("a.ply", lambda s: splat_ply(s, element="face"), "does not begin with the vertices"),
     ("a.ply", lambda s: splat_ply(s, drop=("scale_2", "opacity")), "it has no scale_2, opacity"),

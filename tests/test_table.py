@@ -133,7 +133,7 @@ def test_the_table_holds_the_means_and_stands_when_it_is_made(edits, tmp_path, m
         raise FloatingPointError("it runs")
     monkeypatch.setattr(run, "run_one", refuse)
     assert edits() == (0, lines[start - 1:])  # all of it stands, seconds too
-    assert edits("--only", "image")[0] == 0 and len(csv_rows(tmp_path / "out" / "table.csv")) == 2
+    assert edits("--modes", "image")[0] == 0 and len(csv_rows(tmp_path / "out" / "table.csv")) == 2
     assert edits("--seed", 1)[0] == 1  # other settings do not
 
 
@@ -199,7 +199,7 @@ def tiny_clip(tmp_path_factory):
 
 
 def test_clip_and_lpips_add_their_columns_to_what_stands(fake_edits, tiny_clip, tmp_path, monkeypatch):
-    assert fake_edits("--only", "nerf")[0] == 0 and "CLIP" not in csv_rows(tmp_path / "out" / "table.csv")[0]
+    assert fake_edits("--modes", "nerf")[0] == 0 and "CLIP" not in csv_rows(tmp_path / "out" / "table.csv")[0]
     fake_edits.called.clear()
 
     class LPIPS(torch.nn.Module):
@@ -210,7 +210,7 @@ def test_clip_and_lpips_add_their_columns_to_what_stands(fake_edits, tiny_clip, 
             assert a.dtype == torch.float32 and a.min() < 0
             return (a - b).abs().mean().view(1, 1, 1, 1)
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))
-    code, lines = fake_edits("--only", "nerf", "--clip", tiny_clip)
+    code, lines = fake_edits("--modes", "nerf", "--clip", tiny_clip)
     assert code == 0 and not fake_edits.called  # measured anew from the files
     row, header = csv_rows(tmp_path / "out" / "table.csv")[0], next(line for line in lines if line.startswith("mode "))
     assert header.split()[5:] == ["PSNR", "SSIM", "LPIPS", "CLIP", "dir", "s", "MB"]

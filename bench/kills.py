@@ -1,0 +1,101 @@
+"""Runs that are killed at random moments (SIGKILL): what --resume makes of them is bit-identical to a run of one piece."""
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench.fuzz_scenes import write_scene
+
+ROOT = Path(__file__).resolve().parent.parent
+SCENE = ["--source", "red apple", "--target", "green apple", "--fit-seconds", "0.5", "--steps", "6"]
+SMALL = """import sys
+import report
+report.FRAMES, report.FRAME_SIZE, report.SIDE_SIZE, report.VIEWS = 2, 24, 24, 4
+import run
+sys.exit(run.main())"""  # few and small pictures in what a run reports
+RUNS = {  # every kind of run, with tiny settings
+    "svg": ["--mode", "svg", "--steps", "30"],
+    "image": ["--mode", "image", "--steps", "40"],
+    "nerf": ["--mode", "nerf", *SCENE], "splat": ["--mode", "splat", *SCENE],
+    "in2n": ["--mode", "splat", *SCENE, "--loss", "in2n", "--steps", "12"],
+    "refine": ["--mode", "nerf", *SCENE, "--refine", "12"],
+    "compare": ["--mode", "image", "--steps", "15", "--compare", "sds", "pds"]}
+SKIPPED = ("checkpoint.pt", "config.json")  # they hold times and paths; what is hidden belongs to killed runs
+
+
+def kills(args):
+    """Kill and resume `count` runs, print how each ended, and return how many did not end bit-identically."""
+    rng, failed = random.Random(args.seed), 0
+    with tempfile.TemporaryDirectory() as folder:
+        whole = {}
+        for i in range(args.count):
+            kind = list(RUNS)[i % len(RUNS)]
+            place = Path(folder) / kind
+            if kind not in whole:
+                whole[kind] = whole_run(kind, place)
+            at = rng.uniform(0.05, 1) * whole[kind]
+            wrong = kill_and_resume(kind, place, at)
+            failed += bool(wrong)
+            print(f"{kind:8} killed after {at:4.1f} of {whole[kind]:4.1f} s: {wrong or 'bit-identical'}", flush=True)
+    return failed
+
+
+def start(kind, out, *flags):
+    """Start a run with its output in `out`; its neighbours are `scene`, which is fitted, and `code`, a copy of the program.
+
+    The copy is made by the first run: what is edited in the repository meanwhile does not change the later ones.
+    """
+    code = out.parent / "code"
+    if not code.exists():
+        code.mkdir(parents=True)
+        for file in ROOT.glob("*.py"):
+            shutil.copy(file, code)
+        for name in ("models", "examples"):
+            (code / name).symlink_to(ROOT / name)
+    scene = ["--scene", str(out.parent / "scene")] if SCENE[0] in RUNS[kind] else []
+    call = [sys.executable, "-c", SMALL, *RUNS[kind], *scene, "--every", "2", "--device", "cpu", "--out", str(out), *flags]
+    return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=code)
+
+
+def whole_run(kind, place):
+    """Make the run of one piece in place/whole, after its fit if it has one; returns its seconds."""
+    if SCENE[0] in RUNS[kind]:
+        (place / "scene").mkdir(parents=True)
+        write_scene(place / "scene", size=24)
+        finish(start(kind, place / "whole", "--fit-only"))
+    started = time.perf_counter()
+    finish(start(kind, place / "whole"))
+    return time.perf_counter() - started
+
+
+def finish(process):
+    """Wait for the end of a run; raises ValueError with what it said where that is not 0."""
+    told = process.communicate()[1]
+    if process.returncode:
+        raise ValueError(f"{' '.join(process.args)}: exit code {process.returncode}: {told[-300:]}")
+
+
+def kill_and_resume(kind, place, seconds):
+    """What is wrong with the run that was killed after so many seconds and resumed; empty where nothing is."""
+    out = place / "killed"
+    shutil.rmtree(out, ignore_errors=True)
+    process = start(kind, out)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    try:
+        finish(start(kind, out, "--resume"))
+    except ValueError as e:
+        return str(e)
+    first, again = (files_of(folder) for folder in (place / "whole", out))
+    return ", ".join(sorted(name for name in first.keys() | again.keys() if first.get(name) != again.get(name)))
+
+
+def files_of(folder):
+    """{name: bytes} of all results in a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in SKIPPED}

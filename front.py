@@ -1,0 +1,95 @@
+"""`--mode bench --front`: how much each method aligns an edit with its prompt against how much of the source it keeps.
+
+PDS is run at several weights K of its identity term, with smooth and with free points, SDS, DDS and other coefficients
+each at its own settings. Writes front.png (the chart), front.csv (its numbers) and along.png (one drawing along K).
+"""
+import csv
+import io
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from report import sheet, write
+from table import edit_row, perceptual, squares
+
+IDENTITIES = (1, 0.5, 0.25, 0)
+PAPER = ("--smooth", "0", "--no-steady", "--opacities")  # every point for itself, plain Adam
+COLOURS = ("#d9480f", "#2f5fd0", "#2b8a3e", "#c2255c", "#0b7285", "#111111")
+
+
+def methods(guidance):
+    """{title: [(label, name of the loss, flags)]}: a line of the chart for each title, a point for each label.
+
+    guidance: the model's own, by loss. That of DDS is its counterpart of the 7.5 of DreamCatalyst's paper.
+    """
+    series = lambda *flags: [(f"{k:g}", "pds", ["--identity", f"{k:g}", *flags]) for k in IDENTITIES]
+    catalyst = ["--coefficients", "dreamcatalyst", "--identity", "1", "--schedule", "decreasing", "--t-min", "0.2",
+                "--t-max", "0.9", "--guidance", str(guidance["dds"])]
+    return {"PDS, smooth field, by K": series(), "PDS, free points, by K": series(*PAPER),
+            "SDS": [("", "sds", [])], "DDS": [("", "dds", [])],
+            "PDS, psi = 0 (consistent)": [("", "pds", ["--coefficients", "consistent"])],
+            "DreamCatalyst": [("", "pds", catalyst)]}
+
+
+def make_front(edits, prior, maker, out):
+    """Make every edit of a list by every method, in the folder `out`; what is there already is not made again.
+
+    edits: what table.read_edits returns, drawings alone; maker: see table.Maker.
+    """
+    lpips, lines, along = perceptual(), {}, []
+    for title, points in methods(prior.defaults["guidance"]).items():
+        for label, name, flags in points:
+            rows = []
+            for mode, file, source, target, folder in edits:
+                options = maker.options(mode, file, source, target, None, *flags)
+                place = out / folder / "-".join(filter(None, (title.split(",")[0].lower(), *flags))).replace("/", "")
+                rows.append(edit_row(prior, name, options, maker, place, lpips, None))
+                if title.startswith("PDS, smooth") and folder == edits[0][-1]:
+                    before, after = (squares(place / f"{what}.png") for what in ("source", "result"))
+                    along += [("source", source, before)] * (not along) + [(f"K = {label}", target, after)]
+            mean = {key: float(np.mean([row[key] for row in rows])) for key in ("PSNR", "SSIM", "log-odds")}
+            lines.setdefault(title, []).append((label, mean | {"read": sum(row["log-odds"] > 0 for row in rows)}))
+            print(f"{title:<28} {label:>5} " + "  ".join(f"{k} {v:.3g}" for k, v in mean.items()), flush=True)
+    with io.StringIO(newline="") as text:
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["method", "K", "PSNR", "SSIM", "log-odds", "read", "edits"])
+        writer.writerows([title, label, *(f"{m[k]:.6g}" for k in ("PSNR", "SSIM", "log-odds")), m["read"], len(edits)]
+                         for title, points in lines.items() for label, m in points)
+        write(out / "front.csv", text.getvalue())
+    write(out / "front.png", chart({title: [(label, m["PSNR"], m["log-odds"]) for label, m in points]
+                                    for title, points in lines.items()}))
+    write(out / "along.png", sheet(along))
+    print(f"done: {out / 'front.png'}")
+
+
+def chart(lines, width=900, height=560, scale=2):
+    """lines {title: [(label, x, y)]} -> a PIL picture: identity to the right, alignment up."""
+    page = Image.new("RGB", (width * scale, height * scale), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14 * scale)
+    xs, ys = ([point[axis] for points in lines.values() for point in points] for axis in (1, 2))
+    (left, right), (low, high) = ((min(v) - 0.06 * (max(v) - min(v) + 1), max(v) + 0.06 * (max(v) - min(v) + 1))
+                                  for v in (xs, ys))
+
+    def place(x, y):
+        return (scale * (70 + (x - left) / (right - left) * (width - 100)),
+                scale * (height - 60 - (y - low) / (high - low) * (height - 90)))
+
+    def text(at, what, colour="black", anchor="mm"):
+        draw.text(at, what, fill=colour, font=font, anchor=anchor)
+    for x in range(int(np.ceil(left)), int(right) + 1):
+        draw.line([place(x, low), place(x, high)], fill="#eeeeee", width=scale)
+        text((place(x, low)[0], scale * (height - 44)), f"{x}")
+    for y in range(int(np.ceil(low / 5)) * 5, int(high) + 1, 5):
+        draw.line([place(left, y), place(right, y)], fill="#eeeeee", width=scale)
+        text((scale * 50, place(left, y)[1]), f"{y}")
+    text((scale * width / 2, scale * (height - 18)), "identity: PSNR to the source, dB")
+    text((scale * 12, scale * 14), "alignment: log-odds of target against source", anchor="lm")
+    for number, ((title, points), colour) in enumerate(zip(lines.items(), COLOURS)):
+        places = [place(x, y) for _, x, y in points]
+        if len(places) > 1:
+            draw.line(places, fill=colour, width=3 * scale)
+        for (x, y), (label, *_) in zip(places, points):
+            draw.ellipse([x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale], fill=colour)
+            text((x + 9 * scale, y - 9 * scale), label, colour, "lm")
+        text((scale * (width - 260), scale * (44 + 20 * number)), title, colour, "lm")
+    return page.resize((width, height), Image.LANCZOS)

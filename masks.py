@@ -1,0 +1,99 @@
+"""Where an edit may act: a soft mask in [0,1] for every view, from the two prompts or from files of the user.
+
+    masks = local_masks(prior, pictures, "red apple", "green apple")      # DiffEdit's, one for each picture
+    masks = agree(nerf, masks, size=64)                                    # those of a scene's views vote on each point
+    where = Where(masks)
+    loss = pds_loss(..., mask=where(view, x0_tgt))                         # multiplies the push alone
+"""
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate, max_pool2d
+
+from edit2d import diffedit_map
+from pictures import read_picture
+from progress import progress
+from report import to_tensor
+from scene import contract
+
+
+@torch.no_grad()
+def local_masks(prior, pictures, source, target, level=0.5, noises=16):
+    """The soft masks of pictures [1,3,S,S], a list of [1,1,h,w]: DiffEdit's map, widened and blurred by a latent pixel.
+
+    level: share of T that the pictures are noised to.
+    """
+    guidance, prior.guidance, generator, masks = prior.guidance, 1.0, torch.Generator().manual_seed(0), []
+    y_tgt, y_src = prior.embed(target), prior.embed(source)
+    for picture in progress(pictures, desc="masks", unit="view", disable=len(pictures) < 2):
+        x0 = prior.encode(picture)
+        inside = diffedit_map(prior, x0, y_tgt, y_src, noises, level, generator) > 0.5
+        masks.append(avg_pool2d(max_pool2d(inside.float(), 3, 1, 1), 3, 1, 1, count_include_pad=False))
+    prior.guidance = guidance
+    return masks
+
+
+def read_mask(path, size):
+    """A picture of the user as a mask [1,1,size,size]: white is edited, black is kept. Raises ValueError."""
+    try:
+        return to_tensor(read_picture(path).convert("L").resize((size, size), Image.BOX))[:, :1].float()
+    except ValueError as e:
+        raise ValueError(str(e).replace("no readable picture", "no readable mask")) from e
+
+
+def read_masks(folder, names, size):
+    """The masks [1,1,size,size] in a folder for photographs of these names; a mask has its photograph's stem.
+
+    Raises ValueError where one is missing.
+    """
+    found = {path.stem: path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in (".png", ".jpg")}
+    missing = [name for name in names if Path(name).stem not in found]
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} of {len(names)} masks are missing, e.g. one for {missing[0]}")
+    return [read_mask(found[Path(name).stem], size) for name in names]
+
+
+@torch.no_grad()
+def agree(representation, masks, size, cells=32):
+    """Masks [1,1,h,w] of all training views -> [1,1,size,size] that agree on every point of the scene.
+
+    Each pixel votes for the point that it shows; a view then sees the mean of all votes, so that one bad view does not
+    leak. Where nothing is shown, a view keeps its own mask next to what the others agree on.
+    """
+    scene, extent = representation.scene, 1 if representation.scene.bounded else 2
+    votes, seen = torch.zeros(2, cells ** 3), []
+    for view, mask in enumerate(masks):
+        camera = representation.camera(view, size)
+        depth = representation.depth(camera).cpu().view(-1)
+        rays_o, rays_d = camera.rays()
+        x = contract((rays_o + depth * rays_d - scene.centre[:, None]) / scene.half) / extent  # [3,size^2]
+        cell = ((x + 1) / 2 * cells).long().clamp(0, cells - 1)
+        cell, hit = cell[0] + cells * (cell[1] + cells * cell[2]), depth > 0
+        own = interpolate(mask.cpu(), size=(size, size), mode="bilinear")
+        votes.index_add_(1, cell[hit], torch.stack((own.view(-1), torch.ones(size * size)))[:, hit])
+        seen.append((cell, hit.view_as(own), own))
+    vote, agreed = votes[0] / votes[1].clamp_min(1), []
+    for cell, hit, own in seen:
+        fused = torch.where(hit, vote[cell].view_as(own), 0)
+        agreed.append(torch.where(hit, fused, own.minimum(max_pool2d(fused, size // 8 + 1, 1, size // 16))))
+    return agreed
+
+
+class Where:
+    """The mask of a view: one of a list by the number of a training view, or one mask, moved along with a drawing."""
+
+    def __init__(self, masks):
+        """masks: a list of [1,1,h,w] in [0,1]."""
+        self.masks = masks
+
+    def __call__(self, view, like, size):
+        """[1,1,h,w] for a latent `like` [B,C,h,w]. view: a number; or the shift (dx, dy) in pixels of a drawing of `size`
+        pixels a side, or None."""
+        mask = self.masks[view if isinstance(view, int) else 0].to(like)
+        if isinstance(view, tuple):
+            dx, dy = view
+            theta = like.new_tensor([[[1, 0, -2 * dx / size], [0, 1, -2 * dy / size]]])
+            mask = grid_sample(mask, affine_grid(theta, mask.shape, align_corners=False), padding_mode="border",
+                               align_corners=False)
+        return interpolate(mask, size=like.shape[2:], mode="area")

@@ -1,0 +1,25 @@
+"""The progress of a long loop: a bar on a terminal, elsewhere a line every ten seconds."""
+import sys
+
+from tqdm import tqdm
+
+EVERY = 10  # seconds between two lines of a log
+
+
+class _Lines:
+    """Standard error for tqdm, whose bar starts again at the beginning of the line: here on a line of its own."""
+
+    def write(self, text):
+        text = text.strip("\r\n \x1b[A")
+        if text:
+            sys.stderr.write(text + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(*args, **options):
+    """tqdm, with its arguments."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        return tqdm(*args, **options)
+    return tqdm(*args, mininterval=EVERY, maxinterval=EVERY, file=_Lines(), ncols=100, ascii=True, **options)

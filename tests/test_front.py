@@ -1,0 +1,49 @@
+"""front.py: alignment against identity, each method at its own settings; the chart, its numbers, one drawing along K."""
+import csv
+import types
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import front
+import run
+
+
+def test_every_method_is_run_at_its_own_settings_and_drawn(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def edit_row(prior, name, options, maker, out, lpips, clip):
+        asked.append((name, options))
+        out.mkdir(parents=True)
+        for file, grey in (("source", 10), ("result", 200)):
+            Image.new("RGB", (64, 64), (grey,) * 3).save(out / f"{file}.png")
+        k = float(options[options.index("--identity") + 1]) if "--identity" in options else 0.3
+        return {"PSNR": 8 + 5 * k, "SSIM": 0.5, "log-odds": 20 - 15 * k - 6 * (options[0] == "heart.svg")}
+    monkeypatch.setattr(front, "edit_row", edit_row)
+    maker = types.SimpleNamespace(options=lambda mode, file, source, target, fit, *flags: [file.name, *flags])
+    edits = [("svg", Path(f"{name}.svg"), "a", "b", f"svg/{name}") for name in ("face", "heart")]
+    prior = types.SimpleNamespace(defaults={"guidance": {"dds": 3}})
+    front.make_front(edits, prior, maker, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "front.csv").open()))
+    assert len(rows) == 2 * len(front.IDENTITIES) + 4 and {row["edits"] for row in rows} == {"2"}
+    first = rows[0]
+    assert (first["method"], first["K"], float(first["PSNR"]), float(first["log-odds"])) == (
+        "PDS, smooth field, by K", "1", 13, pytest.approx(2)) and first["read"] == "1"
+    free = [flags for name, flags in asked if "--smooth" in flags]
+    assert len(free) == 2 * len(front.IDENTITIES) and all(set(front.PAPER) <= set(flags) for flags in free)
+    assert sum("dreamcatalyst" in flags and flags[-2:] == ["--guidance", "3"] for _, flags in asked) == 2
+    assert [name for name, _ in asked].count("sds") == 2 and f"done: {tmp_path / 'front.png'}" in capsys.readouterr().out
+    chart = Image.open(tmp_path / "front.png")
+    colours = {colour for _, colour in chart.convert("RGB").getcolors(1 << 20)}
+    assert chart.size == (900, 560) and {(0xd9, 0x48, 0x0f), (0x2f, 0x5f, 0xd0)} <= colours
+    along = Image.open(tmp_path / "along.png")
+    assert along.width > 64 * (1 + len(front.IDENTITIES)) and along.getpixel((20, 20)) == (10, 10, 10)
+
+
+def test_the_flags_of_the_chart_are_those_of_the_command_line():
+    for points in front.methods({"dds": 3}).values():
+        for _, name, flags in points:
+            assert run.parse(["--mode", "svg", "--loss", name, *flags]).loss == name
+    with pytest.raises(SystemExit):
+        run.parse(["--mode", "svg", "--front"])

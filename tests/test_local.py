@@ -1,0 +1,134 @@
+"""run.py's --smooth, --steady, --identity, --local, --mask and --only: the paper's steps, and edits that stay in place."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import pds
+import run
+from conftest import ROOT, nerf_scene
+from edit import edit, stages_of
+from front import PAPER
+from prior import Prior
+
+
+def config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.fixture
+def smiling(tmp_path):
+    """The shipped drawing under the shipped prior: a function of flags that edits it and returns scene and options."""
+    prior = Prior.from_pretrained(str(ROOT / "models" / "emoji"))
+
+    def call(*flags):
+        options = run.parse(["--mode", "svg", "--svg", str(ROOT / "examples" / "smiling-face.svg"), "--source",
+                             "slightly smiling face", "--target", "smiling face with sunglasses", *flags])
+        run.complete(options, prior)
+        scene, groups, source = run.LOAD["svg"](options, prior)
+        stages = stages_of(scene, source, prior, "pds", options)
+        edit(scene, groups, stages, prior, options, tmp_path)
+        return prior, scene, source, options
+    return call
+
+
+def test_without_its_helps_an_edit_takes_the_steps_of_the_paper(smiling):
+    """Plain Adam on all parameters: against a loop of its own, to the last bit, and against recorded numbers."""
+    prior, scene, source, options = smiling(*PAPER, "--identity", "1", "--steps", "12")
+    own = run.SVG.load(options.input, size=prior.size)
+    groups = own.param_groups(points=0.08, colours=0.01)
+    adam, generator = torch.optim.Adam(groups), torch.Generator().manual_seed(0)
+    rates, prior.guidance = [group["lr"] for group in groups], 15
+    y_tgt, y_src = prior.embed(options.target), prior.embed(options.source)
+    for step in range(12):
+        view = own.sample_view(generator)
+        x0_src = prior.encode(source.render(view)).detach()
+        x0_tgt = prior.encode(own.render(view))
+        t = pds.sample_timesteps(1, 1000, 0.1, 0.98, generator=generator)
+        loss = pds.pds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t, generator=generator)
+        for group, rate in zip(adam.param_groups, rates):
+            group["lr"] = rate * min(1, (step + 1) / 10, 2 - 2 * step / 12)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        own.project_()
+    assert all(torch.equal(a, b) for a, b in zip(scene.parameters(), own.parameters()))
+    moved = scene.points.detach() - scene.loaded["points"]
+    recorded = torch.tensor([[-0.335056, -0.107124], [-0.409477, -0.387749], [-0.378101, -0.335972]])
+    assert_close(moved[:3], recorded, atol=2e-3, rtol=0)
+    assert_close((scene.colours.detach() - scene.loaded["colours"])[3], torch.tensor([-0.041134, -0.011275, 0.015684]),
+                 atol=2e-4, rtol=0)
+
+
+def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
+    _, scene, _, options = smiling("--steps", "12")
+    assert options.smooth == 8 and options.steady and 0 < options.identity <= 1
+    assert (scene.opacities[scene.loaded["opacities"] == 1] == 1).all()
+    moved = scene.points.detach() - scene.loaded["points"]
+    near = torch.cdist(scene.loaded["points"], scene.loaded["points"]) < 1
+    assert (torch.cdist(moved, moved)[near] < 0.3 * moved.norm(dim=1).max()).all() and moved.abs().max() > 0.1
+
+
+def test_identity_holds_the_source(smiling):
+    away = []
+    for k in (4, 1, 0):
+        _, scene, source, _ = smiling("--steps", "25", "--identity", str(k))
+        away.append((scene.render() - source.render()).square().mean().item())
+    assert away[0] < away[1] < away[2]
+
+
+@pytest.mark.parametrize("flags", [["--local"], ["--mask", "mask.png"]])
+@pytest.mark.parametrize("mode", ["svg", "image"])
+def test_an_edit_of_a_masked_place(command, tmp_path, mode, flags):
+    Image.new("L", (9, 9), 255).save(tmp_path / "mask.png")
+    flags = [str(tmp_path / flag) if flag.endswith(".png") else flag for flag in flags]
+    assert command(*flags, mode=mode) == 0 and command(mode=mode, out="free") == 0
+    result, free = (np.asarray(Image.open(tmp_path / name / "result.png"), dtype=int) for name in ("out", "free"))
+    assert "--local" in flags or np.abs(result - free).mean() < 0.05  # a mask that is white everywhere only rounds
+    assert config(tmp_path / "out")["local"] == ("--local" in flags)
+
+
+def test_a_black_mask_leaves_the_pull_alone(command, tmp_path):
+    Image.new("L", (9, 9), 0).save(tmp_path / "mask.png")
+    for loss in ("pds", "dds", "sds"):
+        assert command("--mask", tmp_path / "mask.png", "--loss", loss, out=loss) == 0
+        assert (tmp_path / loss / "result.png").read_bytes() == (tmp_path / loss / "source.png").read_bytes()
+
+
+def test_only_the_named_elements_of_a_drawing(command, tmp_path, capsys):
+    assert command("--only", "face") == 0
+    assert command("--only", "nose", out="none") == 2
+    assert "face.svg: no element has the id 'nose'; there are: face" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--mask", "none.png"], "none.png: no readable mask"), (["--identity", "-1"], "--identity"),
+    (["--mode", "nerf", "--only", "a"], "--only: only with --mode svg"), (["--smooth", "x"], "--smooth")])
+def test_wrong_flags_of_these(command, tmp_path, capsys, flags, message):
+    try:
+        code = command(*flags)
+    except SystemExit as e:
+        code = e.code
+    assert code == 2 and message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mode", ["nerf", "splat"])
+def test_an_edit_of_a_masked_place_in_a_scene(small_pictures, pipelines, tmp_path, mode, capsys):
+    nerf_scene(tmp_path / "scene", views=8, size=16)
+    names = [f["file_path"] for f in json.loads((tmp_path / "scene" / "transforms_train.json").read_text())["frames"]]
+    (tmp_path / "masks").mkdir()
+    for name in names:
+        Image.fromarray(np.uint8([[255, 0], [255, 0]])).save(tmp_path / "masks" / f"{name.split('/')[-1]}.png")
+    flags = ["--mode", mode, "--scene", str(tmp_path / "scene"), "--fit-seconds", "1", "--device", "cpu", "--source", "a",
+             "--target", "b", "--model", str(pipelines["sd"]), "--steps", "3"]
+    for name, own in (("local", ["--local"]), ("mask", ["--mask", str(tmp_path / "masks")]), ("free", [])):
+        assert run.main([*flags, *own, "--out", str(tmp_path / "out" / name)]) == 0
+    results = {(tmp_path / "out" / name / "result.png").read_bytes() for name in ("local", "mask", "free")}
+    assert len(results) == 3
+    (tmp_path / "masks" / f"{names[0].split('/')[-1]}.png").unlink()
+    assert run.main([*flags, "--mask", str(tmp_path / "masks"), "--out", str(tmp_path / "out" / "none")]) == 2
+    assert "1 of 6 masks are missing" in capsys.readouterr().err and not (tmp_path / "out" / "none").exists()

@@ -1,0 +1,93 @@
+"""masks.py: masks of the user, DiffEdit's, views that vote on the points of a scene, a mask that moves with a drawing."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from conftest import rand
+from masks import Where, agree, local_masks, read_mask, read_masks
+from scene import Representation
+
+
+class Disagrees:
+    """A prior whose two prompts differ in the left half of the latent, which is the picture."""
+    abar, guidance = torch.linspace(0.999, 0.01, 100, dtype=torch.float64), 7.0
+
+    def encode(self, picture):
+        return picture
+
+    def embed(self, prompt):
+        return {"a": 0.0, "b": 1.0}[prompt]
+
+    def eps(self, x_t, t, y):
+        assert self.guidance == 1
+        out = x_t.clone()
+        out[..., :x_t.shape[-1] // 2] += y
+        return out
+
+
+def test_the_mask_of_the_prompts_is_soft_and_reaches_a_pixel_further():
+    prior = Disagrees()
+    mask, = local_masks(prior, [rand(1, 3, 8, 16, dtype=torch.float32)], "a", "b")
+    assert mask.shape == (1, 1, 8, 16) and prior.guidance == 7
+    assert_close(mask[0, 0, 4], torch.tensor([1.0] * 8 + [2 / 3, 1 / 3] + [0.0] * 6))
+
+
+def test_masks_of_the_user(tmp_path):
+    picture = np.zeros((8, 8), np.uint8)
+    picture[:, :4] = 255
+    Image.fromarray(picture).save(tmp_path / "view_1.png")
+    Image.fromarray(picture.T).save(tmp_path / "view_2.png")
+    mask = read_mask(tmp_path / "view_1.png", 4)
+    assert_close(mask, torch.tensor([1.0, 1, 0, 0]).expand(1, 1, 4, 4))
+    first, second = read_masks(tmp_path, ["images/view_2.jpg", "images/view_1.jpg"], 4)
+    assert_close(first, mask.mT) and assert_close(second, mask)
+    with pytest.raises(ValueError, match="1 of 2 masks are missing, e.g. one for images/view_3.jpg"):
+        read_masks(tmp_path, ["view_1.png", "images/view_3.jpg"], 4)
+    (tmp_path / "broken.png").write_text("no picture")
+    for name in ("broken.png", "none.png"):
+        with pytest.raises(ValueError, match=f"{name}: no readable mask"):
+            read_mask(tmp_path / name, 4)
+
+
+def test_a_mask_moves_with_the_drawing_and_is_averaged_down():
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 16:32, 16:32] = 1
+    where, like = Where([mask]), torch.zeros(1, 4, 16, 16)
+    still = where(None, like, 64)
+    assert_close(still[0, 0, 4:8, 4:8], torch.ones(4, 4))
+    assert still.sum() == 16 and still.shape == (1, 1, 16, 16)
+    moved = where((8.0, -4.0), like, 64)  # to the right by two latent pixels, up by one
+    assert_close(moved[0, 0, 3:7, 6:10], torch.ones(4, 4))
+    assert moved.sum() == pytest.approx(16)
+    assert_close(Where([mask, 1 - mask])(1, like, 64), 1 - still)
+
+
+class Ball(Representation):
+    """A ball of radius 0.8 around the origin, which every camera looks at."""
+
+    def depth(self, camera):
+        rays_o, rays_d = camera.rays()
+        along = (rays_o * rays_d).sum(0)
+        root = along ** 2 - rays_o.square().sum(0) + 0.8 ** 2
+        return torch.where(root > 0, -along - root.clamp_min(0).sqrt(), 0).view(1, 1, camera.height, camera.width)
+
+
+def test_one_bad_view_does_not_leak(nerf_sphere):
+    ball, count = Ball(nerf_sphere), len(nerf_sphere.train)
+    masks = [torch.zeros(1, 1, 4, 4) for _ in range(count)]
+    masks[0] += 1
+    agreed = agree(ball, masks, 16, cells=8)
+    assert len(agreed) == count and agreed[0].shape == (1, 1, 16, 16)
+    assert 0 < agreed[0].mean() < 0.4 and max(mask.mean() for mask in agreed[1:]) < 0.2
+    everywhere = agree(ball, [torch.ones(1, 1, 4, 4)] * count, 16)
+    assert all((mask[ball.depth(ball.camera(i, 16)) > 0] > 1 - 1e-6).all() for i, mask in enumerate(everywhere))
+
+
+def test_where_nothing_is_a_view_keeps_its_mask_beside_what_the_others_see(nerf_sphere):
+    ball = Ball(nerf_sphere)
+    agreed = agree(ball, [torch.ones(1, 1, 4, 4)] * len(nerf_sphere.train), 16)
+    hit = ball.depth(ball.camera(0, 16)) > 0
+    beside = torch.nn.functional.max_pool2d(hit.float(), 3, 1, 1) > 0
+    assert_close(agreed[0], beside.float())

@@ -1,0 +1,335 @@
+"""Runs that meet bad input, damaged files, full disks, neighbours and kills: one line, and what was there is kept."""
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import edit
+import report
+import run
+from bench import fuzz_scenes, kills
+from checkpoint import CheckpointError, read_checkpoint, read_run
+from conftest import ROOT, nerf_scene, outputs
+from files import check_writable, locked, one_line, replacing
+from progress import progress
+
+
+def one_error(capsys, *parts):
+    """The one line on standard error that holds the parts."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("run.py: error: ")]
+    assert len(errors) == 1 and all(part in errors[0] for part in parts), lines
+    return errors[0]
+
+
+# ---- what a run reads back ----------------------------------------------------------------------------
+
+def change(key, value):
+    return lambda state: state.update({key: value})
+
+
+def first_of(key, value):
+    def damage(state):
+        name = next(name for name, tensor in state[key].items() if tensor.is_floating_point() and tensor.numel())
+        state[key][name] = value(state[key][name])
+    return damage
+
+
+def moment(state):
+    state["optimiser"]["state"][0]["exp_avg"] *= float("nan")
+
+
+@pytest.mark.parametrize("damage, reason", [
+    (change("step", -1), "'step' is wrong"), (change("step", True), "'step' is wrong"), (change("step", 99), "a longer run"),
+    (change("scene", []), "'scene' is wrong"), (change("frames", []), "'frames' is wrong"),
+    (change("frames", [torch.zeros(3, 3, 3, dtype=torch.uint8)]), "other pictures"),
+    (change("stages", []), "other stages"), (change("stages", [{"view": [1, "x"]}]), "view of its stages is wrong"),
+    (change("generator", torch.zeros(3)), "'generator' is wrong"),
+    (change("generator", torch.zeros(5056, dtype=torch.uint8)), "random numbers"),
+    (change("optimiser", {}), "optimiser's state does not fit"), (moment, "a moment is not finite"),
+    (change("config", "{"), "config is wrong"), (change("config", 3), "'config' is wrong"),
+    (first_of("scene", lambda x: x * float("nan")), "is not finite"), (first_of("scene", lambda x: x[:1]), "another shape"),
+    (first_of("scene", lambda x: x.double()), "another shape"), (lambda state: state.pop("scene"), "'scene' is missing"),
+    (lambda state: state["scene"].popitem(), "other parts"), (None, "")])
+def test_a_damaged_checkpoint_is_refused_in_one_line(command, tmp_path, capsys, damage, reason):
+    assert command("--steps", 2) == 0
+    file, before = tmp_path / "out" / "checkpoint.pt", outputs(tmp_path / "out")
+    if damage:
+        state = torch.load(file, weights_only=True)
+        damage(state)
+        torch.save(state, file)
+    else:
+        file.write_bytes(file.read_bytes()[:500])
+    capsys.readouterr()
+    assert command("--steps", 2, "--resume") == 2
+    one_error(capsys, f"{file}: no readable checkpoint: ", reason, "delete it to start anew")
+    assert outputs(tmp_path / "out") == before
+    file.unlink()
+    assert command("--steps", 2, "--resume") == 0 and outputs(tmp_path / "out") == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(command, tmp_path, capsys):
+    assert command("--steps", 2) == 0 and command("--steps", 2, "--seed", 5, out="other") == 0
+    (tmp_path / "other" / "checkpoint.pt").rename(tmp_path / "out" / "checkpoint.pt")
+    assert command("--steps", 2, "--resume") == 2
+    one_error(capsys, "cannot resume, it was made with another seed")
+
+
+class Trap:
+    """What runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, (Trap.folder,)
+
+
+def test_no_pickle_is_executed(tmp_path, monkeypatch):
+    Trap.folder = str(tmp_path / "sprung")
+    torch.save({"step": 1, "scene": Trap()}, tmp_path / "a.pt")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(CheckpointError, match="a.pt: no readable checkpoint"):
+        read_checkpoint(tmp_path / "a.pt", {})
+    with pytest.raises(CheckpointError):
+        read_run(tmp_path / "a.pt", None)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_longer_fit_is_another_run(small_pictures, pipelines, tmp_path, capsys):
+    nerf_scene(tmp_path / "scene", views=5)
+    flags = ["--scene", str(tmp_path / "scene"), "--device", "cpu", "--source", "a", "--target", "b", "--model",
+             str(pipelines["sd"]), "--steps", "2", "--out", str(tmp_path / "scene" / "out")]  # inside of the scene
+    for mode in ("nerf", "splat"):
+        mine = ["--mode", mode, *flags]
+        assert run.main([*mine, "--fit-seconds", "0.5"]) == 0
+        config = json.loads((tmp_path / "scene" / "out" / "config.json").read_text())
+        assert len(config["fit"]) == 64 and config["threads"] == torch.get_num_threads()
+        before = outputs(tmp_path / "scene" / "out")
+        assert run.main([*mine, "--fit-seconds", "0.5", "--resume"]) == 0  # although the folder of the scene has grown
+        assert outputs(tmp_path / "scene" / "out") == before
+        assert run.main([*mine[:4], "--fit-only", "--fit-seconds", "1.5", *flags[2:]]) == 0
+        capsys.readouterr()
+        assert run.main([*mine, "--fit-seconds", "0.5", "--resume"]) == 2
+        one_error(capsys, "cannot resume, it was made with another fit")
+        assert outputs(tmp_path / "scene" / "out") == before
+
+
+# ---- disks and neighbours -----------------------------------------------------------------------------
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A folder on a disk of 2 MB, where this user may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("no right to mount a disk")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_keeps_what_is_there_and_resume_ends_bit_identically(command, tmp_path, tiny_disk, capsys):
+    assert command(out="whole") == 0
+    assert command("--steps", 4, out="disk/out") == 0  # an earlier run
+    before = {path.name: path.read_bytes() for path in (tiny_disk / "out").iterdir() if path.name != "checkpoint.pt"}
+    ballast = tiny_disk / "ballast"
+    with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):  # to the last byte
+        while True:
+            file.write(bytes(1024))
+    room = (tiny_disk / "out" / "checkpoint.pt").stat().st_size
+    capsys.readouterr()
+    assert command(out="disk/out") == 2
+    one_error(capsys, f"{tiny_disk / 'out'}", "cannot be written: No space left on device")
+    assert {path.name: path.read_bytes() for path in (tiny_disk / "out").iterdir() if path.name != "checkpoint.pt"} == before
+    with open(ballast, "r+b") as file:  # room for a checkpoint, none for the next one beside it
+        file.truncate(max(0, ballast.stat().st_size - room - 8192))
+    assert command(out="disk/out") == 2
+    one_error(capsys, "cannot be written: No space left on device")
+    assert not list((tiny_disk / "out").glob(".*"))
+    ballast.unlink()
+    assert command("--resume", out="disk/out") == 0
+    assert outputs(tiny_disk / "out") == outputs(tmp_path / "whole")
+
+
+def test_a_disk_that_turned_read_only(command, tmp_path, tiny_disk, capsys):
+    assert command("--steps", 4, out="disk/out") == 0
+    before = outputs(tiny_disk / "out")
+    subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
+    capsys.readouterr()
+    assert command(out="disk/out") == 2 and outputs(tiny_disk / "out") == before
+    one_error(capsys, f"{tiny_disk / 'out'}")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(OSError, match="a: cannot be written: full"):
+        with replacing(tmp_path / "a") as part:
+            part.write_text("new")
+            raise OSError(28, "full")
+    assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(OSError, match="nowhere"):
+        with replacing(tmp_path / "nowhere" / "a") as part:
+            part.write_text("new")
+
+
+def test_two_runs_do_not_write_to_one_folder(command, tmp_path, capsys):
+    assert command(out="whole") == 0
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".result.svg.99.part").write_text("left by a killed run")
+    with locked(tmp_path / "out" / "run"):
+        assert command() == 2
+        one_error(capsys, f"{tmp_path / 'out'}: another run is writing there")
+    (tmp_path / "out" / ".result.svg.99.part").write_text("left by a killed run")
+    assert command() == 0 and outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_the_second_fit_waits_for_the_first(tmp_path):
+    order, file = [], tmp_path / "fit.pt"
+
+    def second():
+        with warnings.catch_warnings(record=True), locked(file, wait=True):
+            order.append("second")
+    with locked(file):
+        other = threading.Thread(target=second)
+        other.start()
+        time.sleep(0.3)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"] and not list(tmp_path.iterdir())
+
+
+def test_a_run_that_fails_leaves_the_old_result_whole(command, tmp_path, monkeypatch):
+    assert command() == 0
+    before, config = outputs(tmp_path / "out"), (tmp_path / "out" / "config.json").read_bytes()
+    monkeypatch.setitem(edit.LOSSES, "pds", lambda prior, x0, *args, **kwargs: x0.sum() * float("nan"))
+    assert command("--seed", 3) == 1
+    assert outputs(tmp_path / "out") == before and (tmp_path / "out" / "config.json").read_bytes() == config
+
+
+@pytest.mark.parametrize("mode, name", [("svg", "result.svg"), ("image", "result.png"), ("image", "source.png")])
+def test_an_input_that_the_run_would_write_over_survives(command, tmp_path, capsys, mode, name):
+    assert command(mode=mode) == 0
+    file = tmp_path / "out" / name
+    before = outputs(tmp_path / "out")
+    assert command(f"--{mode}", file, mode=mode) == 2
+    one_error(capsys, f"{file}: the run would write over it")
+    assert outputs(tmp_path / "out") == before
+    assert command(f"--{mode}", file, mode=mode, out="next") == 0
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_a_fit(pipelines, tmp_path, capsys, monkeypatch):
+    nerf_scene(tmp_path / "scene", views=4)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr("nerf.NeRF.fit_loss", lambda *_: pytest.fail("it was fitted"))
+    for flags in (["--fit-only"], ["--source", "a", "--target", "b", "--model", str(pipelines["sd"])]):
+        assert run.main(["--scene", str(tmp_path / "scene"), "--out", str(tmp_path / "file" / "a" / "b"), *flags]) == 2
+        one_error(capsys, str(tmp_path / "file"))
+    with pytest.raises(OSError, match="is a file"):
+        check_writable(tmp_path / "file")
+    check_writable(tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
+
+
+# ---- the command line ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags", [
+    ["--fit-seconds", "0"], ["--fit-seconds", "1e308"], ["--steps", "10000000"], ["--seed", "1" + "0" * 20],
+    ["--colours", "1e308"], ["--guidance", "1e308"], ["--refine", "100000000"], ["--every", "0"], ["--downscale", "1" * 400],
+    ["--device", "cuda:99"], ["--device", "toaster"]])
+def test_numbers_that_are_out_of_bounds(flags, capsys):
+    with pytest.raises(SystemExit) as e:
+        run.parse(flags)
+    assert e.value.code == 2 and flags[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags, mode", [([], "svg"), (["--svg", "a"], "svg"), (["--image", "a"], "image"),
+                                         (["--image=a"], "image"), (["--scene", "a"], "nerf"),
+                                         (["--mode", "splat", "--scene", "a"], "splat"), (["--mode", "image", "--svg", "a"], "image")])
+def test_the_flag_of_the_file_means_a_mode(flags, mode):
+    assert run.parse(flags).mode == mode
+
+
+def test_a_schedule_that_ends_in_zero_and_prompts_that_are_the_same(command, tmp_path, capsys):
+    args, prior = run.parse(["--t-max", "1"]), types.SimpleNamespace(size=16, defaults={})
+    prior.abar = torch.linspace(0.99, 0, 1000, dtype=torch.float64)
+    with pytest.raises(ValueError, match="--t-max 1: the model's schedule ends in zero there"):
+        run.complete(args, prior)
+    run.complete(run.parse([]), prior)
+    assert command("--target", "a  face", "--steps", 1) == 0
+    assert "warning: --source and --target are the same" in capsys.readouterr().err
+
+
+def test_messages_of_libraries_are_one_line(capsys):
+    def raises(error):
+        def call():
+            raise error
+        return call
+    assert report.exit_code("x", raises(ValueError("first\nsecond\n"))) == 2
+    assert report.exit_code("x", raises(OSError())) == 2
+    assert report.exit_code("x", raises(KeyboardInterrupt())) == 130
+    assert report.exit_code("x", raises(KeyboardInterrupt("told"))) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "x: error: first second", "x: error: OSError", "x: interrupted", "x: interrupted: told"]
+    assert len(one_line("y" * 10 ** 5)) < 600
+
+
+def test_ctrl_c_while_it_starts_is_one_line(tmp_path):
+    for seconds in (0.4, 1.2):
+        process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), "--out", str(tmp_path / "out")], cwd=tmp_path,
+                                   stderr=subprocess.PIPE, text=True)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=60)[1]
+        assert process.returncode == 130 and told.splitlines() == ["run.py: interrupted"]
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(capsys):
+    with progress(total=3000, desc="fit", unit="step") as bar:
+        for _ in range(3000):
+            bar.update()
+    lines = capsys.readouterr().err
+    assert "\r" not in lines and 1 <= len(lines.splitlines()) <= 3 and "3000/3000" in lines
+
+
+# ---- pictures, fuzz, kills ----------------------------------------------------------------------------
+
+def test_pictures_of_a_run_are_upright_grey_and_bounded(command, tmp_path, capsys):
+    shape = Image.new("RGB", (40, 40), "white")
+    shape.paste("red", (0, 0, 40, 12))
+    shape.save(tmp_path / "plain.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    shape.transpose(Image.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    grey = np.linspace(0, 65535, 1600).reshape(40, 40)
+    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray((grey / 257).round().astype(np.uint8)).save(tmp_path / "flat.png")
+    Image.new("1", (1, 60000)).save(tmp_path / "tower.png")
+    made = {}
+    for name in ("plain", "turned", "deep", "flat", "tower"):
+        assert command("--image", tmp_path / f"{name}.png", "--pixels", "--steps", 1, mode="image", out=name) == 0
+        made[name] = (tmp_path / name / "source.png").read_bytes()
+    assert made["plain"] == made["turned"]
+    a, b = (np.array(Image.open(tmp_path / name / "source.png"), int) for name in ("deep", "flat"))
+    assert np.abs(a - b).max() <= 2 and a.std() > 30
+
+
+@pytest.mark.parametrize("kind", fuzz_scenes.COUNTS)
+def test_a_sample_of_the_fuzzer(tmp_path, kind):
+    for case in range({"scenes": 12, "ply": 12, "pictures": 20, "settings": 8}[kind]):
+        end, seconds, _ = fuzz_scenes.run_case(kind, case, 1, tmp_path)
+        assert end in ("read", "refused"), (case, end)
+
+
+@pytest.mark.parametrize("kind, share", [("svg", 0.8), ("splat", 0.8)])
+def test_killed_runs_resume_bit_identically(tmp_path, kind, share):
+    seconds = kills.whole_run(kind, tmp_path)
+    assert kills.kill_and_resume(kind, tmp_path, share * seconds) == ""
