@@ -271,15 +271,21 @@ def test_the_plane_has_an_exact_noise_prediction():
     assert_close(got, log_density(prior.means[1]).detach())
 
 
-def test_the_plane_shows_what_the_paper_says(tmp_path, capsys):
+def test_the_plane_shows_what_the_paper_says(tmp_path, capsys, monkeypatch):
+    ways, trajectories = {}, toy.trajectories
+
+    def recorded(prior, loss, seed, **options):
+        way = trajectories(prior, loss, seed, **options)
+        ways.setdefault(loss.__name__, way)
+        return way
+    monkeypatch.setattr(toy, "trajectories", recorded)
     assert toy.main(["--out", str(tmp_path)]) == 0
     rows = [line.rsplit(maxsplit=3) for line in capsys.readouterr().out.splitlines()[1:5]]
     sds, dds, ours, without = ([float(x) for x in row[1:]] for row in rows)
     assert ours[0] < 0.6 * min(sds[0], dds[0], without[0])  # nearest to the source
     assert 0 < ours[2] < 0.25 * min(sds[2], dds[2], without[2])  # beyond the boundary, and nearest to it
     assert Image.open(tmp_path / "toy.png").size == (3 * 360, 360)
-    ways = toy.trajectories(toy.world(), pds.sds_loss), toy.trajectories(toy.world(), pds.pds_loss)
-    spread = [way[-1].std(0).norm() / way[0].std(0).norm() for way in ways]
+    spread = [ways[name][-1].std(0).norm() / ways[name][0].std(0).norm() for name in ("sds_loss", "pds_loss")]
     assert spread[0] < 0.1 and spread[1] > 0.8  # SDS ends in one point, PDS keeps the samples apart
     assert (tmp_path / "toy.svg").read_text().count("<polyline") == 3 * 61
 
