@@ -27,6 +27,9 @@ MAX_SHAPES = 30_000
 MAX_VISITS = 150_000                  # elements visited in all, those of `use` as often as they are used
 MAX_REFERENCES = 30                   # how deep references may be nested
 MAX_MEASURED = 30_000                 # shapes measured for the boxes of clip paths and masks
+LENGTHS = set(GEOMETRY) - {"d", "points"}
+RELATIVE = re.compile("%|e[mx]|ch", re.I)  # units that depend on where a length stands
+NOTHING = 1e-9                        # pixels of a unit: a shape that has shrunk to nothing
 MAX_COORDINATE = 1e6                  # px; beyond it float32 cannot place an edge to a tenth of a pixel
 
 
@@ -153,6 +156,8 @@ class Paints:
             dashes = dashes * (1 + len(dashes) % 2) if sum(dashes) > 0 else []
         if width <= 0:
             return False
+        if dashes and min(numbers(element.get("pathLength")) or [-1]) >= 0:
+            self.source.unsupported(f"pathLength with dashes on <{self.source.tag(element)}>")
         scale = layer.shape.scale
         if width * scale > MAX_COORDINATE:
             raise SVGError(f"a stroke is wider than {MAX_COORDINATE:g} px")
@@ -229,6 +234,11 @@ class Paints:
 
 # ------------------------------------------------------------------ document: layers and groups
 
+def size_of(matrix):
+    """How many pixels long a unit is under a 3x3 matrix: the root of what it does to areas."""
+    return math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+
+
 # of red, green, blue and alpha in a mask (CSS Masking 1); colours are premultiplied, which brings their alpha in
 LUMINANCE, ALPHA = (0.2125, 0.7154, 0.0721, 0.0), (0.0, 0.0, 0.0, 1.0)
 MASK_FRAME = {"x": "-10%", "y": "-10%", "width": "120%", "height": "120%"}        # what a mask lets through at most
@@ -247,7 +257,7 @@ class Document:
 
     @classmethod
     def load(cls, path, skip_unsupported, size):
-        """Read a file; size: pixels of the square picture's side. Raises SVGError."""
+        """Read a file; size: pixels of the square picture's side, or a Frame of pictures.py. Raises SVGError."""
         try:
             source = Source(path, skip_unsupported)
             if not source.sized:          # what the content reaches, from the origin, is the picture
@@ -261,7 +271,7 @@ class Document:
             raise SVGError(f"{path}: elements, references or styles are nested too deeply") from None
 
     def __init__(self, source, size):
-        self.source, self.styles, self.paints, self.size = source, source.styles, Paints(source), size
+        self.source, self.styles, self.paints = source, source.styles, Paints(source)
         self.name, self.skipped = source.name, source.skipped
         self.shapes, self.shape_of, self.layers = [], {}, []
         self.points = self.fixed = 0      # rows in the table of optimised points, and of fixed ones
@@ -270,11 +280,17 @@ class Document:
         self.contexts, self.relative = {}, {}     # see context and outline
         self.active, self.followed, self.visited = [], 0, 0       # references being followed; counts of all so far
         root, width, height = source.root, source.width, source.height
-        scale = size / max(width, height)
+        self.sides = (size, size) if isinstance(size, int) else size.sides(width, height)
+        self.size = size = max(self.sides)
+        self.unit = scale = size / max(width, height)
         frame = ((size - scale * width) / 2, (size - scale * height) / 2, scale * width, scale * height)
         self.frame = (*frame[:2], frame[0] + frame[2], frame[1] + frame[3])      # x0, y0, x1, y1 in pixels
         self.initial = {name: (value, root) for name, value in INHERITED.items()}
         self.initial["viewport"] = tuple(source.view[2:]), root
+        for name in ("background", "background-color", "background-image"):
+            value, found = self.styles.of(root).get(name, "none"), colour(self.styles.of(root).get(name, "none"))
+            if value.lower() != "none" and not (found and (found[3] == 0 or found[:3] == (1, 1, 1))):
+                source.unsupported(f"{name} '{value[:40]}' on <svg>")         # the paper is white
         start, self.ops = fit(source.view, root.get("preserveAspectRatio"), *frame), []
         if self.styles.of(root).get("display") != "none":
             self.ops = self.group(root, start, self.initial, False, lambda *state: self.children(root, *state, False))
@@ -539,8 +555,7 @@ class Document:
         attributes.update((name, props[name]) for name in GEOMETRY if name in props)
         if "d" in props:
             attributes["d"] = path_data(props["d"]) or ""
-        if element in self.relative or any(re.search("%|[a-z]", attributes.get(name, ""), re.I) for name in GEOMETRY
-                                           if name not in ("d", "points")):
+        if element in self.relative or any(RELATIVE.search(attributes[name]) for name in LENGTHS & attributes.keys()):
             state = style["viewport"][0], style["font-size"][0]
             if self.relative.setdefault(element, state) != state:
                 self.source.unsupported(f"<{self.source.tag(element)}> with lengths that depend on where it is used")
@@ -553,13 +568,12 @@ class Document:
         """Shape of the element, made at its first use; None if it has nothing to draw."""
         if element in self.shape_of and element is not None:
             return self.shape_of[element]
-        scale = math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
-        points = np.array(outline.points)
+        scale, points = size_of(matrix), np.array(outline.points)
         if points.size and not np.all(np.abs(points) < MAX_COORDINATE / scale if scale else True):
             what = "a viewport" if element is None else f"<{self.source.tag(element)}>"
             raise SVGError(f"{what} has coordinates that are not finite or lie more than {MAX_COORDINATE:g} px away")
         shape = None
-        if outline.curves and scale > 1e-9:
+        if outline.curves and scale > NOTHING:
             shape = Shape(element, outline, scale, self.fixed if element is None else self.points)
             self.shapes.append(shape)
             if element is None:
@@ -576,6 +590,8 @@ class Document:
 
     def draw(self, element, matrix, style, clip):
         """ops of a shape: its fill and its stroke, or its geometry in a clip path."""
+        if element not in self.shape_of and size_of(matrix) <= NOTHING:
+            return []                     # nothing is seen of it here; another use may be larger
         shape = self.shape(element, self.outline(element, style), matrix)
         if shape is None:
             return []

@@ -17,6 +17,7 @@ class SVGError(ValueError):
 # no digit can be matched in two ways: otherwise a long number that ends badly takes the square of its length
 DIGITS = r"([-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)"
 NUMBER = re.compile(r"[\s,]*" + DIGITS)
+LENGTH = re.compile(NUMBER.pattern + r"\s*(%|[a-zA-Z]*)\s*")
 FLAG = re.compile(r"[\s,]*([01])")    # an arc's flags may be packed: "a1 1 0 011 1"
 COMMAND = re.compile(r"[\s,]*([MmZzLlHhVvCcSsQqTtAa])")
 ARGUMENTS = dict(M=2, L=2, H=1, V=1, C=6, S=4, Q=4, T=2, A=7, Z=0)
@@ -37,7 +38,7 @@ def numbers(text):
 
 def length(text, percent_of=1.0, default=0.0, em=16.0):
     """A length in user units (px); percent_of is what 100 % means, em the font size; the default if unreadable."""
-    match = re.fullmatch(NUMBER.pattern + r"\s*(%|[a-zA-Z]*)\s*", text or "")
+    match = LENGTH.fullmatch(text or "")
     unit = match[2].lower() if match else None
     if unit == "%":
         return number(match[1]) * percent_of / 100
@@ -53,7 +54,7 @@ def affine(a=1.0, b=0.0, c=0.0, d=1.0, e=0.0, f=0.0):
 def transform(text):
     """An SVG transform list -> 3x3 matrix (column vectors)."""
     matrix = affine()
-    for name, inner in re.findall(r"\b(\w+)\s*\(([^()]*)\)", text or ""):
+    for name, inner in re.findall(r"\b(\w+)\s*\(([^()]*)\)", text) if text else ():
         v = numbers(inner)
         if name == "matrix" and len(v) == 6:
             step = affine(*v)
@@ -100,12 +101,12 @@ def css_transform(text, width=1.0, height=1.0, em=16.0):
 
         def plain():
             found = [re.fullmatch(DIGITS + "(%?)", part) for part in parts]
-            return [float(m[1]) / (100 if m[2] else 1) for m in found] if all(found) else None
+            return [number(m[1]) / (100 if m[2] else 1) for m in found] if all(found) else None
 
         def angles():
             found = [re.fullmatch(DIGITS + "([a-zA-Z]*)", part) for part in parts]
             fine = all(m and m[2].lower() in ANGLES and (m[2] or not float(m[1])) for m in found)
-            return [float(m[1]) * ANGLES[m[2].lower()] for m in found] if fine else None
+            return [number(m[1]) * ANGLES[m[2].lower()] for m in found] if fine else None
         v = step = None
         if name in THREE_D:
             step = affine()

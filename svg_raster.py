@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from optimiser import SmoothField
+from pictures import frame_of
 from svg_document import Document, write_file
 from svg_outline import SVGError
 from svg_segments import (BEVEL, BUTT, MITER, ROUND, SQUARE, TOLERANCE, dash, expand, flatten, scatter_sum, stroke,
                           take)
 
-MAX_FLOATS = 1 << 29                  # of one render: what its layers, gradients and groups keep
+MAX_FLOATS = 1 << 28                  # of one render, 1 GiB: what its layers, gradients and groups keep
 MANY_STOPS = 16                       # of a gradient; beyond it, every pixel looks up its own two
 
 
@@ -373,15 +374,16 @@ class SVG(torch.nn.Module):
     def load(cls, path, skip_unsupported=False, size=64, ss=1):
         """Read a file.
 
-        size: pixels of the square picture's side; ss: 1, 2 or 4 samples per pixel and axis, against
-        backgrounds shining through where two shapes share an edge.
+        size: pixels of the square picture's side, or a Frame of pictures.py: whole pictures of the drawing's own
+        shape. ss: 1, 2 or 4 samples per pixel and axis, against backgrounds shining through where two shapes share an
+        edge.
         Raises SVGError for what cannot be read or drawn; skip_unsupported leaves unsupported features out.
         """
         return cls(Document.load(path, skip_unsupported, size), ss)
 
     def __init__(self, document, ss=1):
         super().__init__()
-        self.document, self.size, self.ss = document, document.size, ss
+        self.document, self.size, self.sides, self.ss = document, document.size, document.sides, ss
         self.layers, self.ops, self.gradients = document.layers, document.ops, document.paints.gradients
         self.add_parameters(document.shapes, document.paints.tables)
         self.add_curves()
@@ -498,19 +500,21 @@ class SVG(torch.nn.Module):
         return torch.cat([lines[:fills], edges]), torch.cat([layer[:fills], edge_layer]), lines, layer
 
     def render(self, view=None, size=None):
-        """Picture [1, 3, size, size] in [0, 1] on white, differentiable.
+        """Picture [1, 3, H, W] in [0, 1] on white, differentiable.
 
-        view: (dx, dy) in pixels at the drawing's own size, or None; size: side in pixels, default that size.
-        A viewBox that is not square is centred, with white on both sides. Raises SVGError where points are
-        not finite or there is too much to draw.
+        view: (dx, dy) in pixels at the drawing's own size, or None; size: pixels of the shorter side, or a Frame,
+        default as it was loaded. What was loaded as a square is drawn as one, a viewBox of another shape in its middle.
+        Raises SVGError where points are not finite or there is too much to draw.
         """
+        width, height = self.sides if size is None else frame_of(size).sides(*self.sides)
         try:
-            return self.draw(view, size)
+            picture = self.draw(view, max(width, height))
         except SVGError as error:
             raise SVGError(f"{self.document.name}: {error}") from None
+        left, top = (picture.shape[3] - width) // 2, (picture.shape[2] - height) // 2
+        return picture[..., top:top + height, left:left + width]
 
     def draw(self, view, size):
-        size = size or self.size
         side = size * self.ss
         zoom, (dx, dy) = side / self.size, view or (0.0, 0.0)
         frame = [(v + d) * zoom for v, d in zip(self.document.frame, (dx, dy, dx, dy))]

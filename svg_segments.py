@@ -11,7 +11,7 @@ import torch
 
 from svg_outline import SVGError
 
-MAX_PIECES = 1 << 23                  # edge pieces of one render
+MAX_PIECES = 6_000_000               # edge pieces of one render, about 1 GB
 MAX_CHORDS = 1 << 20                  # of curves, of dashes and of round corners, before they are cut into pieces
 TOLERANCE = 0.03                      # px, how far a flattened curve may lie from the true one
 BUTT, ROUND, SQUARE = 0, 1, 2           # caps

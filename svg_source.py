@@ -16,9 +16,10 @@ from xml.parsers import expat
 
 from files import replacing
 from svg_outline import SVGError, length, numbers
-from svg_style import INHERITED, URL, Styles
+from svg_style import INHERITED, STILL, URL, Styles
 
 MAX_BYTES, MAX_ELEMENTS, MAX_DEPTH = 32 << 20, 100_000, 200
+MOVING = {"animate", "animateColor", "animateMotion", "animateTransform", "set", "script"}
 MAX_ENTITIES, MAX_EXPANSION = 100, 1 << 20    # of a DTD, and the characters that they expand to in all
 
 
@@ -86,11 +87,15 @@ def parse_xml(data):
         if entities > MAX_ENTITIES or expansion > MAX_EXPANSION:
             raise SVGError("entity declarations (<!ENTITY>) that expand this much are refused")
 
+    def instruction(target, text):
+        if target == "xml-stylesheet":
+            raise SVGError(f"the external style sheet of <?{target} {text[:80]}?> is refused")
+
     parser = expat.ParserCreate()
     parser.StartElementHandler, parser.EndElementHandler = start, end
     parser.CharacterDataHandler = lambda text: builder.data(text) if depth else None
     parser.CommentHandler = lambda text: builder.comment(text) if depth else None
-    parser.EntityDeclHandler = entity
+    parser.EntityDeclHandler, parser.ProcessingInstructionHandler = entity, instruction
     try:
         parser.Parse(data, True)
     except SVGError:
@@ -113,6 +118,8 @@ class Source:
         self.ids = {}
         for element in self.elements:
             self.ids.setdefault(element.get("id"), element)
+            if self.tag(element) in MOVING:
+                self.not_understood("the element", f"<{self.tag(element)}>", STILL)
         self.styles = Styles(self, self.root)
         root_style = self.styles.inherit({"font-size": (INHERITED["font-size"], None)}, self.root)
         self.em = float(root_style["font-size"][0])
@@ -149,16 +156,19 @@ class Source:
             self.skipped.append(what)
             warnings.warn(f"{self.name}: {what} is not supported and left out", stacklevel=2)
 
-    def not_understood(self, kind, text):
+    def not_understood(self, kind, text, what="is not understood and left out"):
         """Warn about an invalid piece of CSS, once for each kind; as CSS asks, it counts as not written."""
-        if kind not in self.told:
-            self.told.add(kind)
+        if (kind, what) not in self.told:
+            self.told.add((kind, what))
             text = text if len(text) <= 60 else text[:57] + "..."
-            warnings.warn(f"{self.name}: {kind} '{text}' is not understood and left out", stacklevel=2)
+            warnings.warn(f"{self.name}: {kind} '{text}' {what}", stacklevel=2)
 
     def reference(self, element):
         """The element that href points at; None if there is none in this document."""
-        href = next((v for k, v in element.attrib.items() if k.rpartition(":")[2] == "href"), "").strip()
+        href = element.get("href")        # which overrules xlink:href
+        if href is None:
+            href = next((v for k, v in element.attrib.items() if k.rpartition(":")[2] == "href"), "")
+        href = href.strip()
         if href and href[0] != "#":
             raise SVGError(f"the external reference '{href[:80]}' is refused")
         return self.ids.get(href[1:]) if href else None

@@ -18,6 +18,8 @@ from svg_outline import DIGITS, UNITS, SVGError, css_transform, length, origin
 
 MAX_DEPTH = 200                       # of blocks in each other
 MAX_CSS, MAX_RULES, MAX_STEPS = 8 << 20, 1000, 10_000_000       # characters, selectors, steps of matching
+MAX_INVOLVED = 40_000                 # different values that need a parser, about 0.1 ms each
+SIMPLE = re.compile(r"[\w\s.,#%+-]*|rgb\([0-9\s,]*\)|url\(#[\w-]*\)")
 MAX_VALUE = 10_000                    # characters of a value after var() has been replaced
 
 INHERITED = {                         # properties that elements pass on, with their initial values
@@ -31,9 +33,12 @@ OWN = {                               # and those that they do not
     "mix-blend-mode": "normal", "stop-color": "black", "stop-opacity": "1", "overflow": "hidden",
     "mask-type": "luminance", "transform-origin": "0 0", "transform-box": "view-box", "vector-effect": "none"}
 # properties that change the picture and are not drawn here, unless they say so with one of these values
-REFUSED = dict.fromkeys(("filter", "backdrop-filter", "mask-image", "-webkit-mask", "-webkit-mask-image", "offset-path",
-                         "translate", "rotate", "scale", "perspective"), {"none"})
+REFUSED = dict.fromkeys(("filter", "backdrop-filter", "mask-image", "offset-path", "translate", "rotate", "scale",
+                         "perspective"), {"none"})
 REFUSED |= {"mix-blend-mode": {"normal"}, "zoom": {"normal", "1", "100%"}}
+# older names of properties, of the same meaning (Compatibility Standard, 3.1)
+ALIASES = {"-webkit-" + name: name for name in ("transform", "transform-origin", "filter", "clip-path", "mask",
+                                                "mask-image", "opacity")}
 KEYWORDS = {"inherit", "initial", "unset", "revert", "revert-layer"}      # a value of every property
 URL = r"url\(([^)]*)\)"
 CHOICES = {                           # the values of properties that are one word
@@ -44,49 +49,84 @@ CHOICES = {                           # the values of properties that are one wo
                                                            "non-rotation", "fixed-position"},
     "transform-box": {"view-box", "fill-box", "stroke-box", "content-box", "border-box"}}
 COLOURS = {"fill", "stroke", "color", "stop-color"}
+WIDE = re.compile(r"\bcolor\((?!\s*srgb)", re.I)      # a colour of a space that need not fit into sRGB
 SIZES = {"x", "y", "cx", "cy", "r", "rx", "ry", "width", "height"}        # geometry that style sheets can set
 POSITIVE = {"r", "rx", "ry", "width", "height", "stroke-width", "stroke-miterlimit", "stroke-dasharray", "font-size"}
 FONT_SIZES = {"xx-small": 9, "x-small": 10, "small": 13, "medium": 16, "large": 18, "x-large": 24, "xx-large": 32,
               "xxx-large": 48}
 MARKERS = ("marker-start", "marker-mid", "marker-end")
+STILL = "is left out: what is drawn is a still picture"
 NO_NUMBER = float("nan")              # what `length` is told to return for what it cannot read
-# media queries that hold for a still picture on a light screen; every other one does not
-MEDIA = {"", "all", "screen", "only all", "only screen", "not print", "(prefers-color-scheme: light)"}
+# media queries that hold for a still picture on a light sRGB screen, and some that do not
+MEDIA = {"", "all", "screen", "only all", "only screen", "not print", "(prefers-color-scheme: light)",
+         "(prefers-reduced-motion: no-preference)", "(color-gamut: srgb)", "(color)"}
+NO_MEDIA = {"print", "only print", "not all", "not screen", "speech", "(prefers-color-scheme: dark)",
+            "(prefers-reduced-motion: reduce)", "(prefers-reduced-motion)", "(prefers-contrast: more)",
+            "(forced-colors: active)", "(color-gamut: p3)", "(color-gamut: rec2020)", "(monochrome)"}
+# rules of style sheets that change no still picture without text
+HARMLESS = re.compile("(font-.*|(-.*-)?keyframes|page|charset|counter-style|namespace|view-transition)$")
+
+
+# To linear sRGB: from XYZ, by its white point, and from the linear values of other spaces (CSS Color 4, section 10).
+FROM_D65 = ((3.2409699, -1.5373832, -0.4986108), (-0.9692436, 1.8759675, 0.0415551), (0.0556301, -0.203977, 1.0569715))
+FROM_D50 = ((3.1341359, -1.617386, -0.4906622), (-0.9787954, 1.9162544, 0.0334427), (0.0719554, -0.2289768, 1.4053861))
+SPACES = {                            # the matrix, and what makes a value in [0, 1] linear
+    "srgb-linear": (((1, 0, 0), (0, 1, 0), (0, 0, 1)), lambda v: v),
+    "display-p3": (((1.2249402, -0.2249402, 0), (-0.042057, 1.042057, 0), (-0.0196376, -0.078636, 1.0982736)),
+                   lambda v: v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4),
+    "a98-rgb": (((1.3983557, -0.3983557, 0), (0, 1, 0), (0, -0.042929, 1.042929)), lambda v: v ** (563 / 256)),
+    "rec2020": (((1.660491, -0.5876411, -0.0728499), (-0.1245505, 1.1328999, -0.0083494),
+                 (-0.0181508, -0.1005789, 1.1187297)),
+                lambda v: v / 4.5 if v < 0.0812429 else ((v + 0.0992968) / 1.0992968) ** (1 / 0.45)),
+    "prophoto-rgb": (((2.0343808, -0.7276358, -0.3067451), (-0.2288257, 1.2317425, -0.0029168),
+                      (-0.0085588, -0.1532667, 1.1618255)), lambda v: v / 16 if v <= 1 / 32 else v ** 1.8)}
+
+
+def to_srgb(linear, matrix):
+    """Three linear values -> (r, g, b), with sRGB's gamma."""
+    linear = [sum(m * c for m, c in zip(row, linear)) for row in matrix]
+    return tuple(12.92 * c if c <= 0.0031308 else 1.055 * c ** (1 / 2.4) - 0.055 for c in linear)
+
+
+PLAIN_RGB = re.compile(r"\s*rgb\(\s*([0-9]{1,9})\s*,\s*([0-9]{1,9})\s*,\s*([0-9]{1,9})\s*\)\s*", re.I)
+PLAIN_HEX = re.compile("#([0-9a-f]{2})([0-9a-f]{2})([0-9a-f]{2})", re.I)
 
 
 @functools.lru_cache(4096)
 def colour(text):
-    """CSS colour (Color 4: hex, names, rgb(), hsl(), hwb(), color(srgb)) -> (r, g, b, a) in [0, 1], or None."""
+    """CSS colour (Color 4, and light-dark(), by day) -> (r, g, b, a) in [0, 1], or None.
+
+    What lies outside of sRGB is cut off, as browsers do.
+    """
+    if match := PLAIN_RGB.fullmatch(text):        # files hold thousands of these
+        return (*(min(int(part) / 255, 1.0) for part in match.groups()), 1.0)
+    if match := PLAIN_HEX.fullmatch(text):
+        return (*(int(part, 16) / 255 for part in match.groups()), 1.0)
     try:
         found = color4.parse_color(text)
     except ValueError:                    # color() without arguments
         return None
+    if found is None and re.match(r"\s*light-dark\(", text, re.I):
+        inside = tinycss2.parse_one_component_value(text, skip_comments=True)
+        inside = inside.arguments if inside.type == "function" else []
+        return colour(tinycss2.serialize(inside[:inside.index(",")])) if inside.count(",") == 1 else None
     if not isinstance(found, color4.Color):
         return None
     try:
         if found.space in ("srgb", "hsl", "hwb"):
             rgba = found.to("srgb")
         elif found.space in ("lab", "lch", "xyz-d50"):
-            rgba = (*from_xyz(found.to("xyz-d50").coordinates, FROM_D50), found.alpha)
+            rgba = (*to_srgb(found.to("xyz-d50").coordinates, FROM_D50), found.alpha)
         elif found.space in ("oklab", "oklch", "xyz-d65", "xyz"):
-            rgba = (*from_xyz(found.to("xyz-d65").coordinates, FROM_D65), found.alpha)
+            rgba = (*to_srgb(found.to("xyz-d65").coordinates, FROM_D65), found.alpha)
         else:
-            return None
+            matrix, curve = SPACES[found.space]
+            linear = [math.copysign(curve(abs(c or 0.0)), c or 0.0) for c in found.coordinates]
+            rgba = (*to_srgb(linear, matrix), found.alpha)
     except OverflowError:
         return None
     rgba = tuple(min(max(c, 0.0), 1.0) for c in rgba)
     return None if any(map(math.isnan, rgba)) else rgba
-
-
-# XYZ to linear sRGB, by the white point of XYZ; what lies outside of sRGB is cut off, as browsers do
-FROM_D65 = ((3.2409699, -1.5373832, -0.4986108), (-0.9692436, 1.8759675, 0.0415551), (0.0556301, -0.203977, 1.0569715))
-FROM_D50 = ((3.1341359, -1.617386, -0.4906622), (-0.9787954, 1.9162544, 0.0334427), (0.0719554, -0.2289768, 1.4053861))
-
-
-def from_xyz(xyz, matrix):
-    """XYZ -> (r, g, b), with sRGB's gamma."""
-    linear = (sum(m * c for m, c in zip(row, xyz)) for row in matrix)
-    return tuple(12.92 * c if c <= 0.0031308 else 1.055 * c ** (1 / 2.4) - 0.055 for c in linear)
 
 
 # a declaration that needs no CSS parser
@@ -101,7 +141,7 @@ def declarations(css):
         if all(found):
             return [(match[1].lower(), match[2].strip(), False) for match in found]
     found = tinycss2.parse_blocks_contents(css, skip_comments=True, skip_whitespace=True)
-    return [(d.name if d.name.startswith("--") else d.lower_name,
+    return [(d.name if d.name.startswith("--") else ALIASES.get(d.lower_name, d.lower_name),
              tinycss2.serialize([token for token in d.value if token.type != "comment"]).strip(), d.important)
             for d in found if d.type == "declaration"]
 
@@ -214,21 +254,56 @@ def path_data(text):
 
 
 def media_holds(queries):
-    """Whether one of the comma-separated media queries holds."""
-    return any(all(re.sub(r"\s*:\s*", ": ", " ".join(part.split())) in MEDIA for part in re.split(r"\band\b", query))
-               for query in queries.lower().split(","))
+    """Whether one of the comma-separated media queries holds; None where that is not known here."""
+    found = []
+    for query in queries.lower().split(","):
+        parts = [re.sub(r"\s*:\s*", ": ", " ".join(part.split())) for part in re.split(r"\band\b", query)]
+        found.append(not NO_MEDIA.intersection(parts) and (True if MEDIA.issuperset(parts) else None))
+    return True if True in found else None if None in found else False
 
 
-def style_rules(rules, depth=0):
-    """The rules that hold, those of the blocks @media and @supports among them."""
-    for rule in rules:
-        if rule.type == "qualified-rule":
-            yield rule
-        elif rule.type == "at-rule" and rule.content is not None and depth < MAX_DEPTH and (
-                rule.lower_at_keyword == "supports" and supports_holds(rule.prelude) or
-                rule.lower_at_keyword == "media" and media_holds(tinycss2.serialize(rule.prelude))):
-            inner = tinycss2.parse_blocks_contents(rule.content, skip_comments=True, skip_whitespace=True)
-            yield from style_rules(inner, depth + 1)
+class Sheets:
+    """The rules of all style sheets that hold, those of the blocks @media, @supports and @layer among them."""
+
+    def __init__(self, source):
+        self.source, self.layers = source, {}     # path of a cascade layer's names -> its rank
+
+    def holds(self, queries):
+        """Whether media queries hold; those that are not known here do not, with a warning."""
+        if (holds := media_holds(queries)) is None:
+            self.source.not_understood("the media query", queries.strip())
+        return bool(holds)
+
+    def layer(self, path):
+        """A key that orders cascade layers, the weakest first (CSS Cascading 5, 6.4.4): a tuple.
+
+        They are ranked by their first mention; what is in no inner layer is stronger than those.
+        """
+        for k in range(len(path)):
+            self.layers.setdefault(path[:k + 1], len(self.layers))
+        if len(self.layers) > MAX_RULES:
+            raise SVGError(f"more than {MAX_RULES} cascade layers")
+        return (*(self.layers[path[:k + 1]] for k in range(len(path))), math.inf)
+
+    def rules(self, rules, inside=(), depth=0):
+        """(layer, rule) of every rule; inside: the names of the layers around."""
+        for rule in rules:
+            if rule.type == "qualified-rule":
+                yield self.layer(inside), rule
+            if rule.type != "at-rule" or depth > MAX_DEPTH:
+                continue
+            name, prelude, path = rule.lower_at_keyword, tinycss2.serialize(rule.prelude).strip(), inside
+            if name == "layer":           # without a name it is a new one
+                for names in [part.strip().split(".") for part in prelude.split(",")] if prelude else [[id(rule)]]:
+                    path = (*inside, *names[:MAX_DEPTH])
+                    self.layer(path)
+            holds = (name == "supports" and supports_holds(rule.prelude) or name == "layer"
+                     or name == "media" and self.holds(prelude))
+            if rule.content is not None and holds:
+                inner = tinycss2.parse_blocks_contents(rule.content, skip_comments=True, skip_whitespace=True)
+                yield from self.rules(inner, path, depth + 1)
+            elif name not in ("supports", "media", "layer") and not HARMLESS.match(name):
+                self.source.not_understood("the CSS rule", f"@{name} {prelude}")
 
 
 class Steps:
@@ -313,27 +388,28 @@ class Styles:
         self.parents = {child: parent for parent in root.iter() for child in parent}
         self.cascaded, self.resolved, self.variables = {}, {}, {}
         self.scoped, self.looked = set(), 0       # custom properties of elements below the root; steps to find them
+        self.involved = set()             # values that are not SIMPLE
         self.rules, self.important = 0, False     # selectors in all sheets; whether a sheet says !important
-        matcher = Matcher()
+        matcher, sheets = Matcher(), Sheets(source)
         for element in root.iter():
-            if source.tag(element) == "style" and media_holds(element.get("media", "all")):
-                self.add_sheet(matcher, element.text or "")
-        self.matched = {}                 # element -> [[(property, value, important)]], weakest rule first
+            if source.tag(element) == "style" and sheets.holds(element.get("media", "all")):
+                self.add_sheet(matcher, sheets, element.text or "")
+        # element -> [(layer, [(property, value, important)])], of each layer the weakest rule first
+        self.matched = {}
         if self.rules:
             for node in Node.from_xml_root(root).iter_subtree():
-                bodies = [body for *_, body in matcher.match(node)]
-                node.steps.take(sum(map(len, bodies)))
-                self.matched[node.etree_element] = bodies
+                self.matched[node.etree_element] = found = [payload for *_, payload in matcher.match(node)]
+                node.steps.take(sum(len(body) for _, body in found))
 
     def count(self, text):
         self.read += len(text)
         if self.read > MAX_CSS:
             raise SVGError(f"more than {MAX_CSS >> 20} MiB of style sheets and style attributes")
 
-    def add_sheet(self, matcher, text):
+    def add_sheet(self, matcher, sheets, text):
         self.count(text)
         sheet = tinycss2.parse_stylesheet(text, skip_comments=True, skip_whitespace=True)
-        for rule in style_rules(sheet):
+        for layer, rule in sheets.rules(sheet):
             try:
                 selectors = cssselect2.compile_selector_list(rule.prelude)
             # the library turns selectors into Python, which limits how deep they may be nested
@@ -349,7 +425,7 @@ class Styles:
             self.important |= any(important for *_, important in body)
             for selector in selectors:
                 if selector.pseudo_element is None:
-                    matcher.add_selector(selector, body)
+                    matcher.add_selector(selector, (layer, body))
 
     def inline(self, element):
         """The declarations in style=""."""
@@ -362,6 +438,12 @@ class Styles:
     def understood(self, name, value, authored):
         """The value to use; None, with a warning, for what is none: the declaration then counts as not written."""
         text = value
+        if not SIMPLE.fullmatch(value):
+            self.involved.add(value)
+            if len(self.involved) > MAX_INVOLVED:
+                raise SVGError(f"more than {MAX_INVOLVED} different values of style that are no plain words or numbers")
+        if name in ("animation", "animation-name") and value.lower() not in ("none", *KEYWORDS):
+            self.source.not_understood(name, value, STILL)
         if "calc(" in value.lower() and "var(" not in value.lower():
             text = self.replaced(None, tinycss2.parse_component_value_list(value))
         if text is not None and readable(name, text, authored):
@@ -369,16 +451,33 @@ class Styles:
         self.source.not_understood(name, value)
         return None
 
+    def blocks(self, element):
+        """The blocks of declarations for an element, weakest first: (block, whether it is CSS, which are meant) each.
+
+        Attributes are overruled by sheets, these by style="", and all by what is !important, where weaker layers win.
+        """
+        sheets, inline = self.matched.get(element, ()), self.inline(element)
+        yield [(k, v.strip(), False) for k, v in element.attrib.items() if k in INHERITED or k in OWN], False, False
+        for important in (False, True) if sheets or any(urgent for *_, urgent in inline) else (False,):
+            for _, body in sorted(sheets, key=lambda found: found[0], reverse=important):         # stable
+                yield body, True, important
+            yield inline, True, important
+
     def cascade(self, element):
-        """{property: winning value}: attributes, overruled by sheets, by style="", and by !important in this order."""
+        """{property: winning value}."""
         if element not in self.cascaded:
-            given = [(k, v.strip(), False) for k, v in element.attrib.items() if k in INHERITED or k in OWN]
-            authored = [d for body in self.matched.get(element, ()) for d in body] + self.inline(element)
-            authored.sort(key=lambda declaration: declaration[2])             # stable
             found = {}
-            for number, (name, value, _) in enumerate(given + authored):
-                if (text := self.understood(name, value, number >= len(given))) is not None:
+            for block, authored, important in self.blocks(element):
+                given = set()             # the colours of this block
+                for name, value, _ in (d for d in block if d[2] == important):
+                    if (text := self.understood(name, value, authored)) is None:
+                        continue
+                    if WIDE.search(text) and name in given and name in COLOURS:
+                        self.source.not_understood(name, text, "is left for the sRGB colour before it")
+                        continue
                     found.update(dict.fromkeys(MARKERS, text) if name == "marker" else {name: text})
+                    if name in COLOURS:
+                        given = given | {name} if colour(text) else given - {name}
             if element in self.parents:
                 self.scoped.update(name for name in found if name.startswith("--"))
             self.cascaded[element] = found

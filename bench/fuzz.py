@@ -26,8 +26,9 @@ EXTREMES = ("0", "-0", "1e-320", "1e-300", "1e-30", "1e-12", "-1e-9", "1e-6", "1
             "calc(", "var(--a)", "var(--none, 7)", "1.5.5")
 COLOURS = ("red", "#0f0", "#00f8", "none", "currentColor", "rgb(10 200 30 / 50%)", "hsl(200deg 80% 50%)",
            "hsla(20,500%,50%,5)", "hsl(0 1e300% 50%)", "oklch(0.7 0.15 40)", "lab(50 1e30 0)",
-           "color(display-p3 1 0 0)", "var(--c)", "var(--none, teal)", "zzz", "inherit", "initial", "url(#g0)", "url(#g1) red", "url(#none)",
-           "rgb(1e999 0 0)", "008000", "color()", "rgb(calc(100 + 55) 0 0)")
+           "color(display-p3 1 0 0)", "color(prophoto-rgb 1e999 none -5 / 50%)", "color(a98-rgb 1e300 0 0)",
+           "light-dark(red, blue)", "light-dark(", "var(--c)", "var(--none, teal)", "zzz", "inherit", "initial",
+           "url(#g0)", "url(#g1) red", "url(#none)", "rgb(1e999 0 0)", "008000", "color()", "rgb(calc(100 + 55) 0 0)")
 UNITS = ("", "", "", "", "px", "%", "em", "mm", "rem", "q", "vw")
 SHAPES = ("path", "path", "path", "rect", "circle", "ellipse", "line", "polyline", "polygon")
 
@@ -181,7 +182,10 @@ class Maker:
             css = [*self.style(), (self.pick(("r", "cx", "rx", "width", "transform", "d")), self.length() + "px")]
             rules.append(f"{selector}{{{';'.join(f'{name}:{value}' for name, value in css)}}}")
         text = " ".join(rules)
-        return f"<style>{self.pick((text, f'@media screen{{{text}}}', f'@supports (fill:red){{{text}}}'))}</style>"
+        first = rules[0] if rules else ""
+        return "<style>" + self.pick((text, f"@media screen{{{text}}}", f"@supports (fill:red){{{text}}}",
+                                      f"@layer b, a.b; @layer a{{{text} @layer b{{{first}}}}} @layer b{{{first}}}",
+                                      f"@layer{{{text}}} @layer .{{{first}}}")) + "</style>"
 
     def document(self):
         body = (self.sheet() if self.chance(0.3) else "") + (self.resources() if self.chance(0.7) else "")

@@ -3,6 +3,7 @@ import io
 import json
 import math
 import random
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -43,9 +44,19 @@ def icons_of(path, count):
 
 
 def resvg_render(text, size, finer=1):
-    """[size, size, 3] in [0, 1] from resvg, rendered `finer` times larger and averaged."""
+    """[size, size, 3] in [0, 1] from resvg, rendered `finer` times larger and averaged.
+
+    A drawing of another shape than a square, told by its viewBox alone, is centred in one.
+    """
     import resvg_py
     side = size * finer
+    root = re.match(r"<svg [^>]*>", text)
+    view = re.search(r'viewBox="(\S+) (\S+) (\S+) (\S+)"', root[0]) if root and " width=" not in root[0] else None
+    width, height = map(float, view.groups()[2:]) if view else (1.0, 1.0)
+    if width != height:
+        most = max(width, height)
+        place = f'x="{(most - width) / 2}" y="{(most - height) / 2}" width="{width}" height="{height}"'
+        text = drawing_text(f"<svg {place}{text[4:]}", f"0 0 {most} {most}")
     png = bytes(resvg_py.svg_to_bytes(svg_string=text, width=side, height=side, background="#ffffff"))
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=np.float64) / 255
     return pixels.reshape(size, finer, size, finer, 3).mean((1, 3))
