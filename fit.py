@@ -6,18 +6,31 @@
         fit.report(loss, error)
 """
 import contextlib
+import hashlib
 import io
+import json
 import math
 import time
 from pathlib import Path
 
 import torch
 
+import parallel
 from checkpoint import (CheckpointError, count, dictionary, random_state, read_checkpoint, restore_generator,
                         restore_optimiser, seconds as seconds_of, text)
 from files import check_writable, replacing
 from progress import progress as progress_bar
 from scene import SceneError
+
+
+def kept_in(path, scene, sizes):
+    """The file that keeps the fit of a scene with these sizes: out/apple-nerf -> out/apple-nerf-1a2b3c4d-fit.pt.
+
+    Its name holds what tells fits apart: the photographs as they are fitted, reduced too, and the sizes. So a second
+    scene of the same name, or the same one with another --downscale, has a fit of its own.
+    """
+    key = hashlib.sha256(f"{scene.fingerprint} {json.dumps(sizes, sort_keys=True)}".encode()).hexdigest()
+    return Path(path).with_name(f"{Path(path).name}-{key[:8]}-fit.pt")
 
 
 class Fit:
@@ -39,8 +52,10 @@ class Fit:
         Raises:
             SceneError: the checkpoint is damaged, of another scene or of other sizes.
             OSError: it could not be written.
-            ValueError: seconds are not positive.
+            ValueError: seconds are not positive; the device has no float64.
         """
+        if torch.device(device).type == "mps":  # volume rendering sums in it, and splats are moved to their tiles in it
+            raise ValueError("a scene is fitted and drawn in float64, which mps lacks: take --device cpu")
         self.clock = time.process_time if torch.device(device).type == "cpu" else time.perf_counter
         if seconds is not None and not 0 < seconds < math.inf:
             raise ValueError(f"the seconds of a fit must be positive, got {seconds}")
@@ -94,27 +109,34 @@ class Fit:
         if self.saved:
             with self.reading():
                 restore_optimiser(optimiser, self.saved["optimiser"], self.checkpoint)
-                restore_generator(generator, self.saved["generator"], self.checkpoint)
+                if self.share(self.step) < 1:
+                    streams = [self.saved["generator"], *self.saved.get("others", [])]
+                    if len(streams) != parallel.world():
+                        raise CheckpointError(self.checkpoint, f"{len(streams)} processes began it, not {parallel.world()}")
+                    restore_generator(generator, streams[parallel.rank()], self.checkpoint)
             self.saved = None  # its memory is free
         started = self.clock() - self.spent
 
         def keep():
+            first, *others = parallel.gathered([generator.get_state().cpu()])
+            if parallel.rank():
+                return
             whole = io.BytesIO()  # torch's own writing of files hides a full disk behind a RuntimeError
             torch.save(state() | dict(step=self.step, spent=self.spent, optimiser=optimiser.state_dict(),
-                                      generator=generator.get_state(), sizes=self.sizes,
+                                      generator=first, others=others, sizes=self.sizes,
                                       fingerprint=self.scene.fingerprint), whole)
             with replacing(self.checkpoint) as part:
                 part.write_bytes(whole.getbuffer())
 
         written, first = time.monotonic(), self.step
         with progress_bar(total=self.steps, initial=first, desc="fit", unit="step",
-                          disable=not progress) as self.bar:
+                          disable=not progress or parallel.rank() > 0) as self.bar:
             while self.share(self.step) < 1:
                 yield self.step
                 self.step += 1
                 self.bar.update()
-                self.spent = self.clock() - started
-                if self.checkpoint and time.monotonic() - written > 15:
+                self.spent = parallel.largest(self.clock() - started)  # so that all processes stop at one step
+                if self.checkpoint and parallel.largest(time.monotonic() - written) > 15:
                     keep()
                     written = time.monotonic()
         if self.checkpoint and (self.step > first or not self.checkpoint.exists()):

@@ -11,13 +11,15 @@ The hash grid is Instant NGP's (Mueller et al., arXiv 2201.05989), the rendering
 """
 import json
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch.nn.functional import huber_loss, leaky_relu, max_pool3d
+from torch.nn.functional import huber_loss, l1_loss, leaky_relu, max_pool3d
 
+import parallel
 from checkpoint import count, dictionary, restore
 from files import one_line, replacing
 from fit import Fit
@@ -199,6 +201,8 @@ class SampledField(Field):
     Attributes (lengths are in half sides of the box):
         step: of an object, the distance from sample to sample.
         near, far, growth: of a capture, the range of the samples, and their distance as a share of how far they are.
+        lean: of a capture, how many times longer the steps are in pictures that are learnt from; None before
+            `learn_from`, and for an object.
         occupancy: [G^3] float, running maximum of sigma in each cell of a coarse grid over [-extent, extent]^3.
         occupied: [G^3] bool, the cells in which samples are taken.
         seen: [G^3] bool, the cells in sight of a training view; in the others nothing is ever sampled.
@@ -211,7 +215,7 @@ class SampledField(Field):
         self.step = min(max(1.5 * self.pixel, 1 / 512), 1 / 32)
         focal = torch.tensor([v.camera.lens[0] for v in scene.train]).median().item()
         self.growth = min(max(1.5 / focal, 1 / 256), 1 / 32)
-        self.near, self.far = 0.1 * self.distance, 30 * self.distance
+        self.near, self.far, self.lean = 0.1 * self.distance, 30 * self.distance, None
         self.cells = 64 if levels <= 8 else 128
         seen, hull = visual_hull(scene.train, scene.centre, scene.half, self.extent, self.cells)
         self.register_buffer("occupancy", torch.zeros(self.cells ** 3))
@@ -219,12 +223,29 @@ class SampledField(Field):
         self.register_buffer("occupied", hull)
         self.register_buffer("bounds", self._bounds())
 
+    @property
+    def batch(self):
+        """Points that are worked on at a time; on a CPU as many as its cache holds, which makes it twice as fast."""
+        return 2 ** 16 if self.centre.device.type == "cpu" else 2 ** 24
+
+    def learn_from(self, size):
+        """See Field. Of a capture, such pictures are from now on drawn with less work wherever they have gradients.
+
+        Their steps are as long for their pixels as the fit's are for those of the photographs, but at most 1.5 times as
+        long, and of each ray the gradient is that of at most a dozen samples: see `joined`.
+        """
+        super().learn_from(size)
+        if not self.scene.bounded:
+            self.lean = min(max(1.5 / self.camera(None, size).lens[0] / self.growth, 1.0), 1.5)
+
     @torch.no_grad()
-    def update_occupancy(self, generator, share=0.25, decay=0.8, least=1.0, dilate=0):
+    def update_occupancy(self, generator, share=0.25, decay=0.8, least=1.0, dilate=False):
         """Sample sigma in the occupied cells and in a random share of the others; decide what is occupied.
 
-        Occupied is where the decaying maximum exceeds min(least, its mean), and `dilate` cells around it. At sigma = 1
-        a hundredth of the half side of the box is 1 % opaque.
+        Occupied is where the decaying maximum exceeds min(least, its mean). At sigma = 1 a hundredth of the half side of
+        the box is 1 % opaque. With `dilate`, so are the cells around these; in a capture only the six beside one that
+        takes half of the light: most of its cells hold a haze, whose surroundings the fit never saw, and they would
+        double both the samples and the haze.
         """
         chosen = torch.rand(len(self.seen), generator=generator, device=self.seen.device) < share
         for cell in ((chosen | self.occupied) & self.seen).nonzero()[:, 0].split(2 ** 16):
@@ -233,8 +254,13 @@ class SampledField(Field):
             self.occupancy[cell] = torch.maximum(self.occupancy[cell] * decay, sigma)
         on = self.occupancy > min(least, self.occupancy[self.seen].mean().item())
         if dilate:
-            cube = on.view(1, 1, self.cells, self.cells, self.cells).float()
-            on = max_pool3d(cube, 2 * dilate + 1, 1, dilate).view(-1) > 0
+            solid, boxes = on, [(3, 3, 3)]
+            if not self.scene.bounded:
+                solid = on & (self.occupancy > math.log(2) * self.cells / (2 * self.extent))
+                boxes = [(3, 1, 1), (1, 3, 1), (1, 1, 3)]
+            cube = solid.view(1, 1, self.cells, self.cells, self.cells).float()
+            for box in boxes:
+                on = on | (max_pool3d(cube, box, 1, [side // 2 for side in box]).view(-1) > 0)
         # new tensors: a picture whose gradient is still to come keeps the occupancy that it was drawn with
         self.occupied = on & self.seen
         self.bounds = self._bounds()
@@ -246,35 +272,65 @@ class SampledField(Field):
         ends = [(u[0].item(), u[-1].item() + 1) if len(u) else (0, 0) for u in used]
         return (torch.tensor(ends, device=on.device).T / self.cells * 2 - 1) * self.extent
 
-    def march(self, rays_o, rays_d, jitter):
+    def _in_batches(self, call, *tensors):
+        """A list of what `call` returns for `batch` columns at a time of tensors [...,N]."""
+        parts = max(1, math.ceil(tensors[0].shape[-1] / self.batch))
+        return [call(*part) for part in zip(*(x.tensor_split(parts, -1) for x in tensors))]
+
+    def march(self, rays_o, rays_d, jitter, longer=1.0):
         """Samples in occupied cells, packed ray after ray: x [3,N] in [0,1], t [N], dt [N], ray [N].
 
-        rays_o [3,R] in units of the box, rays_d [3,R] of length 1; jitter [R,1] or [1,1] in [0,1) shifts a
-        ray's samples by that share of a step. No samples at all is a valid answer.
+        rays_o [3,R] in units of the box, rays_d [3,R] of length 1; jitter [R,1] in [0,1) shifts a ray's samples by that
+        share of a step; the steps of a capture are `longer` times its own. No samples at all is a valid answer.
         """
+        growth = self.growth * longer
         if self.scene.bounded:
             d = torch.where(rays_d.abs() < 1e-9, torch.full_like(rays_d, 1e-9), rays_d)
             enter, leave = ((bound[:, None] - rays_o) / d for bound in self.bounds)
             near = torch.minimum(enter, leave).amax(0).clamp_min(0)
             far = torch.maximum(enter, leave).amin(0)
             steps = math.ceil((far - near).amax().clamp_min(0).item() / self.step)
-            t = near[:, None] + (torch.arange(steps, device=near.device) + jitter) * self.step  # [R,K]
-            x = torch.addcmul(rays_o[:, :, None], rays_d[:, :, None], t)  # [3,R,K]
         else:
-            steps = math.ceil(math.log(self.far / self.near) / self.growth)
-            t = (torch.arange(steps, device=rays_o.device) + jitter) * self.growth
-            t = (self.near * t.exp()).expand(rays_o.shape[1], -1)
-            x = contract(torch.addcmul(rays_o[:, :, None], rays_d[:, :, None], t))
-        x = (x + self.extent).mul_(0.5 / self.extent)
-        cell = (x * self.cells).int().clamp_(0, self.cells - 1)
-        cell = cell[0] + self.cells * (cell[1] + self.cells * cell[2])
-        alive = self.occupied.index_select(0, cell.view(-1))
-        if self.scene.bounded:
-            alive &= (t < far[:, None]).view(-1)
-        at = alive.nonzero()[:, 0]
-        t = t.reshape(-1)[at]
-        dt = torch.full_like(t, self.step) if self.scene.bounded else t * self.growth
-        return x.reshape(3, -1)[:, at], t, dt, at // max(steps, 1)
+            near = far = rays_d[0]  # not asked for
+            steps = math.ceil(math.log(self.far / self.near) / growth)
+        size, found = max(2 * self.batch // max(steps, 1), 1), []
+        parts = zip(*(x.split(size, -1) for x in (rays_o, rays_d, near, far)), jitter.split(size))
+        for first, (o, d, near, far, jitter) in enumerate(parts):
+            t = torch.arange(steps, device=o.device) + jitter  # [R,K]
+            t = near[:, None] + t * self.step if self.scene.bounded else self.near * (t * growth).exp()
+            x = self.place(o[:, :, None], d[:, :, None], t)  # [3,R,K]
+            cell = (x * self.cells).int().clamp_(0, self.cells - 1)
+            cell = cell[0] + self.cells * (cell[1] + self.cells * cell[2])
+            alive = self.occupied.index_select(0, cell.view(-1))
+            if self.scene.bounded:
+                alive &= (t < far[:, None]).view(-1)
+            alive = alive.nonzero()[:, 0]
+            found.append((x.reshape(3, -1)[:, alive], t.view(-1)[alive], alive // max(steps, 1) + first * size))
+        x, t, ray = (torch.cat(parts, -1) for parts in zip(*found))
+        return x, t, torch.full_like(t, self.step) if self.scene.bounded else t * growth, ray
+
+    def place(self, rays_o, rays_d, t):
+        """Points at t along rays in units of the box, all broadcast to [3,...] -> [3,...] in [0,1]."""
+        x = torch.addcmul(rays_o, rays_d, t)
+        x = x if self.scene.bounded else contract(x)
+        return (x + self.extent).mul_(0.5 / self.extent)
+
+
+class Samples(NamedTuple):
+    """Samples of R rays, packed ray after ray.
+
+    x: [3,N] in [0,1]. t, dt: [N], where they lie on the ray and how much of it they stand for. ray: [N], its number.
+    features: [2L,N] of the grid, or None.
+    light: [4,R], colour and opacity of the rays where they are already known, from more samples than these; or None.
+    marched: how many there were in occupied cells.
+    """
+    x: torch.Tensor
+    t: torch.Tensor
+    dt: torch.Tensor
+    ray: torch.Tensor
+    features: torch.Tensor = None
+    light: torch.Tensor = None
+    marched: int = 0
 
 
 # ---- volume rendering ---------------------------------------------------------------------------------
@@ -299,6 +355,12 @@ def distortion(weights, s, ds, ray, count):
     return (pairs + own).to(s.dtype) / count
 
 
+def _sums(values, ray, count):
+    """[C,N] -> [C,count]: the sums over the samples of each ray."""
+    index = ray + count * torch.arange(len(values), device=ray.device)[:, None]
+    return values.new_zeros(len(values) * count).index_add(0, index.view(-1), values.reshape(-1)).view(-1, count)
+
+
 def _sum_before(values, ray, count):
     """[N] -> [N] float64: the sum of the values that come earlier on the same ray."""
     length = torch.bincount(ray, minlength=count)
@@ -306,6 +368,25 @@ def _sum_before(values, ray, count):
     values = values.double()
     before = values.cumsum(0) - values
     return before - before.index_select(0, first)
+
+
+def joined(tau, weights, ray, count, groups=12):
+    """Let one sample stand for all that follow each other on a ray and have the same 1 / `groups` of its light.
+
+    Args: as in volume_weights, and what it returned for them; no weight is 0.
+    Returns:
+        at [M], the sample of each group in which half of the group's light is reached, and tau [M] of the whole group.
+        With that tau it takes exactly the light that the group takes. It has its own colour for it, and the group's
+        whole gradient.
+    """
+    before = _sum_before(weights, ray, count)
+    group = ray * groups + ((before + weights / 2) * groups).long()
+    _, number, length = torch.unique_consecutive(group, return_inverse=True, return_counts=True)
+    after = length.cumsum(0)
+    light = ray + before  # ascends through all rays, as the weights of one sum to less than 1
+    middle = (light[after - length] + light[after - 1] + weights[after - 1]) / 2
+    at = torch.searchsorted(light, middle, right=True) - 1
+    return at, torch.zeros_like(tau[at]).index_add(0, number, tau)
 
 
 # ---- the NeRF -----------------------------------------------------------------------------------------
@@ -326,51 +407,80 @@ class NeRF(SampledField):
 
     # ---- drawing
 
-    def shade(self, rays_o, rays_d, jitter=0.5, least=1e-3):
+    @torch.no_grad()
+    def find(self, rays_o, rays_d, jitter=0.5, least=1e-3, lean=None):
+        """The Samples that rays_o, rays_d [3,R] get their light from: those whose weight is above `least`.
+
+        lean: see SampledField; with it the steps are longer, the light is already that of all of them, and to have the
+        gradients of its colour a few are `joined`. On three captures, photographs of 32, 100 and 256 pixels drawn with
+        16 and 64, such a picture had 40 to 48 dB to that of all samples, and the cosine of the gradients was over 0.97.
+        """
+        count = rays_o.shape[1]
+        jitter = torch.as_tensor(jitter, device=rays_o.device).expand(count, 1)
+        x, t, dt, ray = self.march((rays_o - self.centre[:, None]) / self.scene.half, rays_d, jitter, lean or 1.0)
+        features = self._in_batches(self.grid, x)
+        sigma, out = zip(*map(self.density, features))
+        tau = torch.cat(sigma) * dt
+        weights = volume_weights(tau, ray, count)
+        keep, light = (weights > least).nonzero()[:, 0], None
+        if lean:
+            tau, ray = tau[keep], ray[keep]
+            weights = volume_weights(tau, ray, count)
+            sh = spherical_harmonics(rays_d).index_select(1, ray)
+            colour = self._in_batches(self.colour, torch.cat(out, 1)[:, keep], sh)
+            light = _sums(torch.cat((torch.cat(colour, 1), torch.ones_like(tau)[None])) * weights, ray, count)
+            at, whole = joined(tau, weights, ray, count)
+            dt[keep[at]] *= whole / tau[at]
+            keep, ray = keep[at], ray[at]
+        else:
+            ray = ray[keep]
+        return Samples(x[:, keep], t[keep], dt[keep], ray, torch.cat(features, 1)[:, keep], light, len(t))
+
+    def shade(self, rays_o, rays_d, jitter=0.5, found=None):
         """Volume rendering (NeRF, eq. 3) of rays_o, rays_d [3,R] in the units of the scene.
 
-        First without gradient: samples whose weight is below `least` are dropped. Then the colours, and
-        gradients, of the rest only; as sigma = exp(.), the gradient so lost is of the order of that weight.
+        First without gradient: samples of hardly any weight are dropped. Then the colours, and gradients, of the rest
+        only; as sigma = exp(.), the gradient so lost is of the order of that weight.
 
+        Args:
+            found: the Samples that `find` returned for these rays.
         Returns:
             rgb [3,R] without what is behind, opacity [R], depth [R] summed with the weights, in units of the
             box, and of the samples kept (weights [N], t [N], ray [N], how many there were in occupied cells).
         """
         count = rays_o.shape[1]
-        with torch.no_grad():
-            jitter = torch.as_tensor(jitter, device=rays_o.device).expand(count, 1)
-            x, t, dt, ray = self.march((rays_o - self.centre[:, None]) / self.scene.half, rays_d, jitter)
-            features = self.grid(x)
-            weights = volume_weights(self.density(features)[0] * dt, ray, count)
-            marched, keep = len(weights), (weights > least).nonzero()[:, 0]
-            x, t, dt, ray, features = x[:, keep], t[keep], dt[keep], ray[keep], features[:, keep]
-            sh = spherical_harmonics(rays_d).index_select(1, ray)
-        if torch.is_grad_enabled():
+        x, t, dt, ray, features, light, marched = found or self.find(rays_o, rays_d, jitter)
+        sh = spherical_harmonics(rays_d).index_select(1, ray)
+        if features is None or torch.is_grad_enabled():
             features = self.grid(x, features)
         sigma, out = self.density(features)
         weights = volume_weights(sigma * dt, ray, count)
         values = self.colour(out, sh) * weights
-        values = torch.cat((values, weights[None], (weights.detach() * t)[None]))  # [5,N]
-        index = ray + count * torch.arange(5, device=ray.device)[:, None]
-        sums = values.new_zeros(5 * count).index_add(0, index.view(-1), values.reshape(-1)).view(5, count)
+        sums = _sums(torch.cat((values, weights[None], (weights.detach() * t)[None])), ray, count)
+        if light is not None:  # the value of all samples, the gradient of these
+            sums = torch.cat((sums[:4] + (light - sums[:4]).detach(), sums[4:]))
         return sums[:3], sums[3], sums[4], (weights, t, ray, marched)
 
-    def draw(self, rays_o, rays_d):
-        """Rays rays_o, rays_d [3,R] -> rgb [3,R] on the background."""
-        rgb, opacity, _, _ = self.shade(rays_o, rays_d)
+    def draw(self, rays_o, rays_d, found=None):
+        """Rays rays_o, rays_d [3,R] -> rgb [3,R] on the background; found: see `shade`."""
+        if found and found.light is not None and not torch.is_grad_enabled():
+            rgb, opacity = found.light.split((3, 1))
+        else:
+            rgb, opacity, _, _ = self.shade(rays_o, rays_d, found=found)
         return rgb + self.behind(rays_d) * (1 - opacity)
 
     def rgb(self, camera):
         """The picture [3,H,W] of a Camera.
 
         With gradients and more than 2 `chunk` rays, they are deferred: see _Deferred. Memory is then that of one
-        chunk and the picture, whatever its size.
+        chunk and the picture, whatever its size. With gradients it is also `lean`, where learn_from has set that.
         """
         rays_o, rays_d = camera.rays(self.centre.device)
-        if torch.is_grad_enabled() and rays_o.shape[1] <= 2 * self.chunk:
-            rgb = self.draw(rays_o, rays_d)
+        learnt = torch.is_grad_enabled()
+        if learnt and rays_o.shape[1] <= 2 * self.chunk:
+            rgb = self.draw(rays_o, rays_d, self.find(rays_o, rays_d, lean=self.lean))
         else:
-            rgb = _Deferred.apply(self, rays_o, rays_d, *self.parameters())
+            rgb = _Deferred.apply(self, learnt, rays_o, rays_d, *self.parameters())
         return rgb.view(3, camera.height, camera.width)
 
     @torch.no_grad()
@@ -391,14 +501,15 @@ class NeRF(SampledField):
         """
         if self.edits % 16 == 0:
             generator = torch.Generator(self.centre.device).manual_seed(int(self.edits))
-            self.update_occupancy(generator, dilate=1)
+            self.update_occupancy(generator, dilate=True)
         self.edits += 1
 
-    def data_loss(self, dataset, generator=None):
-        """One step of going on to fit a `dataset`: a scalar. The generator is a CPU's, as in sample_view."""
+    def data_loss(self, dataset, generator=None, l1=False):
+        """One step of going on to fit a `dataset`: a scalar. The generator is a CPU's, as in sample_view; l1: by absolute
+        differences, as Instruct-NeRF2NeRF does, in the place of Huber's loss."""
         seed = int(torch.randint(2 ** 31, (), generator=generator))
         rays = 1024 if self.centre.device.type == "cpu" else 4096
-        return self.fit_loss(dataset, rays, torch.Generator(self.centre.device).manual_seed(seed))[0]
+        return self.fit_loss(dataset, rays, torch.Generator(self.centre.device).manual_seed(seed), l1)[0]
 
     # ---- files
 
@@ -437,6 +548,13 @@ class NeRF(SampledField):
 
     # ---- the fit
 
+    @staticmethod
+    def sizes(device):
+        """Those that suit a device, a dict."""
+        if torch.device(device).type == "cpu":
+            return dict(levels=8, table=2 ** 15, width=32)
+        return dict(levels=16, table=2 ** 19, width=64)
+
     @classmethod
     def fit(cls, scene, seconds=None, steps=None, seed=0, checkpoint=None, device="cpu", progress=True, **sizes):
         """Fit a new NeRF to the training views of a scene.
@@ -447,7 +565,7 @@ class NeRF(SampledField):
         Args:
             seconds: process CPU time on a CPU, wall time elsewhere; 60 if neither it nor steps is given.
             steps: or optimiser steps. With both, what comes first.
-            seed: of weights and batches. Fits of equal steps on one machine are bit-identical.
+            seed: of weights and batches. Fits of equal steps on a CPU are bit-identical.
             checkpoint: a path. Its fit is resumed if it exists (one that had its time is returned at once),
                 and it is written every 15 seconds and at the end. It then takes the steps of an unbroken one.
             sizes: levels, table, width, if not the device's default.
@@ -459,8 +577,7 @@ class NeRF(SampledField):
         """
         device = torch.device(device)
         cpu = device.type == "cpu"
-        default = dict(levels=8, table=2 ** 15, width=32) if cpu else dict(levels=16, table=2 ** 19, width=64)
-        sizes = default | sizes
+        sizes = cls.sizes(device) | sizes
         checks = {"nerf": dictionary, "rays": lambda value: count(value) and 0 < value <= 2 ** 17, "drawn": count}
         fit = Fit(scene, sizes, checks, seconds, steps, checkpoint, device)
         with torch.random.fork_rng(devices=[]):
@@ -475,7 +592,7 @@ class NeRF(SampledField):
             rays, drawn = fit.saved["rays"], fit.saved["drawn"]
         optimiser = torch.optim.Adam(nerf.param_groups(2e-2, 7e-3), fused=True)
         rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
-        generator = torch.Generator(device).manual_seed(seed)
+        generator, = parallel.streams(seed, 1, device)
         pixels = Pixels(scene.train, device)
 
         def state():
@@ -487,23 +604,26 @@ class NeRF(SampledField):
             loss, colour, samples = nerf.fit_loss(pixels, rays, generator)
             optimiser.zero_grad()
             loss.backward()
+            parallel.average(loss, optimiser.param_groups)
             optimiser.step()
             if step >= 96 and step % 16 == 0:  # before, sigma says little about what is empty
-                nerf.update_occupancy(generator, share=1 if step == 96 else 0.25)
-            drawn += rays
+                nerf.update_occupancy(parallel.shared(generator, seed + step), share=1 if step == 96 else 0.25)
+            drawn += rays * parallel.world()
+            samples = [parallel.largest(number) for number in samples]
             rays *= min(marched / max(samples[0], 1), kept / max(samples[1], 1), 2)
             rays = min(max(int(rays), 64), most)
             fit.report(loss, 2 * colour)  # Huber is half the square near 0
         nerf.fitted = {"steps": fit.step, "seconds": fit.spent, "rays": drawn}
         return nerf
 
-    def fit_loss(self, pixels, rays, generator):
+    def fit_loss(self, pixels, rays, generator, l1=False):
         """Loss of one batch of random pixels, its colour part, and its numbers of samples (marched, kept)."""
         rays_o, rays_d, wanted = pixels(rays, generator)
         random = torch.rand(4, rays, generator=generator, device=rays_o.device)
         rgb, opacity, _, (weights, t, ray, marched) = self.shade(rays_o, rays_d, random[:1].T)
         behind = random[1:] if len(wanted) == 4 else self.behind(rays_d)
-        colour = huber_loss(rgb + behind * (1 - opacity), over(wanted, behind), delta=0.1)
+        seen, wanted = rgb + behind * (1 - opacity), over(wanted, behind)
+        colour = l1_loss(seen, wanted) if l1 else huber_loss(seen, wanted, delta=0.1)
         s, ds = t, self.step
         if not self.scene.bounded:  # the steps of a capture are even in log t
             whole = math.log(self.far / self.near)
@@ -514,36 +634,48 @@ class NeRF(SampledField):
 class _Deferred(torch.autograd.Function):
     """Render in chunks without gradient; in the backward draw each again and push its gradient through.
 
-    The same samples both times: the jitter is fixed, and the occupancy is kept as it was. A step thus costs a
-    second forward pass, and its memory does not grow with the picture (ARF, Zhang et al., arXiv 2206.06360).
+    The same samples both times: they are kept, 10 bytes each, not found again. A step thus costs a second pass over these,
+    and its memory does not grow with the picture but by them (ARF, Zhang et al., arXiv 2206.06360).
     Each of n chunks takes every n-th ray: all have their share of the object, and none needs more than another.
+    A chunk has at most 2^15 rays, so that int16 holds their numbers.
     """
 
     @staticmethod
-    def forward(ctx, nerf, rays_o, rays_d, *parameters):
-        ctx.nerf, ctx.rays, ctx.grids = nerf, (rays_o, rays_d), (nerf.occupied, nerf.bounds)
+    def forward(ctx, nerf, learnt, rays_o, rays_d, *parameters):
+        ctx.nerf, ctx.rays, ctx.numbers = nerf, (rays_o, rays_d), []
         ctx.save_for_backward(*parameters)  # raises in the backward if a step has changed them in between
         ctx.chunks = math.ceil(rays_o.shape[1] / nerf.chunk)
-        rgb = torch.empty_like(rays_d)
+        rgb, end = torch.empty_like(rays_d), 0
+        ctx.kept = [rays_d.new_empty(0, dtype=dtype) for dtype in (None, None, torch.int16)]  # t, dt, ray
         for i in range(ctx.chunks):
-            rgb[:, i::ctx.chunks] = nerf.draw(*(rays[:, i::ctx.chunks] for rays in ctx.rays))
+            rays = [x[:, i::ctx.chunks] for x in ctx.rays]
+            found = nerf.find(*rays, lean=nerf.lean if learnt else None)
+            rgb[:, i::ctx.chunks] = nerf.draw(*rays, found)
+            if learnt:
+                ctx.numbers.append(len(found.t))
+                if end + len(found.t) > len(ctx.kept[0]):  # all chunks have about as many: many small tensors would
+                    room = (end + len(found.t)) * ctx.chunks * 5 // (4 * (i + 1)) + 1  # scatter the memory between them
+                    ctx.kept = [torch.cat((x[:end], x.new_empty(room - end))) for x in ctx.kept]
+                for x, values in zip(ctx.kept, (found.t, found.dt, found.ray)):
+                    x[end:end + len(values)] = values
+                end += len(found.t)
         return rgb
 
     @staticmethod
     def backward(ctx, grad):
-        nerf, now = ctx.nerf, (ctx.nerf.occupied, ctx.nerf.bounds)
+        nerf = ctx.nerf
         wanted = [p for p in ctx.saved_tensors if p.requires_grad]
         totals = [torch.zeros_like(p) for p in wanted]
-        nerf.occupied, nerf.bounds = ctx.grids
-        try:
-            for i in range(ctx.chunks):
-                rays_o, rays_d, part = (x[:, i::ctx.chunks] for x in (*ctx.rays, grad))
-                with torch.enable_grad():
-                    rgb = nerf.draw(rays_o, rays_d)
-                for total, g in zip(totals, torch.autograd.grad(rgb, wanted, part, allow_unused=True)):
-                    if g is not None:
-                        total += g
-        finally:
-            nerf.occupied, nerf.bounds = now
+        kept = (x[:sum(ctx.numbers)].split(ctx.numbers) for x in ctx.kept)
+        for i, (t, dt, ray) in enumerate(zip(*kept)):
+            rays_o, rays_d, part = (x[:, i::ctx.chunks] for x in (*ctx.rays, grad))
+            ray = ray.long()
+            start = (rays_o - nerf.centre[:, None]) / nerf.scene.half
+            x = nerf.place(start[:, ray], rays_d[:, ray], t)
+            with torch.enable_grad():
+                rgb = nerf.draw(rays_o, rays_d, Samples(x, t, dt, ray))
+            for total, g in zip(totals, torch.autograd.grad(rgb, wanted, part, allow_unused=True)):
+                if g is not None:
+                    total += g
         totals = iter(totals)
-        return None, None, None, *(next(totals) if p.requires_grad else None for p in ctx.saved_tensors)
+        return None, None, None, None, *(next(totals) if p.requires_grad else None for p in ctx.saved_tensors)

@@ -5,6 +5,7 @@
 """
 import math
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -13,6 +14,7 @@ from files import one_line
 
 MOST = 2 ** 25  # pixels that are ever decoded of one picture: 134 MB; of a JPEG, once it is read at a part of its size
 LONGEST = 4096  # pixels of the longer side of what is handed out, unless a scene's file says more
+FARTHEST = 4  # times its shorter side, a picture's longer side in a Frame
 STRIP = 2 ** 20  # pixels that are converted at a time
 ORIENTATION = 0x0112  # EXIF's tag, and what brings a picture with each of its values upright
 TURN = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
@@ -21,6 +23,29 @@ TURN = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
 
 class PictureError(ValueError):
     """A picture that cannot be read; one line that names the file and the reason."""
+
+
+class Frame(NamedTuple):
+    """How large a model sees whole pictures: the shorter side has `short` pixels, both sides are multiples of `multiple`.
+
+    The longer side is at most FARTHEST times `short`: of what is longer still, the shorter side is less than `short`.
+    square: every picture is seen as a square of `short` pixels a side.
+    """
+    short: int
+    multiple: int = 1
+    square: bool = False
+
+    def sides(self, width, height):
+        """(width, height) in pixels that a whole picture of this shape is drawn with; it is stretched to a multiple."""
+        if self.square:
+            return self.short, self.short
+        zoom = min(self.short / min(width, height), FARTHEST * self.short / max(width, height))
+        return tuple(max(1, round(side * zoom / self.multiple)) * self.multiple for side in (width, height))
+
+
+def frame_of(size):
+    """A Frame as it is; a number of pixels as that of the shorter side of a whole picture."""
+    return size if isinstance(size, Frame) else Frame(size)
 
 
 def open_picture(path):
@@ -56,9 +81,10 @@ def read_picture(path, downscale=None, upright=True):
             wanted = tuple(max(1, round(side / shrink)) for side in wanted)
         if math.prod(image.size) > MOST // 2 and shrink > 1:
             image.draft(None, wanted)  # a JPEG is read at 1/2, 1/4 or 1/8
-        if math.prod(image.size) > MOST:
-            raise PictureError(f"it has {image.width} x {image.height} pixels, {MOST / 1e6:.0f} million can be read: "
-                               "reduce it first")
+        if math.prod(image.size) > (most := _most(image)):
+            kind = f" of a {image.format} of this kind" if most < MOST else ""
+            raise PictureError(f"it has {image.width} x {image.height} pixels, {most / 1e6:.0f} million can be read"
+                               f"{kind}: reduce it first")
         if min(image.size) < 1:
             raise PictureError("it is empty")
         wide = image.width > image.height
@@ -67,6 +93,13 @@ def read_picture(path, downscale=None, upright=True):
             wanted = wanted[::-1]
         picture, orientation = _converted(image, wanted), _orientation(image)
         return picture.transpose(TURN[orientation]) if upright and orientation in TURN else picture
+
+
+def _most(image):
+    """Pixels that are decoded at most, so that it takes seconds; decoders of Pillow that are Python are slow."""
+    if any(tile[0] in Image.DECODERS for tile in image.tile):
+        return MOST >> 4
+    return MOST >> 2 if image.format == "JPEG2000" else MOST
 
 
 def _orientation(image):
@@ -112,6 +145,8 @@ def _converted(image, wanted):
         return convert(image)
     # averaged premultiplied, or the colour under transparent pixels would bleed into the edges
     averaged = "RGBa" if alpha else "RGB"
+    if image.mode == averaged:  # nothing to convert
+        return image.resize(wanted, Image.BOX)
     if math.prod(image.size) <= 4 * STRIP:
         return convert(image).convert(averaged).resize(wanted, Image.BOX).convert(mode)
     page, rows = Image.new(mode, wanted), max(1, STRIP // image.width)

@@ -1,6 +1,6 @@
 """Posed photographs and their cameras, and what all representations of a scene have in common.
 
-    scene = load_scene("examples/apple")           # nerfstudio / instant-ngp transforms.json, or Blender's
+    scene = load_scene("examples/apple")           # transforms.json, Blender's files or COLMAP's
     scene.train[3].camera.rays()                   # origins and directions [3,H*W]
     evaluate(nerf, scene)                          # mean PSNR on the held-out views, and how many there are
     export(nerf, "out", turntable(nerf, 60, 256))  # rendered views, depth and poses, for other programs
@@ -19,17 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.functional import interpolate
+from torch.nn.functional import grid_sample, interpolate
 
-from files import is_number, one_line, read_json, replacing
-from pictures import PictureError, picture_size, read_picture
-
-
-class SceneError(ValueError):
-    """A scene or a checkpoint that cannot be used; one line that names the file and the reason."""
-
-    def __init__(self, message):
-        super().__init__(one_line(message))
+import colmap
+import ply
+from captures import SceneError, find_transforms, lens_of, read_transforms, stands_upright
+from files import is_number, one_line, replacing
+from pictures import PictureError, frame_of, picture_size, read_picture
 
 
 # ---- cameras ------------------------------------------------------------------------------------------
@@ -48,6 +44,16 @@ class Camera:
     width: int
     height: int
 
+    def framed(self, size):
+        """The camera of the whole picture with the sides of a Frame, or with `size` pixels on the shorter side."""
+        size = frame_of(size)
+        if size.square:
+            return self.square(size.short)
+        width, height = size.sides(self.width, self.height)
+        fx, fy, cx, cy, *distortion = self.lens
+        across, down = width / self.width, height / self.height
+        return replace(self, lens=(fx * across, fy * down, cx * across, cy * down, *distortion), width=width, height=height)
+
     def square(self, size):
         """The camera of the central square, drawn with size x size pixels."""
         side = min(self.width, self.height)
@@ -55,6 +61,10 @@ class Camera:
         cx, cy, zoom = cx - (self.width - side) // 2, cy - (self.height - side) // 2, size / side
         lens = (fx * zoom, fy * zoom, cx * zoom, cy * zoom, *distortion)
         return replace(self, lens=lens, width=size, height=size)
+
+    def window(self, left, top, side):
+        """The camera of a square of `side` pixels in the picture, `left` and `top` pixels from its corner."""
+        return replace(self.shifted(left, top), width=side, height=side)
 
     def shifted(self, right, down):
         """The camera whose pixel centres lie `right` and `down` pixels further."""
@@ -96,14 +106,35 @@ def directions(lens, u, v):
     return d / d.norm(dim=0)
 
 
+def distorted(lens, x, y):
+    """Where OpenCV's distortion of a lens moves points x, y [N] of the plane at distance 1: x, y [N] there."""
+    _, _, _, _, k1, k2, k3, k4, p1, p2 = lens
+    r2 = x * x + y * y
+    radial = 1 + r2 * (k1 + r2 * (k2 + r2 * (k3 + r2 * k4)))
+    return x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x), y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y
+
+
+def in_picture(camera, x):
+    """Where a pinhole camera sees points x [3,N]: u, v in pixels, depth, whether they are in its picture, each [N]."""
+    fx, fy, cx, cy, *_ = camera.lens
+    p = torch.linalg.inv(camera.pose[:, :3]) @ (x - camera.pose[:, 3:])
+    depth = (-p[2]).clamp_min(1e-6)
+    u, v = cx + fx * p[0] / depth, cy - fy * p[1] / depth
+    return u, v, depth, (p[2] < 0) & (u > 0) & (u < camera.width) & (v > 0) & (v < camera.height)
+
+
 # ---- posed photographs --------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class View:
-    """One photograph: its camera, its pixels uint8 [H,W,3], or [H,W,4] with straight alpha, and its name."""
+    """One photograph: its camera, its pixels uint8 [H,W,3], or [H,W,4] with straight alpha, and its name.
+
+    mask: [H,W] bool, the pixels that are used; None: all. The others are neither fitted nor measured.
+    """
     camera: Camera
     pixels: torch.Tensor
     name: str
+    mask: torch.Tensor = None
 
     def picture(self, device="cpu"):
         """The pixels as float32 [3,H,W] or [4,H,W] in [0,1]."""
@@ -120,7 +151,10 @@ class Scene:
         centre, half: the box of interest is the cube centre [3] +- half, in the units of the file.
         bounded: nothing lies outside the box (all pictures have alpha); otherwise what does is contracted.
         background: [3] in [0,1], behind pictures with alpha.
-        fingerprint: sha256 of cameras and pictures.
+        fingerprint: sha256 of cameras, pictures, masks and points.
+        points, colours: of the capture's cloud, [N,3] in the units of the file and [N,3] in [0,1]; or None.
+        origin: three floats, where the zero of all positions here lies in the coordinates of the file: far from its own
+            zero, as on a map, float32 could not tell the positions apart.
     """
     path: Path
     train: list
@@ -130,9 +164,45 @@ class Scene:
     bounded: bool
     background: torch.Tensor
     fingerprint: str
+    points: torch.Tensor = None
+    colours: torch.Tensor = None
+    origin: tuple = (0.0, 0.0, 0.0)
 
     def __deepcopy__(self, memo):
         return self  # it never changes, and an edit copies its representation
+
+
+def undistorted(scene):
+    """The scene with the photographs that pinhole cameras would have taken, resampled; itself where all are such."""
+    if not any(any(view.camera.lens[4:]) for view in scene.train + scene.test):
+        return scene
+    return replace(scene, **{name: [_pinhole(view) for view in getattr(scene, name)] for name in ("train", "test")})
+
+
+def _pinhole(view):
+    """A View without distortion, of the same focal lengths and size; masked where the photograph shows none of it."""
+    camera = view.camera
+    if not any(camera.lens[4:]):
+        return view
+    lens, height, width = camera.lens, camera.height, camera.width
+    fx, fy, cx, cy, *_ = lens
+    v, u = torch.meshgrid(torch.arange(height).double() + 0.5, torch.arange(width).double() + 0.5, indexing="ij")
+    x, y = ((u - cx) / fx).flatten(), ((v - cy) / fy).flatten()
+    u, v = (f * at + c for f, at, c in zip((fx, fy), distorted(lens, x, y), (cx, cy)))
+    back = directions(torch.tensor(lens, dtype=torch.float64)[:, None], u, v)  # far out the polynomial turns around
+    there = (u > 0) & (u < width) & (v > 0) & (v < height) & ((back[0] / -back[2] - x).abs() < 1e-3)
+    grid = torch.stack((2 * u / width - 1, 2 * v / height - 1), 1).view(1, height, width, 2).float()
+    pixels = view.picture()
+    # averaged premultiplied, or the colour under transparent pixels would bleed into the edges
+    premultiplied = pixels if len(pixels) == 3 else torch.cat((pixels[:3] * pixels[3:], pixels[3:]))
+    used = torch.ones(1, height, width) if view.mask is None else view.mask[None].float()
+    drawn = grid_sample(torch.cat((premultiplied, used))[None], grid, padding_mode="border", align_corners=False)[0]
+    drawn, used = drawn[:-1], drawn[-1] > 1 - 1e-4
+    if len(pixels) == 4:
+        drawn = torch.cat((drawn[:3] / drawn[3:].clamp_min(1e-6), drawn[3:]))
+    mask = used & there.view(height, width)
+    return replace(view, camera=replace(camera, lens=(*lens[:4], *[0.0] * 6)), mask=None if mask.all() else mask,
+                   pixels=(drawn.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous())
 
 
 def over(pixels, behind):
@@ -149,6 +219,7 @@ class Pixels:
     Attributes:
         cameras: of the views, a list.
         pixels: [M,C] uint8, view after view, row after row.
+        used: numbers of the pixels that masks leave; None: all.
     """
 
     def __init__(self, views, device):
@@ -159,20 +230,26 @@ class Pixels:
         self.width = torch.tensor([c.width for c in self.cameras], device=device)
         self.lens = torch.tensor([c.lens for c in self.cameras], device=device).T.contiguous()  # [10,V]
         self.pose = torch.stack([c.pose for c in self.cameras], 2).to(device)  # [3,4,V]
+        self.used = None
+        if any(v.mask is not None for v in views):
+            masks = [torch.ones(v.pixels.shape[:2], dtype=torch.bool) if v.mask is None else v.mask for v in views]
+            self.used = torch.cat([mask.reshape(-1) for mask in masks]).nonzero()[:, 0].to(device)
 
     def replace(self, view, picture):
         """Put another picture [1,3,H,W] in [0,1] in the place of a view's."""
         rows = (picture[0].permute(1, 2, 0) * 255).round().byte()
         self.pixels[self.start[view]:self.start[view + 1]] = rows.reshape(-1, 3).to(self.pixels)
 
-    def picture(self, view):
-        """What stands in a view's place, [1,3,H,W] in [0,1]; RGB only."""
-        rows = self.pixels[self.start[view]:self.start[view + 1]]
+    def picture(self, view, pixels=None):
+        """What stands in a view's place, [1,3,H,W] in [0,1], or stood there when `pixels` was a copy; RGB only."""
+        rows = (self.pixels if pixels is None else pixels)[self.start[view]:self.start[view + 1]]
         return rows.T.float().view(1, 3, self.cameras[view].height, -1) / 255
 
     def __call__(self, count, generator):
         """rays_o, rays_d [3,count], pixels [C,count] in [0,1], drawn at random."""
-        at = torch.randint(len(self.pixels), (count,), generator=generator, device=self.pixels.device)
+        drawn = self.pixels if self.used is None else self.used
+        at = torch.randint(len(drawn), (count,), generator=generator, device=self.pixels.device)
+        at = at if self.used is None else self.used[at]
         view = torch.searchsorted(self.start, at, right=True) - 1
         at_view, width = at - self.start[view], self.width[view]
         d = directions(self.lens[:, view], at_view % width + 0.5, at_view // width + 0.5)
@@ -182,30 +259,45 @@ class Pixels:
 
 # ---- reading scenes -----------------------------------------------------------------------------------
 
-def load_scene(path, downscale=1, background=(1.0, 1.0, 1.0)):
-    """Read a nerfstudio or instant-ngp transforms.json, or Blender's transforms_{train,val,test}.json.
+def load_scene(path, downscale=1, background=(1.0, 1.0, 1.0), images=None):
+    """Read a capture: nerfstudio's or instant-ngp's transforms.json, Blender's transforms_*.json, or COLMAP's model.
 
     Args:
-        path: the directory, or the .json file in it.
+        path: the directory, or the .json file in it. A directory with a transforms.json means that one; else a model in
+            its sparse/0, sparse or colmap/sparse/0 is read, with the pictures in images.
         downscale: pictures are reduced by this factor.
         background: the colour behind pictures with alpha.
+        images: the folder of the pictures, if not that; in a transforms.json it takes the place of the first folder in
+            their names. They may be reduced ones, as images_4.
     Returns:
-        A Scene. Frames whose picture is missing are left out with a warning. The test views are Blender's test
-        split (its val split where there is none), or every 8th frame of a capture.
+        A Scene. Frames whose picture is missing are left out with a warning. The test views are Blender's test split
+        (its val split where there is none), those of a transforms.json's test_filenames (or val_filenames), or every
+        8th photograph of a capture, of COLMAP's in the order of their names. Masked pixels (mask_path) are not used.
+        A cloud of points (COLMAP's points3D, or ply_file_path) bounds the box of interest.
     Raises:
-        SceneError: nothing there, corrupt JSON, no frames, a pose that is no pose, an unreadable picture, or
+        SceneError: nothing there, a corrupt file, no frames, a pose that is no pose, an unreadable picture, or
             pictures of different sizes.
     """
     if not (math.isfinite(downscale) and downscale >= 1):
         raise SceneError(f"{path}: downscale must be at least 1, got {downscale}")
-    path, *held_out = _json_files(path)
-    file = _read_json(path)
-    train = _read_views(path, file, downscale)
-    if held_out:
-        test = _read_views(held_out[0], _read_json(held_out[0]), downscale)
+    captures = _read(path, images)
+    for note in (note for capture in captures for note in capture.notes):
+        warnings.warn(one_line(note), stacklevel=2)
+    first, origin = captures[0], _origin(captures)
+    read = [[(shot.split, view) for shot, view in _read_views(capture, downscale, origin)] for capture in captures]
+    train = [view for split, view in read[0] if split in (None, "train")]
+    if len(read) > 1:
+        test = [view for _, view in read[1]]
+    elif any(split for split, _ in read[0]):
+        test = [view for split, view in read[0] if split == "test"]
     else:
         test = train[::8] if len(train) > 2 else []
         train = [v for i, v in enumerate(train) if i % 8] if test else train
+    if not train:
+        raise SceneError(f"{first.path}: none of the pictures that are there is to be fitted")
+    if not any(v.pixels.shape[-1] == 4 and v.pixels[..., 3].min() < OPAQUE for v in train + test):
+        # an alpha channel that hides nothing is how a program stores photographs: they show no single object
+        train, test = [[replace(v, pixels=v.pixels[..., :3].contiguous()) for v in views] for views in (train, test)]
     bounded = all(v.pixels.shape[-1] == 4 for v in train)
     background = torch.tensor(background, dtype=torch.float32)
     if not bounded:  # with any picture without alpha, the others go onto the background
@@ -213,214 +305,172 @@ def load_scene(path, downscale=1, background=(1.0, 1.0, 1.0)):
             pixels = over(view.picture(), background)
             return replace(view, pixels=(pixels * 255).round().byte().permute(1, 2, 0).contiguous())
         train, test = [[flatten(v) for v in views] for views in (train, test)]
-    centre, half = _bounds(train, bounded, file, path)
+    points, colours = _points(first, origin, train)
+    centre, half = _bounds(train, bounded, points, first)
     digest = hashlib.sha256(json.dumps([centre.tolist(), half, background.tolist()]).encode())
     for view in train:
         digest.update(np.asarray([*view.camera.pose.flatten().tolist(), *view.camera.lens]).tobytes())
         digest.update(view.pixels.numpy().tobytes())
-    return Scene(path, train, test, centre, half, bounded, background, digest.hexdigest())
+        digest.update(b"" if view.mask is None else view.mask.numpy().tobytes())
+    for cloud in (points, colours):
+        digest.update(b"" if cloud is None else cloud.numpy().tobytes())
+    return Scene(first.path, train, test, centre, half, bounded, background, digest.hexdigest(), points, colours,
+                 tuple(origin.tolist()))
 
 
-def scene_files(path):
-    """All files that load_scene(path) reads, in its order, each once; raises SceneError."""
-    found = []
-    for file in _json_files(path):
-        found.append(file)
-        found += [picture for i, frame in enumerate(_read_json(file)["frames"])
-                  if (picture := _picture_path(file, i, frame)).is_file()]
-    return list(dict.fromkeys(found))
+def scene_files(path, images=None):
+    """All files that load_scene(path, images=images) reads, in its order, each once; raises SceneError."""
+    return list(dict.fromkeys(file for capture in _read(path, images) for file in capture.reads()))
 
 
-def _json_files(path):
-    """The file with the training views and, where a Blender scene has one, that with the held-out views."""
-    path = Path(path)
+def _read(path, images):
+    """What the files of a scene say, a list of captures.Capture: one, or with Blender's held-out views two."""
+    if find_transforms(path):
+        return read_transforms(path, images)
+    if colmap.find_model(path):
+        return [colmap.read_model(path, images)]
+    raise SceneError(f"{path}: no transforms.json or transforms_train.json in it, and no COLMAP model in its sparse/0: "
+                     "photographs alone do not say where they were taken from, COLMAP finds it")
+
+
+MOST, MOST_OF_ONE = 2 ** 26, 2 ** 21  # pixels of all pictures of a file, 100 of 800 x 800; of one, 1920 x 1080
+OPAQUE = 250  # an alpha from here on hides nothing: lossy formats do not keep 255
+
+
+def _origin(captures):
+    """Where zero is moved to, [3] float64: the middle of the cameras where they lie far from zero, else zero itself.
+
+    float32 tells 1e-7 of a coordinate apart. Up to a hundred extents from zero that is 1e-5 of the scene's extent, far
+    less than a pixel; nothing is moved then.
+    """
+    position = np.stack([shot.pose[:, 3] for capture in captures for shot in capture.shots])
+    middle = position.mean(0)
+    extent = np.linalg.norm(position - middle, axis=1).max()
+    # of a single place nobody knows how large what is seen from there is: ten units
+    return middle if np.linalg.norm(middle) > 100 * (extent or 10) else np.zeros(3)
+
+
+def _read_views(capture, downscale, origin):
+    """The photographs of one file, in its order, as a list of (Shot, View)."""
+    path, views, sideways, hidden, first = capture.path, [], 0, [], None
     try:
-        if path.is_dir():
-            names = [n for n in ("transforms.json", "transforms_train.json") if (path / n).is_file()]
-            if not names:
-                raise SceneError(f"{path}: no transforms.json or transforms_train.json in it")
-            path = path / names[0]
-        elif not path.is_file():
-            raise SceneError(f"{path}: no such scene")
-    except OSError as e:  # a name that is too long
-        raise SceneError(f"{path}: no such scene: {e.strerror}") from e
-    held_out = [path.with_name(f"transforms_{split}.json") for split in ("test", "val")]
-    held_out = [p for p in held_out if p.is_file()] if path.name == "transforms_train.json" else []
-    return [path, *held_out[:1]]
-
-
-def _read_json(path):
-    try:
-        file = read_json(path)
-    except ValueError as e:
-        raise SceneError(e) from e
-    if not isinstance(file.get("frames"), list) or not file["frames"]:
-        raise SceneError(f"{path}: no frames in it")
-    return file
-
-
-def _picture_path(path, i, frame):
-    """Where the picture of frame i of the file `path` lies, whether it is there or not; raises SceneError."""
-    if not isinstance(frame, dict) or not isinstance(frame.get("file_path"), str):
-        raise SceneError(f"{path}: frame {i} has no file_path")
-    name = frame["file_path"]
-    picture = path.parent / name
-    try:
-        if picture.is_dir() or not picture.name or "\0" in name:
-            raise SceneError(f"{path}: the file_path of frame {i}, {one_line(repr(name), 100)}, is no picture")
-        if not picture.is_file() and not picture.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
-            picture = picture.with_name(picture.name + ".png")  # Blender's paths have no extension
-            picture.is_file()
-    except OSError as e:
-        raise SceneError(f"{path}: the file_path of frame {i}, {one_line(repr(name), 100)}: {e.strerror}") from e
-    return picture
-
-
-MOST, MOST_OF_ONE = 2 ** 26, 2 ** 21  # pixels of all pictures of a file, 100 of 800 x 800 or 268 MB; of one, 1920 x 1080
-
-
-def _read_views(path, file, downscale):
-    """The frames of one file as a list of View, in the file's order."""
-    there, missing, views, sideways = [], [], [], 0
-    for i, frame in enumerate(file["frames"]):
-        picture = _picture_path(path, i, frame)
-        if picture.is_file():
-            there.append((i, frame, picture, _pose(path, i, frame)))
-        else:
-            missing.append(picture)
-    if not there:
-        raise SceneError(f"{path}: none of its {len(missing)} pictures is there, e.g. {missing[0]}")
-    if missing:
-        warnings.warn(one_line(f"{path}: {len(missing)} of {len(file['frames'])} pictures are missing, "
-                               f"e.g. {missing[0]}"), stacklevel=3)
-    try:
-        sizes = [picture_size(picture) for _, _, picture, _ in there]
+        sizes = [picture_size(shot.picture) for shot in capture.shots]
         counts = [math.prod(own) / downscale ** 2 for own, _ in sizes]
         reduced = math.sqrt(max(1, sum(counts) / MOST, max(counts) / MOST_OF_ONE))
         downscale *= reduced
-        for (i, frame, picture, pose), (own, orientation) in zip(there, sizes):
+        for shot, (own, orientation) in zip(capture.shots, sizes):
             # As the cameras were found: with the picture as it is stored, unless the file says that it was turned.
-            keys = file | frame
-            turned = orientation > 4 and own[0] != own[1] and (keys.get("w"), keys.get("h")) == own[::-1]
+            turned = stands_upright(shot, own, orientation)
             own, sideways = own[::-1] if turned else own, sideways + (orientation > 1 and not turned)
-            if own != (first := sizes[0][0]) and not ("w" in frame and "h" in frame) and not turned:
-                raise SceneError(f"{picture}: {own[0]} x {own[1]} pixels, those before it have {first[0]} x {first[1]}")
-            pixels = torch.from_numpy(np.array(read_picture(picture, downscale, upright=turned)))
-            lens = _lens(path, i, keys, own, pixels.shape)
-            views.append(View(Camera(pose, lens, pixels.shape[1], pixels.shape[0]), pixels, frame["file_path"]))
+            if own != (first := sizes[0][0]) and not shot.own and not turned:
+                raise SceneError(f"{shot.picture}: {own[0]} x {own[1]} pixels, those before it have "
+                                 f"{first[0]} x {first[1]}")
+            pixels = torch.from_numpy(np.array(read_picture(shot.picture, downscale, upright=turned)))
+            lens = lens_of(path, shot, own, pixels.shape)
+            if any(lens[4:]) and not _undistorts(lens, pixels.shape):
+                raise SceneError(f"{path}: {shot.label} has a distortion (k1 to k4, p1, p2) that cannot be undone")
+            mask = None if shot.mask is None else _read_mask(shot.mask, own, pixels.shape)
+            if mask is not None and not mask.any():
+                hidden.append(shot.mask)
+                continue
+            pose = torch.from_numpy(np.concatenate((shot.pose[:, :3], shot.pose[:, 3:] - origin[:, None]), 1)).float()
+            views.append((shot, View(Camera(pose, lens, pixels.shape[1], pixels.shape[0]), pixels, shot.name, mask)))
     except PictureError as e:
         raise SceneError(e) from e
+    if not views:
+        raise SceneError(f"{path}: its masks leave no pixel, e.g. {hidden[0]}: black is what is not used")
+    if hidden:
+        warnings.warn(one_line(f"{path}: {len(hidden)} of its masks leave no pixel, e.g. {hidden[0]}: their pictures "
+                               "are left out"), stacklevel=3)
     if sideways:
-        warnings.warn(one_line(f"{path}: {sideways} of its pictures say that they are to be turned (EXIF); they are taken as "
-                               "they are stored, as no w and h in the file say otherwise"), stacklevel=3)
+        warnings.warn(one_line(f"{path}: {sideways} of its pictures say that they are to be turned (EXIF); they are "
+                               "taken as they are stored, as no w and h in the file say otherwise"), stacklevel=3)
     if reduced > 1:
         warnings.warn(one_line(f"{path}: its pictures have {sum(counts) / 1e6:.0f} million pixels, the largest one "
                                f"{max(counts) / 1e6:.0f}: reduced by {downscale:.3g}, as by --downscale"), stacklevel=3)
     return views
 
 
-def _pose(path, i, frame):
-    rows = frame.get("transform_matrix")
-    if not (isinstance(rows, list) and len(rows) in (3, 4) and all(isinstance(row, list) and len(row) == 4 for row in rows)
-            and all(isinstance(x, (int, float)) and not isinstance(x, bool) for row in rows for x in row)):
-        raise SceneError(f"{path}: frame {i} has no 4 x 4 transform_matrix")
-    wrong = f"{path}: the transform_matrix of frame {i} is"
-    if not all(is_number(x, -FARTHEST, FARTHEST) for row in rows for x in row):
-        raise SceneError(f"{wrong} not finite, or larger than {FARTHEST:g}")
-    pose = torch.tensor(rows, dtype=torch.float64)
-    axes = pose[:3, :3]
-    if axes.det().abs() < 1e-6:
-        raise SceneError(f"{wrong} singular")
-    if len(rows) == 4 and (pose[3] - pose.new_tensor([0, 0, 0, 1])).abs().max() > 1e-3:
-        raise SceneError(f"{wrong} no pose: its last row must be 0 0 0 1")
-    scale = axes.det().abs() ** (1 / 3)
-    if axes.det() < 0 or (axes.T @ axes / scale ** 2 - torch.eye(3, dtype=torch.float64)).abs().max() > 0.05:
-        raise SceneError(f"{wrong} no rotation: its axes must be at right angles, of one length, and right-handed")
-    if abs(scale - 1) > 1e-3:
-        pose[:3, :3] = axes / scale  # distances are those of the positions
-    return pose[:3].float()
+def _read_mask(path, own, shape):
+    """[H,W] bool, True where all that a pixel was averaged from is brighter than half of the mask's brightest value.
 
-
-FARTHEST = 1e7  # of any number in a pose: float32 must hold what is in sight of the cameras
-LENS_KEYS = ("w", "h", "x_fov", "y_fov", "fl_x", "fl_y", "camera_angle_x", "camera_angle_y", "cx", "cy",
-             "k1", "k2", "k3", "k4", "p1", "p2")
-
-
-def _lens(path, i, keys, own, shape):
-    """Camera.lens for pixels of `shape` [H,W,...]; `own` is the (width, height) of the picture's file."""
-    model = keys.get("camera_model", "OPENCV")
-    if model not in ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):
-        raise SceneError(f"{path}: camera model {model} is not supported, undistort the pictures first")
-    if keys.get("is_fisheye"):
-        raise SceneError(f"{path}: a fisheye camera is not supported, undistort the pictures first")
-    get = {k: v for k, v in keys.items() if k in LENS_KEYS and v is not None}
-    for key, value in get.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise SceneError(f"{path}: frame {i} has an intrinsic that is no number, {key}")
-        if not is_number(value, -1e6, 1e6):
-            raise SceneError(f"{path}: frame {i} has an intrinsic that is not finite and positive, or too large, {key}")
-    w, h = get.get("w", own[0]), get.get("h", own[1])
-    if not min(w, h) > 0 or abs(w / h * own[1] / own[0] - 1) > 0.02:
-        raise SceneError(f"{path}: frame {i} is {own[0]} x {own[1]} pixels, the file says {w:g} x {h:g}")
-
-    def focal(axis, side):  # a fov in degrees wins over pixels, pixels over an angle in radians
-        if f"{axis}_fov" in get:
-            return from_angle(side, math.radians(get[f"{axis}_fov"]), f"{axis}_fov")
-        if f"fl_{axis}" in get:
-            return get[f"fl_{axis}"]
-        if f"camera_angle_{axis}" in get:
-            return from_angle(side, get[f"camera_angle_{axis}"], f"camera_angle_{axis}")
-
-    def from_angle(side, angle, key):
-        if not 0 < angle < math.pi:
-            raise SceneError(f"{path}: frame {i} has an angle of view of {math.degrees(angle):g} degrees, {key}: not "
-                             "finite and positive, or 180 and more")
-        return side / 2 / math.tan(angle / 2)
-    fx = focal("x", w)
-    fx = fx or focal("y", h)
-    fy = focal("y", h) or fx
-    if not fx:
-        raise SceneError(f"{path}: frame {i} has no focal length (x_fov, fl_x or camera_angle_x)")
-    zx, zy = shape[1] / w, shape[0] / h  # the pictures may have been reduced since the file was written
-    lens = (fx * zx, fy * zy, get.get("cx", w / 2) * zx, get.get("cy", h / 2) * zy,
-            *(get.get(k, 0.0) for k in ("k1", "k2", "k3", "k4", "p1", "p2")))
-    if not all(map(math.isfinite, lens)) or min(lens[:2]) <= 0:
-        raise SceneError(f"{path}: frame {i} has a focal length or another intrinsic that is not finite "
-                         "and positive")
-    for f, c, side in zip(lens, lens[2:4], (shape[1], shape[0])):
-        if not 0.01 < f / side < 1000:
-            raise SceneError(f"{path}: frame {i} has a focal length of {f / side:g} times its picture's side")
-        if not -1 <= c / side <= 2:
-            raise SceneError(f"{path}: frame {i} has its optical axis (cx, cy) far outside of the picture")
-    if any(lens[4:]) and not _undistorts(lens, shape):
-        raise SceneError(f"{path}: frame {i} has a distortion (k1 to k4, p1, p2) that cannot be undone")
-    if i == 0 and "x_fov" in get and "fl_x" in get and not 0.8 < get["fl_x"] / fx < 1.25:
-        warnings.warn(f"{path}: x_fov and fl_x contradict each other, {get['x_fov']:g} degrees are taken", stacklevel=4)
-    return lens
+    own: (width, height) of the photograph's file, whose shape the mask must have; shape [H,W,...]: of its pixels here.
+    """
+    grey = np.array(read_picture(path, 1, upright=False).convert("RGB")).max(2)
+    if abs(grey.shape[1] / grey.shape[0] * own[1] / own[0] - 1) > 0.02:
+        raise SceneError(f"{path}: a mask of {grey.shape[1]} x {grey.shape[0]} pixels, its picture has "
+                         f"{own[0]} x {own[1]}")
+    used = torch.from_numpy(grey > grey.max() / 2)[None].float()  # 255 is white, in some programs' masks 1
+    return interpolate(used[None], size=tuple(shape[:2]), mode="area")[0, 0] > 1 - 1e-6
 
 
 def _undistorts(lens, shape):
     """Whether `directions` finds the way back through the distortion of a lens, for most of the picture [H,W,...]."""
-    fx, fy, cx, cy, k1, k2, k3, k4, p1, p2 = lens
+    fx, fy, cx, cy, *_ = lens
     v, u = torch.meshgrid(*(torch.linspace(0, n, 9, dtype=torch.float64) for n in shape[:2]), indexing="ij")
     d = directions(torch.tensor(lens, dtype=torch.float64)[:, None], u.flatten(), v.flatten())
-    x, y = d[0] / -d[2], -d[1] / -d[2]
-    r2 = x * x + y * y
-    radial = 1 + r2 * (k1 + r2 * (k2 + r2 * (k3 + r2 * k4)))
-    off = torch.stack((fx * (x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x)) + cx - u.flatten(),
-                       fy * (y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y) + cy - v.flatten()))
+    x, y = distorted(lens, d[0] / -d[2], -d[1] / -d[2])
+    off = torch.stack((fx * x + cx - u.flatten(), fy * y + cy - v.flatten()))
     return bool(d.isfinite().all() and (off.abs() < 1).all(0).float().mean() > 0.75)
+
+
+LEAST_SEEN = 0.01  # share of a cloud's points that some camera sees; of other coordinates it is less
+
+
+def _points(capture, origin, views):
+    """The cloud of a capture from `origin`, [N,3] float32, and its colours [N,3] in [0,1]; None where there is none.
+
+    nerfstudio's clouds lie in the coordinates of the poses. Those of its first releases lie in COLMAP's, to which
+    applied_transform had not yet been applied: where the cameras see more of the points with it, it is applied. A cloud
+    of which they see next to nothing is no part of this scene, and is not used.
+    """
+    if capture.cloud is None:
+        return None, None
+    points, colours = (colmap if capture.cloud.suffix in (".bin", ".txt") else ply).read_points(capture.cloud)
+    choices, given = [points], capture.keys.get("applied_transform")
+    if given is not None:
+        rows = np.array(given, dtype=np.float64) if _is_affine(given) else None
+        if rows is None:
+            raise SceneError(f"{capture.path}: its applied_transform is no 3 x 4 matrix of numbers")
+        choices.append(points @ rows[:3, :3].T + rows[:3, 3])
+    choices = [torch.from_numpy(choice - origin).float() for choice in choices]
+    shares = [_share_seen(choice, views) for choice in choices]
+    best = max(range(len(choices)), key=lambda i: shares[i] - 0.1 * i)  # the rule, unless the exception is much better
+    if len(points) and shares[best] < LEAST_SEEN:
+        warnings.warn(one_line(f"{capture.cloud}: the cameras see {shares[best]:.0%} of its points, so these lie "
+                               "elsewhere: they are not used"), stacklevel=3)
+    if not len(points) or shares[best] < LEAST_SEEN:
+        return None, None
+    return choices[best], None if colours is None else torch.from_numpy(colours).float()
+
+
+def _is_affine(value):
+    """Whether a value read from JSON is a matrix of 3 or 4 rows of 4 numbers."""
+    return (isinstance(value, list) and len(value) in (3, 4)
+            and all(isinstance(row, list) and len(row) == 4 for row in value)
+            and all(is_number(x, -1e7, 1e7) for row in value for x in row))
+
+
+def _share_seen(points, views, most=2000):
+    """The share of points [N,3], of no more than `most` of them, that at least one of the views has in its picture."""
+    points = points[::max(1, len(points) // most)]
+    seen = torch.zeros(len(points), dtype=torch.bool)
+    for view in views:
+        seen |= in_picture(view.camera, points.T)[3]
+    return seen.float().mean().item() if len(points) else 0.0
 
 
 NGP_UNIT = 0.33  # instant-ngp's unit cube holds 1 / 0.33 of the file's units, centred
 
 
-def _bounds(views, bounded, file, path):
+def _bounds(views, bounded, points, capture):
     """The box of interest: its centre [3] and half side.
 
     The centre is the point nearest to all optical axes. Objects: the box is what the cameras can see around
-    it. Captures: it reaches to the median camera, but no further than instant-ngp's aabb_scale.
+    it. Captures: it reaches to the median camera, but no further than nearly all of the points, if they are known, nor
+    than instant-ngp's aabb_scale.
     """
+    path = capture.path
     position = torch.stack([v.camera.pose[:, 3] for v in views]).double()  # [V,3]
     axis = torch.stack([-v.camera.pose[:, 2] for v in views]).double()
     axis = axis / axis.norm(dim=1, keepdim=True)
@@ -431,6 +481,7 @@ def _bounds(views, bounded, file, path):
     ahead = position.mean(0) + axis.mean(0) * 2 * spread
     centre = torch.linalg.solve(A + 1e-3 * torch.eye(3, dtype=A.dtype), b + 1e-3 * ahead)
     distance = (position - centre).norm(dim=1)
+    _check_axes(path, (((centre - position) * axis).sum(1) / distance.clamp_min(1e-12)), bounded, points)
     if bounded:
         cameras = [v.camera for v in views]
         reach = [max(c.width / c.lens[0], c.height / c.lens[1]) / 2 for c in cameras]
@@ -441,7 +492,9 @@ def _bounds(views, bounded, file, path):
             low, high = x.amin(1), x.amax(1)
             centre, half = centre + (low + high) / 2, min(half, 1.25 * (high - low).max().item() / 2)
     else:
-        half, scale = distance.median().item(), file.get("aabb_scale")
+        half, scale = distance.median().item(), capture.keys.get("aabb_scale")
+        if points is not None and len(points) >= colmap.FEWEST:
+            half = min(half, 1.05 * (points.double() - centre).abs().amax(1).quantile(0.98).item())
         if scale is not None:
             if not is_number(scale, 1e-3, 1e6):
                 raise SceneError(f"{path}: aabb_scale is no number between 0.001 and a million")
@@ -450,9 +503,26 @@ def _bounds(views, bounded, file, path):
     if not (math.isfinite(half) and centre.isfinite().all()):
         raise SceneError(f"{path}: its cameras look at no common place")
     if position.abs().max() > 1e4 * half:
-        raise SceneError(f"{path}: its cameras lie at up to {position.abs().max():g} units, what they look at is {half:.3g} "
-                         "large: move the origin of the poses there")
+        raise SceneError(f"{path}: its cameras lie at up to {position.abs().max():g} units, what they look at is "
+                         f"{half:.3g} large: move the origin of the poses there")
     return centre.float(), half
+
+
+def _check_axes(path, ahead, bounded, points):
+    """Say so where nine of ten cameras look away from the place that is nearest to all their axes.
+
+    ahead: [V], the cosine between a camera's axis and the way to that place. A panorama from the inside has such
+    cameras, too: a warning then, and none where a cloud of points stands in front of them. An object must be in front.
+    """
+    if len(ahead) < 3 or (ahead < -0.5).double().mean() < 0.9:
+        return
+    hint = ("if they should look at it, the poses have OpenCV's axes (y down, z forward): flip the signs of their "
+            "second and third columns")
+    if bounded:
+        raise SceneError(f"{path}: its cameras look away from the object: {hint}")
+    if points is None:
+        warnings.warn(one_line(f"{path}: its cameras look away from their common place, as in a panorama from the "
+                               f"inside; {hint}"), stacklevel=4)
 
 
 # ---- the box of interest ------------------------------------------------------------------------------
@@ -489,19 +559,18 @@ def visual_hull(views, centre, half, extent, cells):
     seen, alive = torch.zeros(cells ** 3, dtype=torch.bool), torch.arange(cells ** 3)
     for view in views:
         camera = view.camera
-        fx, fy, cx, cy, *distortion = camera.lens
+        fx, _, _, _, *distortion = camera.lens
         x = uncontract(cell_points(alive, cells) * (2 * extent) - extent) * half + centre[:, None]
-        p = torch.linalg.inv(camera.pose[:, :3]) @ (x - camera.pose[:, 3:])
-        depth = (-p[2]).clamp_min(1e-6)
-        u, v = cx + fx * p[0] / depth, cy - fy * p[1] / depth
-        inside = (p[2] < 0) & (u > 0) & (u < camera.width) & (v > 0) & (v < camera.height)
+        u, v, depth, inside = in_picture(camera, x)
         seen[alive[inside]] = True
         if view.pixels.shape[-1] == 4 and inside.any() and not any(distortion):
             # any pixel that the cell may touch speaks for it; sums over rectangles cost the same for any radius
             radius = fx * half * extent / cells * 3 ** 0.5 / depth[inside].min().item()
             radius = math.ceil(min(radius, max(camera.width, camera.height)))
             sums = torch.zeros(camera.height + 1, camera.width + 1, dtype=torch.int32)
-            sums[1:, 1:] = (view.pixels[..., 3] > 0).int().cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32)
+            shown = view.pixels[..., 3] > 0
+            shown = shown if view.mask is None else shown | ~view.mask  # what is masked says nothing
+            sums[1:, 1:] = shown.int().cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32)
             row, column = v[inside].long(), u[inside].long()
             top, bottom = (row - radius).clamp_min(0), (row + radius + 1).clamp_max(camera.height)
             left, right = (column - radius).clamp_min(0), (column + radius + 1).clamp_max(camera.width)
@@ -547,55 +616,50 @@ class Representation(torch.nn.Module):
         """What a Camera sees, [3,H,W], on the background; rounding may lead a little out of [0,1]."""
         raise NotImplementedError
 
-    def render(self, view=None, size=None, generator=None):
-        """The picture [1,3,H,W] in [0,1] of a view (see `camera`), differentiable in all parameters.
-
-        With a generator (a CPU's) the pixel centres are shifted by up to half a pixel: over many steps the whole
-        surface is seen, not only the points that the centres meet.
-        """
-        camera = self.camera(view, size)
-        if generator is not None:
-            camera = camera.shifted(*(torch.rand(2, generator=generator) - 0.5).tolist())
-        rgb = self.rgb(camera)
+    def render(self, view=None, size=None):
+        """The picture [1,3,H,W] in [0,1] of a view (see `camera`), differentiable in all parameters."""
+        rgb = self.rgb(self.camera(view, size))
         return (rgb + (rgb.clamp(0, 1) - rgb).detach())[None]  # the gradient goes through the clamp
 
     def camera(self, view=None, size=None):
-        """view: a training view's number, a Camera, or None for the one in the middle; size: its square."""
+        """view: a training view's number, a Camera, or None for the one in the middle; size: its sides, see framed."""
         if view is None:
             position = torch.stack([v.camera.pose[:, 3] for v in self.scene.train])
             view = (position - position.mean(0)).norm(dim=1).argmin().item()
         camera = view if isinstance(view, Camera) else self.scene.train[view].camera
-        return camera if size is None else camera.square(size)
+        return camera if size is None else camera.framed(size)
 
     def photograph(self, view, size):
-        """The central square of training picture number `view`, on the background: [1,3,size,size]."""
-        pixels = self.scene.train[view].picture(self.centre.device)
-        side = min(pixels.shape[1:])
-        top, left = ((n - side) // 2 for n in pixels.shape[1:])
-        pixels = pixels[:, top:top + side, left:left + side]
-        return interpolate(over(pixels, self.background)[None], size=(size, size), mode="bicubic",
+        """Training picture number `view`, on the background, with the sides of camera(view, size): [1,3,H,W]."""
+        pixels, camera = self.scene.train[view].picture(self.centre.device), self.camera(view, size)
+        if frame_of(size).square:
+            side = min(pixels.shape[1:])
+            top, left = ((n - side) // 2 for n in pixels.shape[1:])
+            pixels = pixels[:, top:top + side, left:left + side]
+        return interpolate(over(pixels, self.background)[None], size=(camera.height, camera.width), mode="bicubic",
                            antialias=True).clamp(0, 1)
 
     def sample_view(self, generator=None):
         """The number of a training view, drawn on the CPU."""
         return int(torch.randint(len(self.scene.train), (), generator=generator))
 
-    def dataset(self, size):
-        """What the training cameras see now, their central squares, as Pixels whose pictures an edit replaces."""
+    def dataset(self, size, look):
+        """The pictures look(view, size) [1,3,H,W] of all training views as Pixels, which an edit replaces one by one."""
         cameras = [self.camera(i, size) for i in range(len(self.scene.train))]
         with torch.no_grad():
-            pictures = [(self.render(c)[0].permute(1, 2, 0) * 255).round().byte().cpu() for c in cameras]
+            pictures = [(look(i, size)[0].permute(1, 2, 0) * 255).round().byte().cpu() for i in range(len(cameras))]
         return Pixels([View(c, p, str(i)) for i, (c, p) in enumerate(zip(cameras, pictures))], self.centre.device)
 
 
 @torch.no_grad()
 def evaluate(representation, scene):
-    """Mean PSNR in dB over the scene's test views, each on the background, and how many there are."""
+    """Mean PSNR in dB over the scene's test views, on the background, without masked pixels; and their number."""
     psnrs = []
     for view in scene.test:
         photograph = over(view.picture(representation.centre.device), representation.background)
-        error = (representation.render(view.camera)[0] - photograph).square().mean().item()
-        psnrs.append(-10 * math.log10(error + 1e-12))
+        error = (representation.render(view.camera)[0] - photograph).square()
+        error = error if view.mask is None else error[:, view.mask.to(error.device)]
+        psnrs.append(-10 * math.log10(error.mean().item() + 1e-12))
     return (sum(psnrs) / len(psnrs) if psnrs else math.nan), len(psnrs)
 
 
@@ -639,12 +703,12 @@ def _orbit(representation, size):
     full = bool(gap <= math.pi / 3)
     low, high = (0.0, 2 * math.pi) if full else (angle.quantile(0.02).item(), angle.quantile(0.98).item())
     elevation = torch.asin((height / distance).clamp(-1, 1)).median()
-    lens = representation.camera(None, size)
+    lens = representation.camera(None).square(size)
 
     def at(share):
         a = torch.tensor(low + (high - low) * share)
         back = elevation.cos() * (a.cos() * forward + a.sin() * right) + elevation.sin() * up
-        return replace(lens, pose=_look(centre + distance.median() * back, back, up))
+        return replace(lens, pose=look_at(centre + distance.median() * back, back, up))
     return at, full
 
 
@@ -655,11 +719,11 @@ def input_path(representation, frames, size):
     for at in torch.linspace(0, len(pose) - 1, frames):
         i = min(int(at), len(pose) - 2) if len(pose) > 1 else 0
         middle = torch.lerp(pose[i], pose[min(i + 1, len(pose) - 1)], at - i)
-        cameras.append(replace(representation.camera(i, size), pose=_look(middle[:, 3], middle[:, 2], middle[:, 1])))
+        cameras.append(replace(representation.camera(i).square(size), pose=look_at(middle[:, 3], middle[:, 2], middle[:, 1])))
     return cameras
 
 
-def _look(position, back, up):
+def look_at(position, back, up):
     """Pose [3,4] at `position` whose z axis is `back`, with y near `up`."""
     back = back / back.norm()
     right = torch.linalg.cross(up, back)
@@ -681,7 +745,8 @@ def depth_picture(depth):
 def export(representation, folder, cameras):
     """Write images/*.png, depth/*.png and a transforms.json of rendered views, for nerfstudio and load_scene.
 
-    Depth is 16 bit, z along the optical axis in thousandths of a unit, as nerfstudio wants it.
+    The poses lie in the coordinates of the scene's file, in float64. Depth is 16 bit, z along the optical axis in
+    thousandths of a unit, as nerfstudio wants it.
     """
     folder, frames = Path(folder), []
     for name in ("images", "depth"):
@@ -696,7 +761,8 @@ def export(representation, folder, cameras):
             depth = (depth * 1000).round().clamp(0, 65535).numpy().astype(np.uint16)
             with replacing(folder / "depth" / f"{i:05}.png") as part:
                 Image.fromarray(depth).save(part, "PNG")
-            pose = torch.cat((camera.pose, torch.tensor([[0.0, 0, 0, 1]])))
+            pose = torch.cat((camera.pose.double(), torch.tensor([[0.0, 0, 0, 1]])))
+            pose[:3, 3] += torch.tensor(representation.scene.origin, dtype=torch.float64)
             names = ("fl_x", "fl_y", "cx", "cy", "k1", "k2", "k3", "k4", "p1", "p2")
             frames.append(dict(file_path=f"images/{i:05}.png", depth_file_path=f"depth/{i:05}.png",
                                transform_matrix=pose.tolist(), w=camera.width, h=camera.height)

@@ -8,18 +8,22 @@
 
 The method is Kerbl et al.'s (arXiv 2308.04079), its projection EWA splatting (Zwicker et al., 2001).
 """
+import hashlib
 import math
-import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.functional import avg_pool3d, logsigmoid, threshold_
 
+import parallel
 from checkpoint import CheckpointError, dictionary, finite, restore
 from files import one_line, replacing
 from fit import Fit
-from scene import Representation, SceneError, cell_points, over, spherical_harmonics, uncontract, visual_hull
+from ply import FARTHEST, read_vertices
+from scene import (Camera, Representation, Scene, SceneError, View, cell_points, look_at, over, spherical_harmonics,
+                   uncontract, undistorted, visual_hull)
 
 ATTRIBUTES = ("means", "log_scales", "quaternions", "opacities", "sh_dc", "sh_rest")
 LARGEST = (1e8, 40, 1e8, 1e4, 1e6, 1e6)  # of these: squares and products of what is larger overflow, or mean nothing
@@ -27,6 +31,7 @@ SEEN = 1 / 255  # an alpha below this is not drawn
 OPAQUE = 0.99  # none is above this: each layer lets some gradient through
 SPENT = 1e-4  # of the light left in a tile: what lies behind is not drawn
 SH_DC = 0.28209479  # the harmonic of degree 0
+MOST_POINTS = 20000  # of a cloud that Gaussians start on: to find the neighbours of more takes longer than it helps
 
 
 # ---- projection ---------------------------------------------------------------------------------------
@@ -43,9 +48,10 @@ def project(means, log_scales, quaternions, camera, near):
         square pixels, low-pass filter included. Finite also for what is culled.
     """
     fx, fy, cx, cy, *_ = camera.lens
-    pose = camera.pose.to(means)
-    world = torch.linalg.inv(pose[:, :3]) * pose.new_tensor([[1.0], [-1.0], [-1.0]])  # to OpenCV's axes
-    x, y, z = world @ (means - pose[:, 3]).T
+    pose = camera.pose.to(means.dtype)
+    # to OpenCV's axes; inverted on the CPU, as on a GPU nine numbers take longer and the CPU would wait for them
+    world = (torch.linalg.inv(pose[:, :3]) * pose.new_tensor([[1.0], [-1.0], [-1.0]])).to(means.device)
+    x, y, z = world @ (means - pose[:, 3].to(means.device)).T
     depth = z.detach()
     z = z.clamp_min(near)
     x, y = x / z, y / z
@@ -243,8 +249,8 @@ class Splats(Representation):
     """
 
     def __init__(self, scene, means, log_scales, quaternions, opacities, sh_dc, sh_rest):
-        """scene: a Scene, which is kept; the others: tensors of the shapes above."""
-        super().__init__(scene)
+        """scene: a Scene, which is kept as pinhole cameras see it; the others: tensors of the shapes above."""
+        super().__init__(undistorted(scene))
         for name, value in zip(ATTRIBUTES, (means, log_scales, quaternions, opacities, sh_dc, sh_rest)):
             setattr(self, name, torch.nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format)))
         position = torch.stack([v.camera.pose[:, 3] for v in scene.train])
@@ -287,8 +293,8 @@ class Splats(Representation):
 
     # ---- what the edit's loop asks for
 
-    def data_loss(self, dataset, generator=None):
-        """One step of going on to fit a `dataset`: the L1 loss of one of its pictures."""
+    def data_loss(self, dataset, generator=None, l1=True):
+        """One step of going on to fit a `dataset`: the L1 loss of one of its pictures, whatever l1 says."""
         view = int(torch.randint(len(dataset.cameras), (), generator=generator))
         return (self.render(dataset.cameras[view]) - dataset.picture(view)).abs().mean()
 
@@ -307,26 +313,45 @@ class Splats(Representation):
     # ---- files
 
     def save(self, path):
-        """Write a .ply of 3DGS or, without sh_rest and rounded to 8 bits, a .splat; never half a file."""
-        path = Path(path)
+        """Write a .ply of 3DGS or, without sh_rest and rounded to 8 bits, a .splat; never half a file.
+
+        The positions lie in the coordinates of the scene's file. Where these are those of a map, too far from zero for
+        float32, they begin at the scene's origin instead: the .ply names it in its header ("comment origin X Y Z"), a
+        warning does, too.
+        """
+        path, origin = Path(path), self.scene.origin
         values = {name: getattr(self, name).detach().cpu().float() for name in ATTRIBUTES}
-        data = FILES[_suffix(path)][1](**values)
+        data = FILES[_suffix(path)][1](**values, origin=origin)
         with replacing(path) as part:
             part.write_bytes(data)
+        if any(origin):
+            warnings.warn(one_line(f"{path}: its positions begin at {' '.join(map(repr, origin))} of the scene's "
+                                   "coordinates, which float32 cannot hold"), stacklevel=2)
 
     @classmethod
-    def load(cls, path, scene, device="cpu"):
-        """The Gaussians of a .ply of 3DGS or a .splat in front of a scene's cameras; SceneError if it is neither."""
+    def load(cls, path, scene=None, device="cpu", size=256, up=None):
+        """The Gaussians of a .ply of 3DGS or a .splat.
+
+        Args:
+            scene: the Scene whose cameras see them; a warning is given where they look unlike its photographs. None:
+                cameras are placed around them, see `around`, and what these see takes the place of photographs.
+            size, up: of `around`.
+        Raises:
+            SceneError: no such file, or one that cannot be drawn.
+        """
         path = Path(path)
         read = FILES[_suffix(path)][0]
         try:
             data = path.read_bytes()
         except OSError as e:
             raise SceneError(f"{path}: cannot be read: {e.strerror}") from e
-        values = read(path, data)
+        (means, *others), comments = read(path, data)
+        shift = _origin_of(path, comments) - torch.tensor(scene.origin if scene else (0.0, 0, 0), dtype=torch.float64)
+        values = [(means + shift if shift.any() else means).float(), *(value.float() for value in others)]
         if not len(values[0]):
             raise SceneError(f"{path}: holds no Gaussian")
-        largest = torch.stack([v.reshape(len(v), -1).abs().amax(1) if v[0].numel() else torch.zeros(len(v)) for v in values])
+        largest = torch.stack([v.reshape(len(v), -1).abs().amax(1) if v[0].numel() else torch.zeros(len(v))
+                               for v in values])
         wrong = ~torch.isfinite(largest).all(0)
         if wrong.any():
             raise SceneError(f"{path}: {int(wrong.sum())} of its {len(wrong)} Gaussians are not finite")
@@ -334,38 +359,76 @@ class Splats(Representation):
             if (figures > most).any():
                 raise SceneError(f"{path}: {int((figures > most).sum())} of its {len(wrong)} Gaussians are too large: "
                                  f"{name} of up to {figures.max():.3g}, {most:g} can be drawn")
-        return cls(scene, *values).to(device)
+        if scene is None:
+            up = up or _up_of(path, comments)
+            return cls._alone(path, values, hashlib.sha256(data).hexdigest(), device, size, up)
+        splats = cls(scene, *values).to(device)
+        error, spread = splats._likeness()
+        if error > spread:
+            psnr = -10 * math.log10(error)
+            warnings.warn(one_line(f"{path}: looks unlike the photographs of {scene.path}, PSNR {psnr:.0f} dB: are they "
+                                   "of this scene, and in its coordinates?"), stacklevel=2)
+        return splats
+
+    @classmethod
+    def _alone(cls, path, values, digest, device, size, up):
+        """The Gaussians `values` of the file `path` with cameras of their own, whose pictures are drawn here."""
+        vector = [(axis == up[-1]) * (-1.0 if up[0] == "-" else 1.0) for axis in "xyz"]
+        centre, radius, cameras = around(values[0], values[3], vector, size)
+        blank = torch.zeros(size, size, 3, dtype=torch.uint8)
+        views = [View(camera, blank, str(i)) for i, camera in enumerate(cameras)]
+        fingerprint = hashlib.sha256(f"{digest} {size} {up}".encode()).hexdigest()
+        scene = Scene(path, views, [], centre, 1.05 * radius, False, torch.ones(3), fingerprint)
+        splats = cls(scene, *values).to(device)
+        with torch.no_grad():
+            for i, view in enumerate(views):
+                picture = (splats.render(view.camera)[0].permute(1, 2, 0) * 255).round().byte()
+                views[i] = View(view.camera, picture.cpu(), view.name)
+        return splats
+
+    @torch.no_grad()
+    def _likeness(self, views=4, size=64):
+        """The mean squared error of what is drawn in the place of some photographs, and that of their mean colours."""
+        shown = range(0, len(self.scene.train), max(1, len(self.scene.train) // views))
+        photographs = [(i, self.photograph(i, size)) for i in shown]
+        error = sum((self.render(i, size) - p).square().mean().item() for i, p in photographs)
+        spread = sum((p - p.mean((2, 3), True)).square().mean().item() for _, p in photographs)
+        return error / len(shown), spread / len(shown)
 
     # ---- the fit
 
+    @staticmethod
+    def sizes(device):
+        """Those that suit a device, a dict."""
+        if torch.device(device).type == "cpu":
+            return dict(count=2000, limit=10000, degree=1)
+        return dict(count=20000, limit=300000, degree=3)
+
     @classmethod
     def start(cls, scene, count, degree, generator):
-        """`count` Gaussians on the surface of the visual hull; in a capture, wherever a view may see one."""
-        extent, cells = (1, 64) if scene.bounded else (2, 32)
-        _, hull = visual_hull(scene.train, scene.centre, scene.half, extent, cells)
-        if scene.bounded:  # what lies inside is never seen
-            hull &= avg_pool3d(hull.view(1, 1, cells, cells, cells).float(), 3, 1, 1).view(-1) < 0.999
-        at = hull.nonzero()[:, 0]
-        at = at if len(at) else torch.arange(cells ** 3)
-        # a capture's cameras look at its middle: half of them go into the box, and are smaller
-        weight = torch.ones(len(at)) if scene.bounded else (cell_points(at, cells) - 0.5).norm(dim=0).add(0.1) ** -4
-        pick = torch.multinomial(weight, count, True, generator=generator)
-        each = (count * weight / weight.sum())[pick]  # how many there are in a cell like its own
-        inner = (cell_points(at[pick], cells, torch.rand(3, count, generator=generator)) * 2 - 1) * extent
-        x = uncontract(inner)
-        # as large as its share of the surface, or of the volume, which the contraction has stretched
-        spacing = each ** (-1 / 2 if scene.bounded else -1 / 3) * 2 * extent / cells * scene.half
-        log_scales = (0.5 * spacing * x.norm(dim=0) / inner.norm(dim=0).clamp_min(1e-6)).log()[:, None].expand(-1, 3)
-        means, quaternions = x.T * scene.half + scene.centre, torch.tensor([1.0, 0, 0, 0]).expand(count, 4)
+        """`count` Gaussians: on points of the scene's cloud, and those that are more than its points where the pictures
+        allow something: on the surface of the visual hull; in a capture, wherever a view may see one."""
+        scene, known = undistorted(scene), torch.full((count, 3), math.nan)
+        means, scales = _places(scene, count, generator)
+        if scene.points is not None:
+            pick = torch.randperm(len(scene.points), generator=generator)[:count]
+            points = scene.points[pick]
+            means, scales = (torch.cat(pair)[:count] for pair in ((points, means), (_spacing(points), scales)))
+            if scene.colours is not None:
+                known[:len(pick)] = scene.colours[pick]
+        log_scales, quaternions = scales.log()[:, None].expand(-1, 3), torch.tensor([1.0, 0, 0, 0]).expand(count, 4)
         colour = torch.full((4, count), 1e-3)  # sums of rgb and of 1: the mean of what the views show in its place
         for view in scene.train:
             (u, v), depth, _ = project(means, log_scales, quaternions, view.camera, 1e-3 * scene.half)
             inside = (depth > 0) & (u > 0) & (u < view.camera.width) & (v > 0) & (v < view.camera.height)
+            if view.mask is not None:
+                inside[inside.clone()] = view.mask[v[inside].long(), u[inside].long()]
             pixels = view.pixels[v[inside].long(), u[inside].long()].T.float() / 255
             alpha = pixels[3] if len(pixels) == 4 else torch.ones_like(pixels[0])
             colour[:, inside] += torch.cat((pixels[:3], torch.ones_like(pixels[:1]))) * alpha
+        colour = torch.where(known.isnan(), (colour[:3] / colour[3]).T, known)
         return cls(scene, means, log_scales, quaternions, torch.full((count,), 0.0 if scene.bounded else -2.0),
-                   (colour[:3] / colour[3] - 0.5).T / SH_DC, torch.zeros(count, (degree + 1) ** 2 - 1, 3))
+                   (colour - 0.5) / SH_DC, torch.zeros(count, (degree + 1) ** 2 - 1, 3))
 
     @classmethod
     def fit(cls, scene, seconds=None, steps=None, seed=0, checkpoint=None, device="cpu", progress=True, **sizes):
@@ -389,16 +452,17 @@ class Splats(Representation):
             FloatingPointError: the loss is no longer finite.
         """
         device = torch.device(device)
-        default = (dict(count=2000, limit=10000, degree=1) if device.type == "cpu" else
-                   dict(count=20000, limit=300000, degree=3))
-        sizes = default | sizes
+        sizes = cls.sizes(device) | sizes
+        scene = undistorted(scene)
         fit = Fit(scene, sizes, {"splats": dictionary, "moved": torch.is_tensor}, seconds, steps, checkpoint, device)
-        generator = torch.Generator().manual_seed(seed)
+        generator, = parallel.streams(seed, 1)
         if fit.saved:
             with fit.reading():
                 splats = cls._restored(scene, fit.saved, sizes, fit.checkpoint)
         else:
-            splats = cls.start(scene, sizes["count"], sizes["degree"], generator)
+            # a cloud's points stand where something is: as many of them as leave room to grow
+            points = 0 if scene.points is None else min(len(scene.points), MOST_POINTS, sizes["limit"] // 2)
+            splats = cls.start(scene, max(sizes["count"], points), sizes["degree"], parallel.shared(generator, seed))
         splats.to(device)
         # of each Gaussian: the sum of how far its mean was pulled over the screen, and in how many pictures
         moved = fit.saved["moved"] if fit.saved else torch.zeros(2, len(splats.means), device=device)
@@ -413,12 +477,14 @@ class Splats(Representation):
         for step in fit.run(optimiser, generator, state, progress):
             for group in optimiser.param_groups:
                 group["lr"] = rates[group["name"]] * (0.01 if group["name"] == "means" else 0.2) ** fit.share(step)
-            # each view once before any comes again
-            order = torch.randperm(views, generator=torch.Generator().manual_seed(seed + step // views))
-            view = scene.train[order[step % views]]
+            # each view once before any comes again; of several processes each takes one
+            at = step * parallel.world() + parallel.rank()
+            order = torch.randperm(views, generator=torch.Generator().manual_seed(seed + at // views))
+            view = scene.train[order[at % views]]
             loss, error, uv = splats._fit_step(view, generator)
             optimiser.zero_grad()
             loss.backward()
+            parallel.average(loss, optimiser.param_groups)
             optimiser.step()
             splats.project_()
             half = uv.new_tensor([[view.camera.width], [view.camera.height]]) / 2
@@ -426,7 +492,9 @@ class Splats(Representation):
             moved += torch.stack((pull, (pull > 0).float()))
             if (step + 1) % 100 == 0:
                 grow = 0.15 if fit.share(step + 1) < 0.6 else 0
-                splats._densify(optimiser, moved[0] / moved[1].clamp_min(1), sizes["limit"], grow, generator)
+                moved = parallel.summed(moved)
+                splats._densify(optimiser, moved[0] / moved[1].clamp_min(1), sizes["limit"], grow,
+                                parallel.shared(generator, seed + step))
                 moved = moved.new_zeros(2, len(splats.means))
             fit.report(loss, error, splats=len(splats.means))
         splats.fitted = {"steps": fit.step, "seconds": fit.spent}
@@ -439,7 +507,8 @@ class Splats(Representation):
         tensors = [state.get(name) for name in ATTRIBUTES]
         right = all(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in tensors)
         number = len(tensors[0]) if right and tensors[0].ndim else 0
-        shapes = [(number, 3), (number, 3), (number, 4), (number,), (number, 3), (number, (sizes["degree"] + 1) ** 2 - 1, 3)]
+        rest = (sizes["degree"] + 1) ** 2 - 1
+        shapes = [(number, 3), (number, 3), (number, 4), (number,), (number, 3), (number, rest, 3)]
         if not number or [tuple(value.shape) for value in tensors] != shapes or saved["moved"].shape != (2, number):
             raise CheckpointError(path, "its Gaussians have other shapes")
         splats = cls(scene, *tensors).to(tensors[0].device)
@@ -457,6 +526,7 @@ class Splats(Representation):
             behind = torch.rand(3, generator=generator).to(behind)
         wanted = over(view.picture(behind.device), behind)
         error = picture[:3] + picture[3:] * behind[:, None, None] - wanted
+        error = error if view.mask is None else error[:, view.mask.to(error.device)]
         return error.abs().mean(), error.detach().square().mean(), uv
 
     @torch.no_grad()
@@ -491,12 +561,95 @@ class Splats(Representation):
         self.log_scales[twins] -= math.log(1.6)
 
 
+def _places(scene, count, generator):
+    """Where `count` Gaussians may stand, [count,3], as the pictures say, and the deviations [count] that fill that."""
+    extent, cells = (1, 64) if scene.bounded else (2, 32)
+    _, hull = visual_hull(scene.train, scene.centre, scene.half, extent, cells)
+    if scene.bounded:  # what lies inside is never seen
+        hull &= avg_pool3d(hull.view(1, 1, cells, cells, cells).float(), 3, 1, 1).view(-1) < 0.999
+    at = hull.nonzero()[:, 0]
+    at = at if len(at) else torch.arange(cells ** 3)
+    # a capture's cameras look at its middle: half of them go into the box, and are smaller
+    weight = torch.ones(len(at)) if scene.bounded else (cell_points(at, cells) - 0.5).norm(dim=0).add(0.1) ** -4
+    pick = torch.multinomial(weight, count, True, generator=generator)
+    each = (count * weight / weight.sum())[pick]  # how many there are in a cell like its own
+    inner = (cell_points(at[pick], cells, torch.rand(3, count, generator=generator)) * 2 - 1) * extent
+    x = uncontract(inner)
+    # as large as its share of the surface, or of the volume, which the contraction has stretched
+    spacing = each ** (-1 / 2 if scene.bounded else -1 / 3) * 2 * extent / cells * scene.half
+    return x.T * scene.half + scene.centre, 0.5 * spacing * x.norm(dim=0) / inner.norm(dim=0).clamp_min(1e-6)
+
+
+def _spacing(points, neighbours=3):
+    """Root mean square of the distances [N] of points [N,3] to their nearest neighbours, as in Kerbl et al., 5.1."""
+    if len(points) < 2:
+        return torch.ones(len(points))
+    nearest = [torch.cdist(part, points, compute_mode="donot_use_mm_for_euclid_dist").topk(
+        min(neighbours + 1, len(points)), largest=False).values[:, 1:] for part in points.split(1024)]
+    distance = torch.cat(nearest).square().mean(1).sqrt()
+    # equal points have no distance at all, and a lonely one must not fill the picture
+    return distance.clamp(1e-3 * distance.median().item() + 1e-9, 10 * distance.median().item() + 1e-9)
+
+
+# ---- cameras for a model that comes without --------------------------------------------------------------
+
+ELEVATIONS, TURN, ANGLE = (0, 20, 45), 8, 50  # degrees of the rings, cameras on each, degrees of their angle of view
+
+
+def around(means, opacities, up, size):
+    """Square cameras of `size` pixels on three rings around Gaussians: centre [3], radius, and a list of Camera.
+
+    The centre is the median of the means [N,3] by their opacities [N] (logits), in each axis. The radius holds 95 % of
+    what is no further than three times the median distance: what is still further is taken for background.
+    up: [3], the direction that is up in the pictures.
+    """
+    weight = opacities.double().sigmoid()
+
+    def quantile(values, share):
+        order = values.argsort()
+        total = weight[order].cumsum(0)
+        return values[order[int((total < share * total[-1]).sum().clamp(max=len(order) - 1))]]
+    centre = torch.stack([quantile(axis, 0.5) for axis in means.T])
+    distance = (means - centre).norm(dim=1)
+    weight = weight * (distance <= 3 * quantile(distance, 0.5))
+    radius = max(quantile(distance, 0.95).item(), 1e-6)
+    up = torch.tensor(up, dtype=torch.float32)
+    right = torch.linalg.cross(up, up.roll(1))
+    forward = torch.linalg.cross(right, up)
+    focal = size / 2 / math.tan(math.radians(ANGLE) / 2)
+    lens, cameras = (focal, focal, size / 2, size / 2, *[0.0] * 6), []
+    reach = 1.3 * radius / math.sin(math.radians(ANGLE) / 2)  # with room around it
+    for ring, elevation in enumerate(map(math.radians, ELEVATIONS)):
+        for i in range(TURN):
+            turn = 2 * math.pi * (i + ring / len(ELEVATIONS)) / TURN
+            back = math.cos(elevation) * (math.cos(turn) * forward + math.sin(turn) * right) + math.sin(elevation) * up
+            cameras.append(Camera(look_at(centre + reach * back, back, up), lens, size, size))
+    return centre, radius, cameras
+
+
+def _up_of(path, comments):
+    """The direction that is up in a file of Gaussians, as "z": by its header, else as most captures of COLMAP's."""
+    said = [text.split(":")[1].strip().lower() for text in comments if text.lower().startswith("vertical axis:")]
+    if said and said[0] in ("x", "y", "z"):  # nerfstudio's
+        return said[0]
+    warnings.warn(one_line(f"{path}: does not say where up is: -y is taken, as in captures by COLMAP; --up z turns it, "
+                           "and with --scene DIR it has the cameras of its photographs"), stacklevel=3)
+    return "-y"
+
+
+def _origin_of(path, comments):
+    """[3] float64: where the zero of the positions lies, as `save` has written it, else zero."""
+    words = next((text.split()[1:] for text in comments if text.split()[:1] == ["origin"]), None)
+    try:
+        origin = torch.tensor([float(word) for word in words or "000"], dtype=torch.float64)
+    except ValueError:
+        origin = torch.zeros(0)
+    if len(origin) != 3 or not (origin.abs() <= FARTHEST).all():
+        raise SceneError(f"{path}: the origin in its header is no place")
+    return origin
+
+
 # ---- files --------------------------------------------------------------------------------------------
-
-PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "<i2", "ushort": "<u2", "int": "<i4", "uint": "<u4", "float": "<f4",
-             "double": "<f8", "int8": "i1", "uint8": "u1", "int16": "<i2", "uint16": "<u2", "int32": "<i4",
-             "uint32": "<u4", "float32": "<f4", "float64": "<f8"}
-
 
 def _ply_names(rest):
     """The file's names of means, log_scales, quaternions, opacities, sh_dc and sh_rest; rest: numbers of the last."""
@@ -504,74 +657,37 @@ def _ply_names(rest):
             ("f_dc_0", "f_dc_1", "f_dc_2"), tuple(f"f_rest_{i}" for i in range(rest)))
 
 
-def _ply_bytes(means, log_scales, quaternions, opacities, sh_dc, sh_rest):
+def _ply_bytes(means, log_scales, quaternions, opacities, sh_dc, sh_rest, origin):
     # the order of the paper's code, which some viewers rely on; theirs is channel-major
     rest = sh_rest.transpose(1, 2).flatten(1)
     xyz, scale, rot, opacity, dc, others = _ply_names(rest.shape[1])
     names = (*xyz, "nx", "ny", "nz", *dc, *others, *opacity, *scale, *rot)
     table = torch.cat((means, torch.zeros_like(means), sh_dc, rest, opacities[:, None], log_scales, quaternions), 1)
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(means)}",
+    comment = [f"comment origin {' '.join(map(repr, origin))}"] if any(origin) else []
+    header = ["ply", "format binary_little_endian 1.0", *comment, f"element vertex {len(means)}",
               *(f"property float {name}" for name in names), "end_header", ""]
     return "\n".join(header).encode() + table.numpy().astype("<f4").tobytes()
 
 
 def _read_ply(path, data):
-    end = re.search(rb"(?<=[\r\n])end_header[ \t]*(\r\n|\n|\r)", data[:2 ** 20])
-    if not end or not re.match(rb"ply\s", data):
-        raise SceneError(f"{path}: no .ply: it has no header")
-    head, body = data[:end.start()], data[end.end():]
-    lines = [line.split() for line in head.decode("ascii", "replace").splitlines()]
-    layout = next((words[1] for words in lines if words[:1] == ["format"] and words[2:] == ["1.0"]), None)
-    if layout not in ("ascii", "binary_little_endian", "binary_big_endian"):
-        raise SceneError(f"{path}: a .ply of no format that is known, ascii or binary")
-    elements = [words[1:] for words in lines if words[:1] == ["element"]]
-    if any(words[:1] == ["chunk"] for words in elements) or b" packed_" in head:
-        raise SceneError(f"{path}: is a compressed .ply, export it uncompressed")
-    try:
-        first = next(i for i, words in enumerate(lines) if words[:1] == ["element"])
-        last = next((i for i, words in enumerate(lines) if i > first and words[:1] == ["element"]), len(lines))
-        count = int(elements[0][1])
-        assert elements[0][0] == "vertex" and count >= 0
-        kind = np.dtype([(w[2], PLY_TYPES[w[1]]) for w in lines[first + 1:last] if w[:1] == ["property"]])
-    except (StopIteration, AssertionError, KeyError, ValueError, IndexError, OverflowError) as e:
-        raise SceneError(f"{path}: a header that cannot be read, or that does not begin with the vertices") from e
-    rest = sum(name.startswith("f_rest_") for name in kind.names or ())
+    table, comments = read_vertices(path, data)
+    rest = sum(name.startswith("f_rest_") for name in table)
     names = _ply_names(rest)
-    missing = [name for group in names for name in group if name not in (kind.names or ())]
+    missing = [name for group in names for name in group if name not in table]
     if missing:
         raise SceneError(f"{path}: no .ply of Gaussians: it has no {', '.join(missing)}")
     if rest not in (0, 9, 24, 45):
         raise SceneError(f"{path}: {rest} f_rest are no harmonics of degree 0 to 3")
-    if layout == "ascii":
-        table = _ascii_table(path, body, kind, count)
-    else:
-        if len(body) < count * kind.itemsize:
-            raise SceneError(f"{path}: is cut short: {len(body)} bytes of {count * kind.itemsize}")
-        table = np.frombuffer(body, kind if layout == "binary_little_endian" else kind.newbyteorder(">"), count)
-    with np.errstate(over="ignore"):  # what is beyond float32 becomes inf, which is refused
-        columns = [np.array([table[name] for name in group], np.float32).reshape(len(group), count) for group in names]
+    count = len(table["x"])
+    columns = [np.array([table[name] for name in group], np.float64).reshape(len(group), count) for group in names]
     mean, scale, rot, opacity, dc, others = (torch.from_numpy(c).T for c in columns)
-    return mean, scale, rot, opacity[:, 0], dc, others.reshape(count, 3, rest // 3).transpose(1, 2)
-
-
-def _ascii_table(path, body, kind, count):
-    """The first `count` rows of numbers as {name: float64 [count]}."""
-    if len(body) < 2 * count * len(kind.names) - 1:  # a digit and a blank each
-        raise SceneError(f"{path}: is cut short: {len(body)} bytes for {count} lines of {len(kind.names)} numbers")
-    words = body.split(None, count * len(kind.names))[:count * len(kind.names)]
-    try:
-        rows = np.array([float(word) for word in words], np.float64)
-    except ValueError as e:
-        raise SceneError(f"{path}: {one_line(e, 100)}") from e
-    if len(rows) < count * len(kind.names):
-        raise SceneError(f"{path}: is cut short: {len(rows)} numbers of {count * len(kind.names)}")
-    return dict(zip(kind.names, rows.reshape(count, len(kind.names)).T))
+    return (mean, scale, rot, opacity[:, 0], dc, others.reshape(count, 3, rest // 3).transpose(1, 2)), comments
 
 
 SPLAT = np.dtype([("mean", "<f4", 3), ("scale", "<f4", 3), ("rgba", "u1", 4), ("rotation", "u1", 4)])
 
 
-def _splat_bytes(means, log_scales, quaternions, opacities, sh_dc, sh_rest):
+def _splat_bytes(means, log_scales, quaternions, opacities, sh_dc, sh_rest, origin):
     alpha = opacities.sigmoid()
     # most important first: viewers draw a file while it loads
     order = (log_scales.sum(1).exp() * alpha).argsort(descending=True, stable=True)
@@ -591,7 +707,7 @@ def _read_splat(path, data):
     mean, scale, rgba, rotation = (torch.from_numpy(table[name].astype(np.float32)) for name in SPLAT.names)
     alpha = (rgba[:, 3] / 255).clamp(1e-3, 1 - 1e-3)  # 0 and 255 stand for what rounds to them
     return (mean, scale.clamp_min(1e-12).log(), (rotation - 128) / 128, alpha.logit(),
-            (rgba[:, :3] / 255 - 0.5) / SH_DC, torch.zeros(len(mean), 0, 3))
+            (rgba[:, :3] / 255 - 0.5) / SH_DC, torch.zeros(len(mean), 0, 3)), []
 
 
 FILES = {".ply": (_read_ply, _ply_bytes), ".splat": (_read_splat, _splat_bytes)}

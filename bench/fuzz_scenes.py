@@ -1,4 +1,4 @@
-"""Damaged scenes, files of Gaussians, pictures, checkpoints and settings: each is read, or refused in one line.
+"""Damaged scenes, COLMAP's models, files of Gaussians, pictures, checkpoints, settings: read, or refused in one line.
 
 Structure-aware and seeded: a sound input is made, and one or two of its parts are replaced by values that fit there and
 mean nothing. A case fails where an error of any other kind comes out, a message of two lines or without the file's name,
@@ -9,6 +9,7 @@ import io
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import struct
@@ -36,7 +37,7 @@ from splat import Splats
 from table import read_row
 
 SECONDS, MEGABYTES = 5, 1000
-COUNTS = {"scenes": 500, "ply": 300, "pictures": 300, "settings": 200}
+COUNTS = {"scenes": 500, "colmap": 300, "ply": 300, "pictures": 300, "settings": 200}
 EVIL = (None, True, False, "", "x", "12", "/", "..", "a\nb", "y" * 5000, "\0", [], {}, [1], math.nan, math.inf, -math.inf, -1,
         0, 1, 2, 0.5, -0.5, 1e-308, 1e-9, 1e3, 1e6, 1e10, -1e10, 1e30, -1e30, 1e38, 1e308, -1e308, 10 ** 400, 2 ** 63, 180,
         179.999, 360, 3.2, math.pi, 800.0)
@@ -74,7 +75,7 @@ def run_case(kind, case, seed, folder):
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(4 * SECONDS)
     restart_peak()
-    memory, started, end = memory_status("VmRSS"), time.perf_counter(), "read"
+    memory, started, end = memory_status("VmRSS"), time.process_time(), "read"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -92,7 +93,7 @@ def run_case(kind, case, seed, folder):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    seconds, memory = time.perf_counter() - started, memory_status("VmHWM") - memory
+    seconds, memory = time.process_time() - started, memory_status("VmHWM") - memory
     if end in ("read", "refused") and seconds > SECONDS:
         end = f"{end} in {seconds:.1f} s"
     if end in ("read", "refused") and memory > MEGABYTES:
@@ -166,7 +167,7 @@ def broken(rng, value):
 
 def damaged(rng, data):
     """Bytes that are cut short, or have a few others in their place."""
-    data = bytearray(data)
+    data = bytearray(data or b" ")
     if rng.random() < 0.4:
         return bytes(data[:rng.randrange(len(data))])
     for _ in range(rng.randrange(1, 12)):
@@ -180,6 +181,19 @@ def make_scene(rng, place):
     extra = dict(aabb_scale=4, fl_x=16.0, fl_y=16.0, cx=8.0, cy=8.0, k1=0.01, k2=0.0, p1=0.0, camera_angle_y=0.9, x_fov=50.0)
     file = write_scene(folder, rng.random() < 0.6, rng.choice((1, 2, 5)), **{
         key: value for key, value in extra.items() if rng.random() < 0.3})
+    if rng.random() < 0.3:
+        file["ply_file_path"], points = "cloud.ply", cloud_of(rng)
+        head = ["ply", "format ascii 1.0", f"element vertex {len(points)}", *(f"property float {axis}" for axis in "xyz")]
+        cloud = "\n".join([*head, "end_header", *(" ".join(map(str, point)) for point in points), ""]).encode()
+        (folder / "cloud.ply").write_bytes(damaged(rng, cloud) if rng.random() < 0.5 else cloud)
+    if rng.random() < 0.2:
+        file["applied_transform"] = [[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0]]
+    if rng.random() < 0.2:
+        file[rng.choice(("train_filenames", "val_filenames", "test_filenames"))] = ["0.png"]
+    if rng.random() < 0.3:
+        file["frames"][0]["mask_path"] = "mask.png"
+        Image.linear_gradient("L").resize(rng.choice(((16, 16), (8, 8), (16, 5)))).save(folder / "mask.png")
+    (folder / "transforms.json").write_text(json.dumps(file))
     kind = rng.random()
     if kind < 0.75:  # several keys of a lens at the same time, too
         file = broken(rng, file | {key: rng.choice(EVIL) for key in extra if rng.random() < 0.05})
@@ -194,6 +208,15 @@ def make_scene(rng, place):
         else:
             (folder / name).write_bytes(damaged(rng, (folder / name).read_bytes()))
 
+    return fitting(rng, folder)
+
+
+def cloud_of(rng):
+    return [[rng.gauss(0, 0.5) for _ in "xyz"] for _ in range(rng.choice((0, 9, 150)))]
+
+
+def fitting(rng, folder):
+    """A call that reads the scene in a folder, fits it for a step or two and looks at it."""
     def call():
         scene = load_scene(folder)
         if rng.random() < 0.5:
@@ -204,6 +227,66 @@ def make_scene(rng, place):
             if not torch.isfinite(representation.render(0, 8)).all():
                 raise FloatingPointError("the render")
     return call
+
+
+# ---- models of COLMAP ---------------------------------------------------------------------------------
+
+def make_colmap(rng, place):
+    folder, views = place / "scene", rng.choice((1, 2, 5))
+    (folder / "images").mkdir(parents=True)
+    write_scene(folder, rng.random() < 0.3, views)
+    (folder / "transforms.json").unlink()
+    for picture in folder.glob("*.png"):
+        picture.rename(folder / "images" / picture.name)
+    turns = [math.pi * i / views for i in range(views)]  # half of them, of cameras around the y axis
+    rows = {  # of every record: the format of its numbers, and those
+        "cameras": [["IiQQ4d", 1, 1, 16, 16, 16.0, 16.0, 8.0, 8.0]],
+        "images": [["I7dIs", i + 1, 0.0, -math.cos(a), 0.0, math.sin(a), 0.0, 0.0, 4.0, 1, f"{i}.png"]
+                   for i, a in enumerate(turns)],
+        "points3D": [["Q3d3Bd", i, *point, 200, 90, 30, 0.5] for i, point in enumerate(cloud_of(rng))]}
+    text, kind = rng.random() < 0.5, rng.random()
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        part = rng.choice([part for part in ("cameras", "images", "images", "points3D") if rows[part]])
+        row = rng.choice(rows[part])
+        numbers = [x for x in EVIL if isinstance(x, (int, float)) and not x > 2 ** 64]
+        row[rng.randrange(1, len(row))] = rng.choice(EVIL if text else numbers)
+    model = folder / rng.choice(("sparse/0", "sparse", "colmap/sparse/0"))
+    model.mkdir(parents=True)
+    written = {part: text_records(part, found) if text else binary_records(rng, part, found) for part, found in rows.items()}
+    if kind < 0.5:
+        part = rng.choice(list(written))
+        written[part] = damaged(rng, written[part]) if kind < 0.4 else rng.choice((b"", b"\xff" * 64, written[part] * 2))
+    for part, data in written.items():
+        if rng.random() > 0.02:
+            (model / f"{part}.{'txt' if text else 'bin'}").write_bytes(data)
+    return fitting(rng, folder)
+
+
+def text_records(part, rows):
+    more = {"cameras": "", "images": "\n1.5 2.5 -1", "points3D": " 1 2 2 3 3 4"}[part]
+    model = lambda row: [row[0], "PINHOLE" if row[1] == 1 else row[1], *row[2:]] if part == "cameras" else row
+    return "".join(" ".join(map(str, model(row[1:]))) + more + "\n" for row in rows).encode(errors="surrogatepass")
+
+
+def binary_records(rng, part, rows):
+    track = struct.pack("<Q6I", 3, 1, 2, 2, 3, 3, 4)
+    more = {"cameras": b"", "images": struct.pack("<Qddq", 1, 1.5, 2.5, -1), "points3D": track}
+    count = len(rows) if rng.random() > 0.05 else rng.choice((0, len(rows) + 1, 2 ** 40, 2 ** 64 - 1))
+    return struct.pack("<Q", count) + b"".join(record(row) + more[part] for row in rows)
+
+
+def record(row):
+    """Numbers as a format says; what does not fit into their bytes is cut to them, and a name ends with a zero."""
+    data, forms = b"", [(form[-1], int(form[:-1] or 1)) for form in re.findall(r"\d*[a-zA-Z]", row[0])]
+    for form, value in zip((form for form, count in forms for _ in range(count)), row[1:]):
+        if form == "s":
+            data += str(value).encode() + b"\0"
+        elif form == "d":
+            data += struct.pack("<d", value)
+        else:
+            whole = int(value) if math.isfinite(value) else 2 ** 31
+            data += (whole % 256 ** struct.calcsize("<" + form)).to_bytes(struct.calcsize("<" + form), "little")
+    return data
 
 
 # ---- files of Gaussians -------------------------------------------------------------------------------
@@ -314,19 +397,21 @@ class Dot(torch.nn.Module):
 
 class Stage:
     """The smallest stage of an edit."""
-    name, steps, guidance, rate = "dot", 4, 1.0, 1
+    name, steps, guidance, rate, fresh = "dot", 4, 1.0, 1, False
 
     def __init__(self, scene):
-        self.scene, self.state = scene, {"view": None}
+        self.scene, self.state = scene, {"views": [None]}
 
-    def loss(self, step, generator):
-        return (self.scene.colour - torch.rand(3, generator=generator)).square().sum()
+    def backward(self, step, generators):
+        loss = (self.scene.colour - torch.rand(3, generator=generators[0])).square().sum()
+        loss.backward()
+        return loss.detach()
 
 
 def edit_dot(out, resume):
     """An edit of the dot, with its checkpoint in `out`; returns its colour."""
     dot = Dot()
-    args = SimpleNamespace(seed=0, resume=resume, every=2, smooth=0)
+    args = SimpleNamespace(seed=0, resume=resume, every=2, smooth=0, rates="settle", batch=1)
     edit(dot, [{"params": [dot.colour], "lr": 0.1, "name": "colour"}], [Stage(dot)], SimpleNamespace(guidance=1), args, out,
          {"seed": 0})
     return dot.colour.detach()
@@ -421,4 +506,4 @@ def make_settings(rng, place):
     return call
 
 
-MAKE = {"scenes": make_scene, "ply": make_ply, "pictures": make_picture, "settings": make_settings}
+MAKE = {"scenes": make_scene, "colmap": make_colmap, "ply": make_ply, "pictures": make_picture, "settings": make_settings}

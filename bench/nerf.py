@@ -1,4 +1,6 @@
-"""NeRF: the hash grid against nn.Embedding, the PSNR of fits over time, deferred against direct gradients."""
+"""NeRF: the hash grid against nn.Embedding, the PSNR of fits, deferred against direct gradients, steps of an edit."""
+import contextlib
+import math
 import resource
 import subprocess
 import sys
@@ -8,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+import nerf as nerf_module
 from bench import cpu_time, peak_memory, table
 from nerf import HashGrid, NeRF
+from pictures import Frame
 from scene import evaluate, load_scene
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,3 +147,88 @@ def deferred(args):
     rows.append(("deferred: 512 x 512 against 128 x 128", f"{peaks['deferred', 512]:.0f} MiB", f"<= {limit:.0f} MiB",
                  peaks["deferred", 512] <= limit))
     return table(f"deferred against direct image gradients, {args.scene}", rows)
+
+
+@contextlib.contextmanager
+def watched(owner, name, note):
+    """Within it `note(arguments, result, CPU seconds)` follows each call of owner.name, a function or static method."""
+    call = vars(owner)[name]
+    plain = getattr(owner, name)
+
+    def told(*args, **keywords):
+        start = time.process_time()
+        out = plain(*args, **keywords)
+        note(args, out, time.process_time() - start)
+        return out
+    setattr(owner, name, staticmethod(told) if isinstance(call, staticmethod) else told)
+    try:
+        yield
+    finally:
+        setattr(owner, name, call)
+
+
+def edit(args):
+    """The rendering of an edit's step, as edit.py asks for it: samples, forward, backward, the share of each stage."""
+    scene = load_scene(args.scene, args.downscale)
+    nerf = NeRF.fit(scene, seconds=args.fit_seconds, seed=args.seed, checkpoint=args.kept)
+    psnr, _ = evaluate(nerf, scene)
+    frame = Frame(args.size, square=not args.whole)
+    nerf.learn_from(frame)
+    nerf.project_()
+    lean, views = nerf.lean, range(0, len(scene.train), math.ceil(len(scene.train) / 10))
+
+    def step(view):
+        """A picture, its gradient as a vector, and the CPU seconds that each of the two took."""
+        nerf.zero_grad()
+        start = time.process_time()
+        picture = nerf.render(view, frame)
+        forward = time.process_time() - start
+        weighted = (picture * torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))).mean()
+        start = time.process_time()
+        weighted.backward()
+        return (picture.detach(), torch.cat([p.grad.flatten() for p in nerf.parameters()]), forward,
+                time.process_time() - start)
+
+    def steps(name, how, bar=None):
+        """The steps of all views, drawn as `how`, and their rows."""
+        counts, nerf.lean = dict.fromkeys(("in occupied cells", "of some weight", "with a gradient"), 0), how
+
+        def found(_, out, __):
+            counts["in occupied cells"] += out[-1]
+            counts["with a gradient"] += out[0].shape[1]
+            counts["of some weight"] += 0 if how else out[0].shape[1]
+
+        def joined(args, *_):
+            counts["of some weight"] += len(args[0])
+        step(views[0])  # what the first one allocates
+        with watched(NeRF, "find", found), watched(nerf_module, "joined", joined):
+            drawn = [step(view) for view in views]
+        rays = sum(picture[0, 0].numel() for picture, *_ in drawn)
+        forward, backward = (sorted(d[i] for d in drawn)[len(drawn) // 2] for i in (2, 3))
+        rows = [(f"{name}: samples a ray {key}", f"{number / rays:.1f}", "", None) for key, number in counts.items()]
+        rows += [(f"{name}: forward, backward, CPU seconds", f"{forward:.3f}, {backward:.3f}", "", None),
+                 (f"{name}: both", f"{forward + backward:.3f} s", f"<= {bar} s" if bar else "",
+                  forward + backward <= bar if bar else None)]
+        return drawn, rows
+    drawn, rows = steps("a step", lean, 0.2)
+    if lean:
+        full, others = steps("with all samples", None)
+        error = sum((a[0] - b[0]).square().mean().item() for a, b in zip(drawn, full)) / len(full)
+        cosine = sum(torch.cosine_similarity(a[1], b[1], 0).item() for a, b in zip(drawn, full)) / len(full)
+        rows += [*others, ("a step's picture to that with all samples", f"{-10 * math.log10(error):.1f} dB", ">= 40 dB",
+                           error <= 1e-4), ("cosine of the two gradients", f"{cosine:.3f}", "", None)]
+    nerf.lean, spent = lean, {}
+    with contextlib.ExitStack() as clocks:
+        field = nerf_module.Field
+        for owner, name in ((nerf_module.SampledField, "march"), (HashGrid, "forward"), (field, "density"), (field, "colour"),
+                            (nerf_module, "joined"), (nerf_module._Interpolate, "backward")):
+            def note(_, __, seconds, name=name):
+                spent[name] = spent.get(name, 0.0) + seconds
+            clocks.enter_context(watched(owner, name, note))
+        whole = sum(forward + backward for *_, forward, backward in map(step, views))
+    for name, what in (("march", "march"), ("forward", "hash grid"), ("density", "density"), ("joined", "joining"),
+                       ("colour", "colour"), ("backward", "hash grid, backward")):
+        if name in spent:
+            rows.append((f"share of a step: {what}", f"{100 * spent[name] / whole:.0f} %", "", None))
+    title = f"steps of an edit of {args.scene}, {args.size} px, {len(views)} views"
+    return table(f"{title}, a fit of {args.fit_seconds:g} s with {psnr:.2f} dB", rows)

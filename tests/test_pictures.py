@@ -105,3 +105,15 @@ def test_cut_and_damaged_pictures_are_one_line(corners, tmp_path, kind):
     for name in ("folder.png", "nothing.png", "x" * 300, "a\0b"):
         with pytest.raises(PictureError, match="no readable picture"):
             read_picture(tmp_path / name)
+
+
+def test_formats_that_are_decoded_slowly_have_bounds_of_their_own(tmp_path):
+    head = b"qoif" + struct.pack(">II", 2048, 1025) + b"\x03\x00"
+    (tmp_path / "a.qoi").write_bytes(head + b"\xfe\xff\x00\x00" * 9)
+    (tmp_path / "b.ppm").write_bytes(b"P3 2048 1025 255 " + b"9 " * 99)
+    Image.new("L", (4096, 2049)).save(tmp_path / "c.jp2")
+    for name, number in (("a.qoi", 2), ("b.ppm", 2), ("c.jp2", 8)):
+        with pytest.raises(PictureError, match=f"{name}: .*, {number} million can be read of a .* of this kind"):
+            read_picture(tmp_path / name)
+    Image.new("L", (2048, 1025)).save(tmp_path / "d.ppm")
+    assert read_picture(tmp_path / "d.ppm").size == (2048, 1025)

@@ -3,17 +3,19 @@ import json
 import math
 import time
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import nerf_pose as sphere_pose
 from conftest import nerf_scene
 from PIL import Image
 from torch.testing import assert_close
 
 from fit import Fit
-from scene import (Camera, Representation, SceneError, View, contract, directions, evaluate, export, input_path, load_scene,
-                   scene_files, sides, turntable, uncontract, visual_hull)
+from scene import (Camera, Pixels, Representation, SceneError, View, contract, directions, evaluate, export, input_path,
+                   load_scene, scene_files, sides, turntable, uncontract, undistorted, visual_hull)
 
 
 class Ball(Representation):
@@ -105,21 +107,27 @@ def test_bounds_hold_the_object_and_honour_aabb_scale(tmp_path):
 
 # ---- bad scenes ---------------------------------------------------------------------------------------
 
-def nerf_broken(change):
-    """A function that damages frame 1 of a scene's file."""
+def nerf_broken(change, black=False, shape=(24, 24)):
+    """A function that damages frame 1 of a scene's file; beside it stands mask.png, white or black."""
     def damage(folder):
         file = json.loads((folder / "transforms.json").read_text())
         change(file)
         (folder / "transforms.json").write_text(json.dumps(file))
+        Image.new("L", shape, 0 if black else 255).save(folder / "mask.png")
     return damage
 
 
-def nerf_matrix(file, value):
-    file["frames"][1]["transform_matrix"] = value
+def nerf_matrix(file, value, frame=None):
+    (frame or file["frames"][1])["transform_matrix"] = value
 
 
 def nerf_pose(x):
     return [[1, 0, 0, x], [0, 1, 0, 0], [0, 0, 1, 4], [0, 0, 0, 1]]
+
+
+def opencv(rows):
+    """A pose with OpenCV's axes in the place of OpenGL's, or the other way round."""
+    return [[x, -y, -z, t] for x, y, z, t in rows[:3]] + rows[3:]
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -143,8 +151,7 @@ def nerf_pose(x):
     (nerf_broken(lambda f: nerf_matrix(f, [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, 4], [0, 0, 0, 1]])), "frame 1 is no rotation"),
     (nerf_broken(lambda f: nerf_matrix(f, [[1, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 1, 4], [0, 0, 0, 1]])), "no rotation"),
     (nerf_broken(lambda f: nerf_matrix(f, [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 4, 1]])), "its last row must be"),
-    (nerf_broken(lambda f: [x["transform_matrix"][0].__setitem__(3, x["transform_matrix"][0][3] + 9e6)
-                            for x in f["frames"]]), "move the origin of the poses there"),
+    (lambda p: (nerf_broken(lambda f: f.update(fl_x=2e4))(p), moved(p, (300.0, 0, 0))), "move the origin of the poses"),
     (nerf_broken(lambda f: f.update(fl_x=True)), "frame 0 has an intrinsic that is no number, fl_x"),
     (nerf_broken(lambda f: f.update(cx="12")), "frame 0 has an intrinsic that is no number, cx"),
     (nerf_broken(lambda f: f.update(fl_x=10 ** 400)), "not finite and positive, or too large, fl_x"),
@@ -155,6 +162,20 @@ def nerf_pose(x):
     (nerf_broken(lambda f: f.update(camera_angle_x=0)), "an angle of view of 0 degrees, camera_angle_x"),
     (nerf_broken(lambda f: f.update(k1=-50.0)), "distortion (k1 to k4, p1, p2) that cannot be undone"),
     (nerf_broken(lambda f: f.update(is_fisheye=True)), "a fisheye camera is not supported"),
+    (nerf_broken(lambda f: f["frames"][2].update(is_fisheye=True)), "a fisheye camera is not supported, undistort"),
+    (nerf_broken(lambda f: f["frames"][2].update(camera_model="FISHEYE624")), "camera model FISHEYE624 is not"),
+    (nerf_broken(lambda f: f.update(mask_path="masks/0.png")), "the mask of frame 0, "),
+    (nerf_broken(lambda f: f["frames"][1].update(mask_path=3)), "the mask_path of frame 1 is no name of a picture"),
+    (nerf_broken(lambda f: f.update(mask_path="mask.png"), black=True), "its masks leave no pixel, e.g. "),
+    (nerf_broken(lambda f: f.update(mask_path="mask.png"), shape=(24, 30)), "mask.png: a mask of 24 x 30 pixels, its"),
+    (nerf_broken(lambda f: f.update(ply_file_path=["a"])), "its ply_file_path is no name of a file"),
+    (nerf_broken(lambda f: f.update(ply_file_path="transforms.json")), "transforms.json: no .ply: it has no header"),
+    (nerf_broken(lambda f: f.update(train_filenames="train/0.png")), "train_filenames is no list of names"),
+    (nerf_broken(lambda f: f.update(test_filenames=["train/0.png", "train/9.png"])),
+     "1 of its test_filenames are no frames, e.g. 'train/9.png'"),
+    (nerf_broken(lambda f: f.update(test_filenames=[x["file_path"] for x in f["frames"]])), "none of its frames is left"),
+    (nerf_broken(lambda f: [nerf_matrix(f, opencv(x["transform_matrix"]), x) for x in f["frames"]]),
+     "its cameras look away from the object: if they should look at it, the poses have OpenCV's axes"),
     (nerf_broken(lambda f: f.update(aabb_scale=math.nan)), "aabb_scale is no number between"),
     (nerf_broken(lambda f: f.update(aabb_scale=-4)), "aabb_scale is no number between"),
     (nerf_broken(lambda f: f.update(aabb_scale=1e308)), "aabb_scale is no number between"),
@@ -257,6 +278,251 @@ def test_the_files_of_a_scene(tmp_path):
     assert folder / "neighbour.bin" not in found and folder / "transforms_test.json" in found
 
 
+def test_object_masks_of_white_and_of_one(tmp_path):
+    """mask_path: white is used, black is not, and a reduced pixel is used where all of it is."""
+    folder = nerf_scene(tmp_path, views=4, split=False, alpha=False, mask_path="mask.png")
+    used = np.zeros((24, 24), np.uint8)
+    used[:, 11:] = 1
+    whole = load_scene(nerf_scene(tmp_path / "plain", views=4, split=False, alpha=False))
+    assert whole.train[0].mask is None
+    prints = set()
+    for brightest in (1, 255):
+        Image.fromarray(used * brightest).save(folder / "mask.png")
+        view = load_scene(folder).train[0]
+        assert torch.equal(view.mask, torch.from_numpy(used > 0)) and torch.equal(view.pixels, whole.train[0].pixels)
+        assert load_scene(folder, 2).train[0].mask[:, 6:].all() and not load_scene(folder, 2).train[0].mask[:, :6].any()
+        prints.add(load_scene(folder).fingerprint)
+    assert len(prints) == 1 and whole.fingerprint not in prints
+    assert folder / "mask.png" in scene_files(folder) and len(scene_files(folder)) == 6
+    Image.fromarray(used.repeat(2, 0).repeat(2, 1) * 255).save(folder / "mask.png")  # of another size
+    assert torch.equal(load_scene(folder).train[0].mask, view.mask)
+
+
+def test_masked_pixels_are_neither_drawn_from_nor_measured_nor_carve(tmp_path):
+    folder = nerf_scene(tmp_path, views=9, split=False, mask_path="mask.png")
+    used = np.full((24, 24), 255, np.uint8)
+    used[8:20, 4:12] = 0
+    Image.fromarray(used).save(folder / "mask.png")
+    clean = load_scene(folder)
+    for i in range(9):  # someone walks through the masked part
+        rgba = np.array(Image.open(folder / "train" / f"{i}.png"))
+        rgba[8:20, 4:12] = (255, 0, 255, 0)
+        Image.fromarray(rgba).save(folder / "train" / f"{i}.png")
+    scene = load_scene(folder)
+    assert evaluate(Ball(scene), scene) == evaluate(Ball(scene), clean)
+    pixels = Pixels(scene.train, "cpu")
+    _, _, drawn = pixels(4000, torch.Generator().manual_seed(0))
+    assert not ((drawn[:3] * 255).round().T == torch.tensor([255.0, 0, 255])).all(1).any()
+    assert len(pixels.used) == len(scene.train) * (24 * 24 - 12 * 8)
+    hulls = [visual_hull(s.train, clean.centre, clean.half, 1, 24)[1] for s in (scene, clean)]
+    assert torch.equal(*hulls)
+    assert torch.equal(scene.centre, clean.centre) and scene.half == clean.half
+
+
+def test_views_whose_mask_is_black_are_left_out(tmp_path):
+    folder = nerf_scene(tmp_path, views=4, split=False)
+    Image.new("L", (24, 24)).save(folder / "mask.png")
+    nerf_broken(lambda f: f["frames"][1].update(mask_path="mask.png"), black=True)(folder)
+    with pytest.warns(UserWarning, match="1 of its masks leave no pixel, e.g. .*mask.png: their pictures are left out"):
+        scene = load_scene(folder)
+    assert [v.name for v in scene.train + scene.test] == ["train/2.png", "train/3.png", "train/0.png"]
+
+
+@pytest.mark.parametrize("lists, train, test", [
+    ({"train": [1, 2], "val": [0], "test": [3]}, [1, 2], [3]), ({"train": [1, 2], "val": [0, 3]}, [1, 2], [0, 3]),
+    ({"train": [1, 2]}, [1, 2], [0, 3, 4]), ({"test": [2, 4]}, [0, 1, 3], [2, 4]), ({"val": [2]}, [0, 1, 3, 4], [2])])
+def test_splits_by_name(tmp_path, lists, train, test):
+    keys = {f"{key}_filenames": [f"./train/{i}.png" for i in numbers] for key, numbers in lists.items()}
+    scene = load_scene(nerf_scene(tmp_path, views=5, split=False, **keys))
+    assert [v.name for v in scene.train] == [f"train/{i}.png" for i in train]
+    assert [v.name for v in scene.test] == [f"train/{i}.png" for i in test]
+
+
+def test_a_view_that_is_fitted_is_not_held_out(tmp_path):
+    names = [f"train/{i}.png" for i in range(5)]
+    folder = nerf_scene(tmp_path, views=5, split=False, train_filenames=names[:4], test_filenames=names[3:])
+    with pytest.warns(UserWarning, match="1 frames stand in train_filenames and among those held out: they are fitted"):
+        scene = load_scene(folder)
+    assert [v.name for v in scene.test] == names[4:]
+
+
+def test_paths_of_windows_a_mark_of_utf8_and_names_without_an_ending(tmp_path):
+    folder = nerf_scene(tmp_path, views=5, split=False)
+    wanted = load_scene(folder).fingerprint
+    for i, end in enumerate((".JPG", ".jpeg", ".png", ".PNG", ".webp")):
+        picture = Image.open(folder / "train" / f"{i}.png")
+        (folder / "train" / f"{i}.png").unlink()
+        picture.save(folder / "train" / f"{i}{end}", "PNG")  # what a file holds tells its format
+    file = json.loads((folder / "transforms.json").read_text())
+    for frame in file["frames"]:
+        frame["file_path"] = frame["file_path"].replace("/", "\\")[:-4]
+    (folder / "transforms.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(file).encode())
+    scene = load_scene(folder)
+    assert scene.fingerprint == wanted and scene.train[0].name == "train\\1"
+    assert [p.name for p in scene_files(folder)[1:]] == ["0.JPG", "1.jpeg", "2.png", "3.PNG", "4.webp"]
+
+
+def test_reduced_pictures_of_a_transforms_file(tmp_path):
+    folder = nerf_scene(tmp_path, views=4, split=False, fl_x=30.0, w=24, h=24)
+    (folder / "train").rename(folder / "train_4")
+    for i in range(4):
+        Image.open(folder / "train_4" / f"{i}.png").reduce(4).save(folder / "train_4" / f"{i}.png")
+    with pytest.raises(SceneError, match="none of its 4 pictures is there.*they are in train_4: say --images train_4"):
+        load_scene(folder)
+    scene = load_scene(folder, images="train_4")
+    assert scene.train[0].camera.lens[:4] == (7.5, 7.5, 3, 3) and scene.train[0].pixels.shape == (6, 6, 4)
+
+
+def test_an_alpha_channel_that_hides_nothing_is_none(tmp_path):
+    plain = load_scene(nerf_scene(tmp_path / "rgb", views=6, split=False, alpha=False))
+    folder = nerf_scene(tmp_path / "rgba", views=6, split=False, alpha=False)
+
+    def add_alpha(number, least):
+        for i in range(6):
+            picture = Image.open(folder / "train" / f"{i}.png").convert("RGBA")
+            alpha = np.full((24, 24), 255, np.uint8)
+            alpha[:4] = least if i == number else 255
+            picture.putalpha(Image.fromarray(alpha))
+            picture.save(folder / "train" / f"{i}.png")
+    for least, channels in ((255, 3), (253, 3), (0, 4)):
+        add_alpha(3, least)
+        scene = load_scene(folder)
+        assert scene.train[0].pixels.shape[2] == channels and scene.bounded == (channels == 4)
+        assert (scene.fingerprint == plain.fingerprint) == (channels == 3)
+    add_alpha(0, 0)  # of a view that is held out
+    assert load_scene(folder).bounded
+
+
+# ---- where a scene lies -------------------------------------------------------------------------------
+
+def moved(folder, shift, axes=None):
+    """The scene in a folder moved by `shift`, its poses' axes changed by a function of the rows."""
+    file = json.loads((folder / "transforms.json").read_text())
+    for frame in file["frames"]:
+        rows = frame["transform_matrix"] = (axes or list)(frame["transform_matrix"])
+        for row, by in zip(rows, shift):
+            row[3] += by
+    (folder / "transforms.json").write_text(json.dumps(file))
+    return folder
+
+
+def test_coordinates_of_a_map(tmp_path):
+    """The poses of a capture in UTM coordinates are those at zero, moved; what is written lies where the file's lie."""
+    utm = (512345.25, 5412345.5, 431.0)
+    plain = load_scene(nerf_scene(tmp_path / "plain", views=9, split=False, alpha=False))
+    assert plain.origin == (0, 0, 0)
+    scene = load_scene(moved(nerf_scene(tmp_path / "map", views=9, split=False, alpha=False), utm))
+    away = torch.tensor(scene.origin, dtype=torch.float64) - torch.tensor(utm, dtype=torch.float64)
+    assert away.norm() < 4  # the middle of the cameras
+    for ours, other in zip(scene.train, plain.train):
+        assert_close(ours.camera.pose[:, :3], other.camera.pose[:, :3])
+        assert_close(ours.camera.pose[:, 3].double() + away, other.camera.pose[:, 3].double(), atol=2e-6, rtol=0)
+    assert_close(scene.centre.double() + away, plain.centre.double(), atol=1e-5, rtol=0)
+    assert scene.half == pytest.approx(plain.half, rel=1e-6)
+    export(Ball(scene), tmp_path / "out", [v.camera for v in scene.train])
+    again = load_scene(tmp_path / "out")
+    file = json.loads((tmp_path / "map" / "transforms.json").read_text())
+    written = json.loads((tmp_path / "out" / "transforms.json").read_text())
+    for ours, theirs in zip(written["frames"], file["frames"][1:]):
+        assert_close(torch.tensor(ours["transform_matrix"], dtype=torch.float64),
+                     torch.tensor(theirs["transform_matrix"], dtype=torch.float64), atol=2e-6, rtol=0)
+    shift = torch.tensor(again.origin, dtype=torch.float64) - torch.tensor(scene.origin, dtype=torch.float64)
+    assert_close(again.train[0].camera.pose[:, 3] + shift.float(), scene.train[1].camera.pose[:, 3], atol=1e-5, rtol=0)
+
+
+def test_nothing_is_moved_that_lies_near(tmp_path):
+    near = load_scene(moved(nerf_scene(tmp_path / "near", views=9, split=False, alpha=False), (300.0, 0, 0)))
+    assert near.origin == (0, 0, 0) and near.train[0].camera.pose[0, 3] > 290
+    far = load_scene(moved(nerf_scene(tmp_path / "far", views=9, split=False, alpha=False), (500.0, 0, 0)))
+    assert far.origin[0] > 490
+    assert load_scene(nerf_scene(tmp_path / "one", views=1, split=False)).origin == (0, 0, 0)
+
+
+def test_cameras_that_look_away_are_told_and_panoramas_too(tmp_path):
+    folder = nerf_scene(tmp_path, views=9, split=False, alpha=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_scene(folder)
+    with pytest.warns(UserWarning, match="look away from their common place, as in a panorama.*OpenCV's axes .y down"):
+        load_scene(moved(folder, (0, 0, 0), opencv))
+    cloud = np.random.default_rng(0).normal(size=(500, 3))
+    cloud = 9 * cloud / np.linalg.norm(cloud, axis=1, keepdims=True)
+    write_cloud(folder / "walls.ply", cloud)
+    nerf_broken(lambda f: f.update(ply_file_path="walls.ply"))(folder)
+    with warnings.catch_warnings():  # there is something in front of them
+        warnings.simplefilter("error")
+        assert len(load_scene(folder).points) == 500
+
+
+# ---- clouds of points and lenses ----------------------------------------------------------------------
+
+def write_cloud(path, points, colours=None, ascii=True):
+    """A .ply as nerfstudio writes it, or a binary one without colours."""
+    names = "xyz" if colours is None else ("x", "y", "z", "red", "green", "blue")
+    head = ["ply", f"format {'ascii' if ascii else 'binary_little_endian'} 1.0", "comment a cloud",
+            f"element vertex {len(points)}"]
+    head += [*(f"property {'double' if n in 'xyz' else 'uint8'} {n}" for n in names), "end_header"]
+    rows = points.tolist() if colours is None else [[*p, *c] for p, c in zip(points.tolist(), colours.tolist())]
+    text = "".join(" ".join(map(str, row)) + "\n" for row in rows)
+    body = text.encode() if ascii else np.asarray(points, "<f8").tobytes()
+    path.write_bytes("\n".join([*head, ""]).encode() + body)
+
+
+def test_the_cloud_of_a_transforms_file(tmp_path):
+    """In the coordinates of the poses; of nerfstudio's first releases in those before its applied_transform."""
+    applied = [[0.0, 1, 0, 0.5], [1, 0, 0, 0], [0, 0, -1, 3]]
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(400, 3))
+    points *= 0.8 / np.linalg.norm(points, axis=1, keepdims=True)
+    colours = np.round(255 * (points / 1.6 + 0.5))
+    folder = nerf_scene(tmp_path, views=9, split=False, alpha=False, ply_file_path="pc.ply", applied_transform=applied)
+    write_cloud(folder / "pc.ply", points, colours.astype(int))
+    scene = load_scene(folder)
+    assert_close(scene.points, torch.from_numpy(points).float())
+    assert_close(scene.colours, torch.from_numpy(colours / 255).float())
+    assert 0.8 <= scene.half + scene.centre.abs().max() + 0.05 and scene.half < 1.1
+    assert scene_files(folder)[-1] == folder / "pc.ply"
+    matrix = np.array(applied)
+    write_cloud(folder / "pc.ply", (points - matrix[:, 3]) @ matrix[:, :3], ascii=False)
+    old = load_scene(folder)
+    assert_close(old.points, scene.points) and old.colours is None and old.fingerprint != scene.fingerprint
+    nerf_broken(lambda f: f.pop("applied_transform"))(folder)
+    write_cloud(folder / "pc.ply", points + [0, 0, 500])
+    with pytest.warns(UserWarning, match="pc.ply: the cameras see 0% of its points, so these lie elsewhere"):
+        assert load_scene(folder).points is None
+    (folder / "pc.ply").rename(folder / "other.ply")
+    with pytest.warns(UserWarning, match="its ply_file_path, .*pc.ply, is missing: it is read without points"):
+        assert load_scene(folder).points is None and folder / "pc.ply" not in scene_files(folder)
+    (folder / "other.ply").rename(folder / "pc.ply")
+    for matrix in ("x", [[1, 2]], [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, math.nan, 0]]):
+        nerf_broken(lambda f: f.update(applied_transform=matrix))(folder)
+        with pytest.raises(SceneError, match="its applied_transform is no 3 x 4 matrix of numbers"):
+            load_scene(folder)
+
+
+def test_undistorted_photographs_are_those_of_pinholes(tmp_path):
+    """Splats draw pinhole pictures: of a lens with distortion they get photographs without it."""
+    lens = (30.0, 31.0, 25.0, 24.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    pose = sphere_pose(0.4)[:3].float()
+    pinhole = Camera(pose, lens, 50, 48)
+    plain = load_scene(nerf_scene(tmp_path, views=4))
+    ball = Ball(plain)
+    ball.radius = 3.2  # it fills the picture: nothing but its colours is seen
+    wanted = ball.rgb(pinhole)
+    assert undistorted(plain) is plain
+    for k1, k2, p1, p2 in ((-0.15, 0.02, 0.01, -0.01), (0.1, 0.0, 0.0, 0.0)):
+        camera = Camera(pose, (*lens[:4], k1, k2, 0.0, 0.0, p1, p2), 50, 48)
+        pixels = (ball.rgb(camera).permute(1, 2, 0) * 255).round().byte()
+        view, = undistorted(replace(plain, train=[View(camera, pixels, "a")], test=[])).train
+        assert view.camera == pinhole
+        used = torch.ones(48, 50, dtype=torch.bool) if view.mask is None else view.mask
+        inner = used[4:-4, 4:-4]
+        assert inner.float().mean() > 0.95 and (view.mask is None or k1 > 0 or p1)
+        before, after = ((picture - wanted).abs().mean(0)[used].quantile(0.99) for picture in (
+            pixels.permute(2, 0, 1) / 255, view.picture()))
+        assert after < 0.004 and before > 0.006  # half a step of 8 bits is 0.002
+
+
 def test_no_scene_at_all(tmp_path):
     with pytest.raises(SceneError, match="no such scene"):
         load_scene(tmp_path / "nowhere")
@@ -281,7 +547,7 @@ def test_what_the_cameras_see_is_what_the_photographs_show(ball):
     assert views == 3 and psnr > 25  # only the edges differ: the photographs' pixels are averages
     photograph = ball.photograph(2, 24)
     assert (ball.render(2, 24) - photograph).abs().mean() < 0.02
-    dataset = ball.dataset(24)
+    dataset = ball.dataset(24, ball.render)
     assert (dataset.picture(2) - ball.render(2, 24)).abs().max() <= 0.5 / 255 + 1e-6
 
 

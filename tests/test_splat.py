@@ -1,7 +1,10 @@
 """3D Gaussians: the tiles against every Gaussian at every pixel, the fit, and the files of viewers."""
 import copy
+import json
 import math
 import time
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +13,9 @@ from conftest import nerf_scene
 from torch.testing import assert_close
 
 import splat as splat_module
-from scene import Camera, SceneError, evaluate, load_scene, spherical_harmonics, turntable
-from splat import Splats, Tiles, project, quadratics, rotations
+from ply import read_points
+from scene import Camera, SceneError, View, evaluate, load_scene, spherical_harmonics, turntable
+from splat import Splats, Tiles, around, project, quadratics, rotations
 
 SIZES = dict(count=300, limit=800, degree=1)
 
@@ -224,6 +228,38 @@ def test_splats_of_a_capture_without_alpha(tmp_path):
     assert sum(views) / 10 < 0.03
 
 
+def test_masked_pixels_are_not_fitted(nerf_sphere, splat_fitted):
+    """The loss of a view and its gradient are the same whatever stands in the masked pixels."""
+    view = nerf_sphere.train[1]
+    mask = torch.ones(24, 24, dtype=torch.bool)
+    mask[4:14, 6:15] = False
+    losses, gradients = [], []
+    for fill in (0, 255):
+        pixels = torch.where(mask[..., None], view.pixels, fill)
+        masked = replace(view, pixels=pixels, mask=mask)
+        loss, error, _ = splat_fitted._fit_step(masked, torch.Generator().manual_seed(0))
+        losses.append((loss.item(), error.item()))
+        gradients.append(torch.autograd.grad(loss, splat_fitted.sh_dc)[0])
+    assert losses[0] == losses[1] and torch.equal(*gradients)
+    whole, _, _ = splat_fitted._fit_step(replace(view, pixels=pixels), torch.Generator().manual_seed(0))
+    assert whole > 1.5 * losses[0][0]
+    magenta = torch.tensor([255, 0, 255, 255])
+    marked = [View(v.camera, torch.where(mask[..., None], v.pixels, magenta).byte(), v.name, mask)
+              for v in nerf_sphere.train]
+    start = Splats.start(replace(nerf_sphere, train=marked), 300, 0, torch.Generator().manual_seed(0))
+    clean = Splats.start(replace(nerf_sphere, train=[replace(v, mask=mask) for v in nerf_sphere.train]), 300, 0,
+                         torch.Generator().manual_seed(0))
+    assert torch.equal(start.means, clean.means) and torch.equal(start.sh_dc, clean.sh_dc)
+
+
+def test_a_lens_with_distortion_is_fitted_as_a_pinhole(tmp_path):
+    scene = load_scene(nerf_scene(tmp_path, split=False, views=9, k1=0.2, fl_x=30.0))
+    splats = Splats.fit(scene, steps=2, progress=False, **SIZES)
+    assert splats.scene.train[0].camera.lens[4:] == (0,) * 6 and splats.scene.fingerprint == scene.fingerprint
+    assert splats.photograph(0, 24).shape == (1, 3, 24, 24)
+    assert evaluate(splats, splats.scene)[1] == 2
+
+
 def test_a_killed_fit_of_splats_resumes_bit_identically(nerf_sphere, tmp_path, monkeypatch):
     whole = Splats.fit(nerf_sphere, steps=130, progress=False, **SIZES)
     ticks = iter(range(0, 10 ** 6, 20))
@@ -404,3 +440,131 @@ def test_splat_file_within_its_quantisation(nerf_sphere, tmp_path):
     assert (again.colours(splat_camera()) - splats.colours(splat_camera()).clamp(0, 1)).abs().max() < 0.5 / 255 + 1e-5
     turned = (rotations(again.quaternions) - rotations(splats.quaternions)).abs().max()
     assert turned < 0.03
+
+
+# ---- models that others have trained ------------------------------------------------------------------
+
+def ball_of_gaussians(path, up="", centre=(3.0, -2.0, 5.0), floaters=30):
+    """A ball of radius 0.8 around `centre`, red above (towards -y) and blue below, with faint things far around it."""
+    g = torch.Generator().manual_seed(0)
+    normal = torch.nn.functional.normalize(torch.randn(400, 3, generator=g), dim=1)
+    means = torch.cat((0.8 * normal, 40 * torch.randn(floaters, 3, generator=g))) + torch.tensor(centre)
+    colour = torch.zeros(len(means), 3)
+    colour[:400, 0], colour[:400, 2] = (normal[:, 1] < 0).float(), (normal[:, 1] >= 0).float()
+    names = ("x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", "opacity", "scale_0", "scale_1", "scale_2",
+             "rot_0", "rot_1", "rot_2", "rot_3")
+    table = torch.cat((means, (colour - 0.5) / 0.28209479, torch.full((len(means), 1), 4.0),
+                       torch.full((len(means), 3), -2.5), torch.tensor([[1.0, 0, 0, 0]]).expand(len(means), 4)), 1)
+    table[400:, 6] = -3
+    lines = ["ply", "format binary_little_endian 1.0", *([f"comment Vertical Axis: {up}"] if up else []),
+             f"element vertex {len(means)}", *(f"property float {n}" for n in names), "end_header", ""]
+    path.write_bytes("\n".join(lines).encode() + table.numpy().astype("<f4").tobytes())
+    return path
+
+
+def test_cameras_are_placed_around_a_model_without_photographs(tmp_path):
+    with pytest.warns(UserWarning, match="a.ply: does not say where up is: -y is taken"):
+        splats = Splats.load(ball_of_gaussians(tmp_path / "a.ply"), size=48)
+    scene, centre = splats.scene, torch.tensor([3.0, -2, 5])
+    assert len(scene.train) == 24 and not scene.test and not scene.bounded
+    assert (scene.centre - centre).norm() < 0.2 and 0.8 < scene.half < 1.1  # the floaters are none of it
+    ups = torch.stack([v.camera.pose[:, 1] for v in scene.train])
+    assert (ups[:, 1] < -0.7).all()
+    position = torch.stack([v.camera.pose[:, 3] for v in scene.train])
+    assert position[:, 1].max() < -1.7 and len(position.round(decimals=3).unique(dim=0)) == 24  # none looks from below
+    ahead = torch.nn.functional.normalize(scene.centre - position, dim=1)
+    assert_close(-torch.stack([v.camera.pose[:, 2] for v in scene.train]), ahead, atol=1e-5, rtol=0)
+    picture = scene.train[0].pixels.float() / 255  # level: red above, blue below, white around
+    assert (picture[0, 0] > 0.9).all() and picture[16, 24, 0] > 0.7 > 0.3 > picture[16, 24, 2]
+    assert picture[31, 24, 2] > 0.7 and 0.3 < (picture.amin(2) < 0.5).float().mean() < 0.8
+    with torch.no_grad():
+        drawn = splats.render(5)[0].permute(1, 2, 0)
+    assert (scene.train[5].pixels.float() / 255 - drawn).abs().max() < 0.5 / 255 + 1e-6
+    assert turntable(splats, 4, 20)[0].pose[1, 1] < -0.7
+
+
+def test_up_is_what_the_file_or_the_user_says(tmp_path):
+    prints = set()
+    for comment, given, axis in (("z", None, 2), ("", "z", 2), ("z", "-x", 0), ("", "y", 1)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            scene = Splats.load(ball_of_gaussians(tmp_path / "a.ply", comment), size=8, up=given).scene
+        ups = torch.stack([v.camera.pose[:, 1] for v in scene.train])[:, axis]
+        assert (ups * (-1 if given == "-x" else 1) > 0.7).all()
+        prints.add(scene.fingerprint)
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_cameras_around_next_to_nothing(count):
+    centre, radius, cameras = around(torch.arange(3.0 * count).view(count, 3), torch.zeros(count), (0, 0, 1), 16)
+    assert radius > 0 and all(torch.isfinite(c.pose).all() for c in cameras) and torch.isfinite(centre).all()
+
+
+def test_a_model_that_is_not_of_the_photographs_is_told(nerf_sphere, splat_fitted, tmp_path):
+    splat_fitted.save(tmp_path / "fit.ply")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(Splats.load(tmp_path / "fit.ply", nerf_sphere).means, splat_fitted.means)
+    moved = copy.deepcopy(splat_fitted)
+    with torch.no_grad():
+        moved.means += 1
+    moved.save(tmp_path / "moved.ply")
+    with pytest.warns(UserWarning, match="moved.ply: looks unlike the photographs of .*transforms_train.json, PSNR"):
+        Splats.load(tmp_path / "moved.ply", nerf_sphere)
+
+
+def test_gaussians_on_a_map_keep_their_place(tmp_path):
+    """Their positions begin at an origin that the file names: in float32, those of the map are half a metre wrong."""
+    folder = nerf_scene(tmp_path, split=False, alpha=False)
+    file = json.loads((folder / "transforms.json").read_text())
+    for frame in file["frames"]:
+        for row, by in zip(frame["transform_matrix"], (512345.0, 5412345.0, 431.0)):
+            row[3] += by
+    (folder / "transforms.json").write_text(json.dumps(file))
+    scene = load_scene(folder)
+    splats = splat_random(scene, 30, 1)
+    with pytest.warns(UserWarning, match="a.ply: its positions begin at 51234.* 54123.* of the scene's coordinates"):
+        splats.save(tmp_path / "a.ply")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # random ones are unlike the photographs
+        again = Splats.load(tmp_path / "a.ply", scene)
+        assert torch.equal(again.means, splats.means)
+        other = Splats.load(tmp_path / "a.ply", replace(scene, origin=(scene.origin[0] - 2.0, *scene.origin[1:])))
+        assert_close(other.means, splats.means + torch.tensor([2.0, 0, 0]), atol=1e-5, rtol=0)
+        data = splat_ply(splats, types=dict.fromkeys("xyz", "double"))  # of a program that keeps them in float64
+        (tmp_path / "b.ply").write_bytes(data)
+        near = Splats.load(tmp_path / "b.ply", replace(scene, origin=(5e6, 0.0, 0.0)))
+        assert_close(near.means[:, 0].double(), splats.means[:, 0].double() - 5e6, atol=0.5, rtol=0)
+    contents = (tmp_path / "a.ply").read_bytes()
+    for wrong in (b"comment origin nan 0 0", b"comment origin 1 2", b"comment origin x y z"):
+        (tmp_path / "a.ply").write_bytes(contents.replace(contents.split(b"\n")[2], wrong))
+        with pytest.raises(SceneError, match="a.ply: the origin in its header is no place"):
+            Splats.load(tmp_path / "a.ply", scene)
+
+
+@pytest.mark.parametrize("kind, values, wanted", [
+    ("uchar", (0, 51, 255), (0, 0.2, 1)), ("ushort", (0, 13107, 65535), (0, 0.2, 1)),
+    ("float", (0.0, 0.2, 1.0), (0, 0.2, 1)), (None, (), None)])
+def test_clouds_with_colours_of_every_kind(tmp_path, kind, values, wanted):
+    lines = ["ply", "format ascii 1.0", "element vertex 1", *(f"property float {a}" for a in "xyz"),
+             *(f"property {kind} {c}" for c in ("red", "green", "blue") if kind), "element face 0",
+             "property list uchar int vertex_indices", "end_header"]
+    (tmp_path / "a.ply").write_text("\n".join([*lines, " ".join(map(str, (1, 2.5, -3, *values))), ""]))
+    points, colours = read_points(tmp_path / "a.ply")
+    assert points.tolist() == [[1, 2.5, -3]] and (colours is None if wanted is None else
+                                                  colours.ravel() == pytest.approx(wanted))
+
+
+@pytest.mark.parametrize("change, message", [
+    (("property float z", "property float w"), "a.ply: no cloud of points: it has no x, y and z"),
+    (("1 2 3", "1 nan 3"), "a.ply: a point that is not finite"), (("1 2 3", "1 2 1e9"), "or further than 1e[+]07"),
+    (("1 2 3", "1 2"), "a.ply: is cut short"), (("1 2 3", "1 2 x"), "a.ply: could not convert")])
+def test_clouds_that_are_refused(tmp_path, change, message):
+    text = ("ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nproperty float y\nproperty float z\n"
+            "end_header\n1 2 3\n")
+    (tmp_path / "a.ply").write_text(text.replace(*change))
+    with pytest.raises(SceneError, match=message):
+        read_points(tmp_path / "a.ply")
+    with pytest.raises(SceneError, match="b.ply: cannot be read: No such file"):
+        read_points(tmp_path / "b.ply")

@@ -1,0 +1,188 @@
+"""run.py's --splats, --images and --up: models that are trained already, and the names of fits and of folders."""
+import json
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import run
+from conftest import nerf_scene, outputs
+from fit import kept_in
+from nerf import NeRF
+from options import files_of, slug
+from scene import load_scene
+from splat import Splats
+
+
+@pytest.fixture
+def ball(tmp_path):
+    """The folder of a small scene, the ball of nerf_scene, and Gaussians on its surface, as a file."""
+    folder = nerf_scene(tmp_path / "ball", views=8, size=16)
+    normal = torch.nn.functional.normalize(torch.randn(400, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    splats = Splats(load_scene(folder), 0.75 * normal, torch.full((400, 3), -2.7),
+                    torch.tensor([[1.0, 0, 0, 0]]).expand(400, 4), torch.full((400,), 3.0), normal / 2 / 0.28209479,
+                    torch.zeros(400, 0, 3))
+    splats.save(tmp_path / "trained.ply")
+    return folder, tmp_path / "trained.ply"
+
+
+@pytest.fixture
+def edit(small_pictures, pipelines, tmp_path, capsys):
+    """run.main with a tiny pipeline and two steps: its exit code and what it said on stderr."""
+    def call(*flags, out="out"):
+        code = run.main([*map(str, flags), "--device", "cpu", "--source", "a", "--target", "b", "--model",
+                         str(pipelines["sd"]), "--steps", "2", "--out", str(tmp_path / out)])
+        return code, capsys.readouterr().err
+    return call
+
+
+def one_error(told, *parts):
+    errors = [line for line in told.splitlines() if line.startswith("run.py: error: ")]
+    assert len(errors) == 1 and all(part in errors[0] for part in parts), told
+
+
+# ---- trained models -----------------------------------------------------------------------------------
+
+def test_gaussians_are_edited_in_front_of_the_photographs(ball, edit, tmp_path, monkeypatch):
+    folder, file = ball
+    monkeypatch.setattr(Splats, "fit", lambda *_, **__: pytest.fail("it was fitted"))
+    before = file.read_bytes()
+    code, told = edit("--mode", "splat", "--scene", folder, "--splats", file)
+    assert code == 0 and "warning" not in told and not list(tmp_path.glob("*-fit.pt"))
+    written = outputs(tmp_path / "out")
+    assert {"result.ply", "sheet.png", "turntable.gif"} <= set(written) and file.read_bytes() == before
+    edited = Splats.load(tmp_path / "out" / "result.ply", load_scene(folder))
+    assert len(edited.means) == len(Splats.load(file, load_scene(folder)).means)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["fitted"] == str(file)
+    assert edit("--splats", file, "--scene", folder, "--resume")[0] == 0  # the flag says the mode
+    assert outputs(tmp_path / "out") == written
+    Splats.load(file, load_scene(folder)).save(tmp_path / "other.ply")
+    (tmp_path / "other.ply").write_bytes(before[:-4] + bytes(4))
+    code, told = edit("--splats", tmp_path / "other.ply", "--scene", folder, "--resume")
+    assert code == 2
+    one_error(told, "cannot resume, it was made with another")
+
+
+def test_gaussians_are_edited_without_photographs(ball, edit, tmp_path):
+    file = ball[1]
+    code, told = edit("--splats", file, "--up", "z", "--export")
+    assert code == 0 and "warning" not in told
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = load_scene(tmp_path / "out" / "export")
+    assert len(whole.train) + len(whole.test) == 24
+    assert (tmp_path / "out" / "source.ply").read_bytes() == file.read_bytes()
+    again, before = tmp_path / "out" / "result.ply", outputs(tmp_path / "out")
+    code, told = edit("--splats", again, "--up", "z")
+    assert code == 2 and outputs(tmp_path / "out") == before
+    one_error(told, f"{again}: the run would write over it: choose another --out")
+
+
+@pytest.mark.parametrize("flags", [["--splats"], ["--scene"], ["--mode", "splat", "--fitted"],
+                                   ["--mode", "splat", "--scene"]])
+def test_every_way_to_name_gaussians(flags):
+    args = run.parse([*flags, "a.PLY"])
+    assert args.mode == "splat" and str(args.input) == str(args.fitted) == "a.PLY"
+    args = run.parse([*flags[:-1], "--splats", "a.splat", "--scene", "b"])
+    assert args.mode == "splat" and (str(args.input), str(args.fitted)) == ("b", "a.splat")
+
+
+def test_a_nerf_is_edited_again(ball, edit, tmp_path, monkeypatch):
+    folder, _ = ball
+    nerf = NeRF.fit(load_scene(folder), steps=20, progress=False, levels=4, table=2 ** 10, width=8)
+    nerf.save(tmp_path / "a.safetensors")
+    monkeypatch.setattr(NeRF, "fit", lambda *_, **__: pytest.fail("it was fitted"))
+    assert edit("--fitted", tmp_path / "a.safetensors", "--scene", folder)[0] == 0
+    assert (tmp_path / "out" / "result.safetensors").exists()
+    code, told = edit("--fitted", tmp_path / "a.safetensors", "--scene", folder, "--downscale", "2", out="other")
+    assert code == 2
+    one_error(told, "a.safetensors: was fitted to another scene than")
+
+
+def test_a_trained_model_is_measured(ball, tmp_path, capsys):
+    folder, file = ball
+    assert run.main(["--splats", str(file), "--scene", str(folder), "--fit-only", "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("test PSNR ") and told.endswith(" dB, 2 views\n") and float(told.split()[2]) > 14
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--mode", "nerf", "--splats", "a.ply"], "a.ply: --mode splat edits a .ply or .splat, --mode nerf a .safetensors"),
+    (["--mode", "splat", "--fitted", "a.safetensors", "--scene", "."], "--mode nerf a .safetensors"),
+    (["--fitted", "a.safetensors"], "a.safetensors: also say --scene DIR, the photographs that it was fitted to"),
+    (["--mode", "nerf", "--scene", "a.splat"], "a.splat: --mode splat edits a .ply or .splat"),
+    (["--mode", "svg", "--splats", "a.ply"], "--fitted: only with --mode nerf and splat"),
+    (["--mode", "image", "--images", "b"], "--images: only with --mode nerf and splat"),
+    (["--mode", "nerf", "--up", "z"], "--up: only with --mode splat")])
+def test_options_that_do_not_belong_together(flags, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        run.parse(flags)
+    assert e.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_model_that_is_missing_or_damaged(ball, edit, tmp_path):
+    folder, file = ball
+    for flags in (["--splats", tmp_path / "none.ply"], ["--splats", tmp_path / "none.ply", "--scene", folder]):
+        code, told = edit(*flags)
+        assert code == 2 and not (tmp_path / "out").exists()
+        one_error(told, "none.ply: ")
+    (tmp_path / "cut.ply").write_bytes(file.read_bytes()[:-7])
+    code, told = edit("--splats", tmp_path / "cut.ply")
+    assert code == 2
+    one_error(told, "cut.ply: is cut short")
+
+
+# ---- the user's files ---------------------------------------------------------------------------------
+
+def test_what_a_result_depends_on_is_hashed(ball):
+    folder, file = ball
+    Image.fromarray(np.full((16, 16), 255, np.uint8)).save(folder / "mask.png")
+    for split in ("train", "test"):
+        whole = json.loads((folder / f"transforms_{split}.json").read_text())
+        (folder / f"transforms_{split}.json").write_text(json.dumps(whole | {"mask_path": "mask.png"}))
+    args = run.parse(["--splats", str(file), "--scene", str(folder)])
+    assert {folder / "mask.png", folder / "transforms_test.json", file} <= set(files_of(args))
+    assert files_of(run.parse(["--splats", str(file)])) == [file]
+
+
+def test_every_scene_and_every_size_has_its_own_fit(tmp_path):
+    """Another --downscale, and a second scene of the same name, do not meet the first one's fit."""
+    for i, radius in enumerate((0.8, 0.5)):
+        nerf_scene(tmp_path / str(i) / "ball", views=4, size=8, radius=radius)
+    flags = ["--mode", "splat", "--fit-only", "--fit-seconds", "0.2", "--device", "cpu", "--out",
+             str(tmp_path / "out" / "x")]
+    for scene, more in (("0", []), ("1", []), ("0", ["--downscale", "2"]), ("0", [])):
+        assert run.main([*flags, "--scene", str(tmp_path / scene / "ball"), *more]) == 0
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert len(names) == 3 and all(re.fullmatch("ball-splat-[0-9a-f]{8}-fit.pt", name) for name in names)
+    scene = load_scene(tmp_path / "0" / "ball")
+    found = {kept_in(tmp_path / "out" / "ball-splat", scene, kind.sizes(device)).name
+             for kind in (NeRF, Splats) for device in ("cpu", "cuda")}
+    assert len(found) == 4 and len(found & set(names)) == 1
+
+
+def test_every_prompt_has_its_own_folder(pipelines, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "run_one", lambda prior, name, args, out: made.append(str(out)) or ([], []))
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "pear.png")
+    for target in ("a green pear", "a blue pear!"):
+        run.main(["--image", "pear.png", "--source", "a pear", "--target", target, "--model", str(pipelines["sd"])])
+    assert made == ["out/pear-a-green-pear-pds", "out/pear-a-blue-pear-pds"]
+
+
+@pytest.mark.parametrize("prompt, name", [
+    ("green apple", "green-apple"), ("  A 'Green'/apple!! ", "a-green-apple"), ("Grüner Apfel", "gruner-apfel"),
+    ("", ""), ("../..", ""), ("x" * 40, "x" * 40)])
+def test_prompts_as_names(prompt, name):
+    assert slug(prompt) == name
+
+
+def test_prompts_that_cannot_be_spelled_are_told_apart():
+    found = [slug(p) for p in ("зелёное яблоко", "красное яблоко", "a " * 30 + "b", "a " * 30 + "c", "apple 苹果")]
+    assert len(set(found)) == 5 and all(0 < len(name) <= 47 and name.isascii() for name in found)
+    assert found[4].startswith("apple-") and all("/" not in name and not name.startswith("-") for name in found)
