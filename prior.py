@@ -1,39 +1,48 @@
-"""The diffusion prior: one class between the losses and diffusers, the only file that knows diffusers.
+"""The diffusion prior: one class between the losses and the networks of diffusers, which loading.py loads.
 
-    prior = Prior.from_pretrained("models/emoji")  # or a Stable Diffusion 1.x, 2.x, XL directory or hub id
+    prior = Prior.from_pretrained("models/emoji")  # or Stable Diffusion 1.x, 2.x, XL, 3.x, FLUX: a folder or hub id
     x0 = prior.encode(picture)                     # [B,3,H,W] in [0,1] -> [B,C,h,w], differentiable
     y = prior.embed("a red apple")                 # computed once, kept
     eps = prior.eps(x_t, t, y)                     # guidance included
 
-    editor = InstructPix2Pix.from_pretrained("models/emoji")  # or an InstructPix2Pix directory or hub id
+    editor = InstructPix2Pix.from_pretrained("models/emoji")  # or an InstructPix2Pix folder or hub id
     eps = editor.of(picture).eps(x_t, t, editor.embed("make it a green apple"))
 
 Guidance, number format, prediction type, latent scaling and shift end here; pds.py sees `abar` and `eps` only.
 """
 import copy
 import difflib
-import logging
 import re
+import sys
 import warnings
-from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
+import flow
 from files import is_number, one_line, read_json
+from loading import (DROPPED, PriorError, add_embedding, add_lora, as_stable_diffusion, check_channels, find_lora,
+                     load_pipeline, read_embedding)
 
-# The paper's guidance for PDS and DreamFusion's for SDS; DDS as in its own paper. A model may bring its own in
-# a file pds.json beside its model_index.json.
-DEFAULTS = {"guidance": {"pds": 100.0, "dds": 7.5, "sds": 100.0}}
+# The guidance of the paper's code for PDS and DreamFusion's for SDS; DDS as in its own.
+GUIDANCE = {"pds": 100.0, "dds": 7.5, "sds": 100.0}
+# The settings of the paper's released code by mode (its 2D experiment is a notebook in the history); options.py says what
+# each is. They are those of every model that has no file pds.json of its own beside its model_index.json.
+RELEASED = {"identity": 1.0, "t_min": 0.02, "t_max": 0.98, "schedule": "uniform", "rates": "released"}
+PAPER = {
+    "guidance": GUIDANCE,
+    "svg": RELEASED | {"steps": 1000, "t_min": 0.1, "canvas_points": 0.8, "colours": 0.01, "width": 0, "steady": False,
+                       "opacities": True, "jitter": 0.0,
+                       "suffix": ". minimal flat 2d vector image. lineal color. trending on artstation"},
+    "image": RELEASED | {"steps": 500, "guidance": GUIDANCE | {"pds": 50.0}, "latent": 0.1, "decay": 0.01, "refine": 50},
+    "nerf": RELEASED | {"steps": 30000, "table": 1e-2, "mlps": 1e-2},
+    "splat": RELEASED | {"steps": 30000, "means": 1.6e-4, "scales": 5e-3, "rotations": 1e-3, "opacity": 5e-2,
+                         "colours": 2.5e-3},
+    "in2n": {"steps": 15000}}
 
 
+LARGE = 256 * 256  # pixels of a feature map from which on the autoencoder computes it again for the backward
 LETTERS = 200  # of a prompt that are compared with the captions: the time grows with their square
-
-
-class PriorError(ValueError):
-    """A model that cannot be loaded or used; one line that names it and the reason."""
-
-    def __init__(self, message):
-        super().__init__(one_line(message))
 
 
 class Prior:
@@ -42,93 +51,76 @@ class Prior:
     Attributes:
         abar: [T] float64 on the CPU, cumulative products of alpha.
         size: side in pixels of the square pictures that the model was trained on.
-        guidance: scale s in uncond + s (cond - uncond); 1 is the plain conditional prediction.
-        defaults: settings that suit this model: {"guidance": {"pds": ..., "dds": ..., "sds": ...}, ...}.
+        multiple: pixels that both sides of a picture must be a multiple of.
+        guidance: scale s in uncond + s (cond - uncond); 1 is the plain conditional prediction. A guidance-distilled
+            model (FLUX.1 dev) is told s, up to 10, and gives the guided prediction itself, in half the time.
+        defaults: settings that suit this model, PAPER or those of its pds.json.
         captions: all that a small model was taught to draw, a list of strings; empty where nothing says so.
     """
-    KIND, LATENTS = "text-to-image", 1  # latents that the UNet takes at once
+    LATENTS = 1  # that the network takes at once
 
-    def __init__(self, pipe, guidance=7.5, defaults=DEFAULTS):
-        """pipe: a StableDiffusionPipeline or StableDiffusionXLPipeline; raises PriorError for any other shape."""
-        missing = [k for k in ("unet", "vae", "scheduler", "tokenizer") if getattr(pipe, k, None) is None]
-        if missing or not hasattr(pipe, "encode_prompt"):
-            raise PriorError(f"{type(pipe).__name__} is not shaped like Stable Diffusion: no {', '.join(missing)}")
-        self.pipe, self.unet, self.vae = pipe, pipe.unet.eval(), pipe.vae.eval()
-        self.guidance, self.defaults, self.captions, self._embedded = guidance, defaults, [], {}
-        for module in pipe.components.values():
-            if isinstance(module, torch.nn.Module):
-                module.requires_grad_(False)
+    def __init__(self, pipe, guidance=None, defaults=PAPER, device=None):
+        """pipe: a pipeline of Stable Diffusion or FLUX; guidance: None is the pipeline's own; device: where its
+        networks go, None: where they are. Raises PriorError for a pipeline of any other shape."""
+        self.pipe, self.defaults, self.captions, self._embedded = pipe, defaults, [], {}
+        modules = {part: module for part, module in pipe.components.items()
+                   if isinstance(module, torch.nn.Module) and part not in DROPPED}
+        try:
+            self.network = flow.network_of(pipe) or UNet(pipe, self.LATENTS)
+        except ValueError as e:
+            raise PriorError(e) from e
+        self.vae = pipe.vae
+        self.texts = Texts(module for part, module in modules.items() if part.startswith("text_encoder"))
+        for part, module in modules.items():
+            module.eval().requires_grad_(False)
+            if device is not None and not part.startswith("text_encoder"):
+                module.to(device)
+        self.device = self.network.module.device
+        for block in self.vae.modules():
+            if type(block).__name__ == "ResnetBlock2D":
+                spare_memory(block)
         self.vae.to(torch.float32)  # SDXL's autoencoder overflows in fp16, and gradients run through this one
-        channels, latent = self.unet.config.in_channels, self.vae.config.latent_channels
-        if channels != self.LATENTS * latent:
-            raise PriorError(f"the UNet takes {channels} channels, a latent has {latent}: no {self.KIND} model")
-        if not hasattr(pipe.scheduler, "betas"):
-            raise PriorError(f"{type(pipe.scheduler).__name__} has no noise schedule of the DDPM kind")
-        self.prediction_type = pipe.scheduler.config.get("prediction_type", "epsilon")
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise PriorError(f"prediction type {self.prediction_type!r} is neither epsilon nor v_prediction")
-        # In float64 from the betas: the one-step beta is a difference of neighbours in abar.
-        self.abar = (1 - pipe.scheduler.betas.double().cpu()).cumprod(0)
-        if not (torch.isfinite(self.abar).all() and (self.abar.diff() <= 0).all() and 0 <= self.abar[-1] < self.abar[0] <= 1):
-            raise PriorError("its noise schedule does not fall from 1 to 0")
-        for part, module in pipe.components.items():
-            if isinstance(module, torch.nn.Module) and part != "safety_checker":
-                wrong = [key for key, value in module.named_parameters() if not _finite(value)]
-                if wrong:
-                    raise PriorError(f"{len(wrong)} weights of its {part} are not finite, e.g. {wrong[0]}")
+        self.abar, self.size, self.multiple = self.network.abar, self.network.size, self.network.multiple
+        self.guidance = self.network.guidance if guidance is None else guidance
+        for part, module in modules.items():
+            wrong = [key for key, value in module.named_parameters() if not _finite(value)]
+            if wrong:
+                raise PriorError(f"{len(wrong)} weights of its {part} are not finite, e.g. {wrong[0]}")
         self.scaling = self.vae.config.scaling_factor
         self.shift = self.vae.config.get("shift_factor") or 0.0
-        if not is_number(self.unet.config.sample_size, 1, 4096):
-            raise PriorError(f"the sample_size of its UNet, {self.unet.config.sample_size}, is no number of pixels")
-        self.size = int(self.unet.config.sample_size * pipe.vae_scale_factor)
-        self.device = self.unet.device
 
     @classmethod
-    def from_pretrained(cls, name, device="cpu", dtype=None, guidance=7.5):
-        """Load a diffusers directory or hub id.
+    def from_pretrained(cls, name, device="cpu", dtype=None, guidance=None, lora=None, lora_scale=1.0, embedding=None):
+        """Load a model.
 
         Args:
-            name: a directory with a model_index.json, or "owner/model" on the hub.
+            name: a folder with a model_index.json, "owner/model" on the hub, or one .safetensors file, see loading.py.
             device: "cpu", "cuda", "mps", ...
-            dtype: number format of UNet and text encoder; float32 on the CPU, float16 elsewhere by default.
+            dtype: number format of the network and the text encoders, a torch.dtype or its name; by default float32 on
+                a CPU, elsewhere float16, of FLUX bfloat16. The autoencoder is float32 always.
+            lora, lora_scale: a file, folder or hub id that is fused into the weights, and how much of it.
+            embedding: file of a textual inversion, whose word is told on stderr.
         Raises:
             PriorError: nothing there, no pipeline, no network, or a model of another kind; one line.
         """
-        import diffusers
-        import transformers
-        for library in (diffusers, transformers):
-            library.utils.logging.set_verbosity_error()
-            library.utils.logging.disable_progress_bar()
-        folder = Path(name)
-        if folder.exists() and not (folder / "model_index.json").is_file():
-            raise PriorError(f"{name}: not a diffusers pipeline (no model_index.json in it)")
-        if not folder.exists() and (str(name).count("/") != 1 or str(name)[0] in "./~"):
-            raise PriorError(f"{name}: no such model directory")
-        dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
-        quiet = logging.getLogger("huggingface_hub")
-        level, _ = quiet.level, quiet.setLevel(logging.CRITICAL)
+        found = find_lora(lora) if lora else None  # what is wrong with them comes before gigabytes are read
+        word, vectors = read_embedding(embedding) if embedding else (None, None)
+        pipe, folder = load_pipeline(name, device, dtype, cls.LATENTS)
+        if lora:
+            add_lora(pipe, *found, lora_scale)
+        if embedding:
+            add_embedding(pipe, word, vectors)
+            print(f"{embedding}: in a prompt its word is {word}", file=sys.stderr)
+        brought = (folder / "pds.json").is_file()
+        defaults = read_defaults(folder / "pds.json") if brought else PAPER
         try:
-            place = folder if folder.exists() else Path(diffusers.DiffusionPipeline.download(name))
-            pipe = diffusers.DiffusionPipeline.from_pretrained(place, **_networks(place))
-        except Exception as e:  # every library below has its own; all of them mean that there is no such model
-            where = "damaged, or no pipeline" if folder.exists() else "no such directory, and none on the hub"
-            raise PriorError(f"{name}: {where}: {one_line(e, 200)}") from e
-        finally:
-            quiet.setLevel(level)
-        defaults = DEFAULTS | (read_defaults(folder / "pds.json") if (folder / "pds.json").is_file() else {})
-        try:
-            pipe = cls._complete(pipe, folder)
-            for part, module in pipe.components.items():
-                if isinstance(module, torch.nn.Module) and part != "vae":
-                    module.to(dtype)
-            prior = cls(pipe.to(device), guidance, defaults)
-            given, taken = prior.embed("")[0].shape[-1], prior.unet.config.cross_attention_dim
-            if isinstance(taken, int) and given != taken:
-                raise PriorError(f"its texts have {given} features, its UNet takes {taken}")
+            prior = cls(cls._complete(pipe, folder), guidance, defaults, device)
+            if isinstance(prior.network, flow.Flow) and not brought:
+                prior.defaults = fitted(defaults, prior.network)
             prior._try()
         except PriorError as e:
             raise PriorError(f"{name}: {e}") from e
-        except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as e:
+        except (RuntimeError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError, AssertionError) as e:
             raise PriorError(f"{name}: damaged, or of a kind that is not known: {one_line(e, 200)}") from e
         if (folder / "captions.txt").is_file():
             try:
@@ -147,7 +139,8 @@ class Prior:
     @torch.no_grad()
     def _try(self):
         """Raise an error where the networks do not fit each other: better now than after the fit of a scene."""
-        side = min(self.size, 16 * self.pipe.vae_scale_factor)
+        self.network.check(self.embed(""))
+        side = min(self.size, 16 * self.multiple)
         tried, picture = copy.copy(self), torch.full((1, 3, side, side), 0.5)
         tried.image = x0 = self.encode(picture)
         eps = tried.eps(x0, torch.tensor([len(self.abar) // 2]), self.embed(""))
@@ -158,6 +151,7 @@ class Prior:
         """[B,3,H,W] in [0,1] -> scaled latent [B,C,h,w] float32: the posterior's MEAN, differentiable."""
         if picture.ndim != 4 or picture.shape[1] != 3:
             raise ValueError(f"picture must be [B,3,H,W], got {[*picture.shape]}")
+        self.texts.to("cpu")
         out = self.vae.encode(picture.to(self.device, torch.float32) * 2 - 1)
         # AutoencoderTiny has no distribution: its output is the latent
         z = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latents
@@ -170,7 +164,7 @@ class Prior:
 
     @torch.no_grad()
     def embed(self, prompt):
-        """Prompt -> what `eps` takes as y: (embeddings [1,L,D],), for SDXL (embeddings [1,L,D], pooled [1,P]).
+        """Prompt -> what `eps` takes as y: (embeddings [1,L,D],), of later models than SD 2 with pooled ones, [1,P].
 
         Warns, once a prompt, where the model brings a list of its captions and the prompt is none of them.
         """
@@ -179,13 +173,11 @@ class Prior:
             shown = one_line(prompt, 80)
             if close:
                 warnings.warn(f"the model was never taught {shown!r}; nearest: {', '.join(close)}", stacklevel=2)
-            tokens, most = len(self.pipe.tokenizer(prompt).input_ids), self.pipe.tokenizer.model_max_length
-            if len(prompt) > 300 and tokens > most:
+            tokens, most = self.network.length(prompt) if len(prompt) > 300 else (0, 0)
+            if tokens > most:
                 warnings.warn(f"the model reads no more than {most} of the {tokens} tokens of {shown!r}", stacklevel=2)
-            out = self.pipe.encode_prompt(prompt=prompt, device=self.device, num_images_per_prompt=1,
-                                          do_classifier_free_guidance=False)
-            # Stable Diffusion returns (cond, uncond); SDXL (cond, uncond, pooled cond, pooled uncond)
-            self._embedded[prompt] = (out[0],) if len(out) == 2 else (out[0], out[2])
+            self.texts.to(self.device)
+            self._embedded[prompt] = self.network.embed(prompt, self.device)
         return self._embedded[prompt]
 
     def nearest(self, prompt, count=4):
@@ -203,8 +195,7 @@ class Prior:
     def unconditional(self):
         """The y of the empty prompt; zeros where an SDXL model was trained with zeros for it."""
         y = self.embed("")
-        zeros = len(y) == 2 and self.pipe.config.get("force_zeros_for_empty_prompt", False)
-        return tuple(torch.zeros_like(part) for part in y) if zeros else y
+        return tuple(torch.zeros_like(part) for part in y) if self.network.zeros else y
 
     @torch.no_grad()
     def eps(self, x_t, t, y):
@@ -217,28 +208,98 @@ class Prior:
         """
         if self.guidance == 1:
             return self._predict(x_t, t, [y])[0]
+        if 1 < self.guidance <= self.network.embedded:  # a guidance-distilled model does the same in one call
+            return self._predict(x_t, t, [y], guidance=self.guidance)[0]
         return guided(self._predict(x_t, t, [self.unconditional(), y]), self.guidance)
 
-    def _predict(self, x_t, t, prompts, images=()):
-        """The plain noise prediction for each prompt (beside its image), in one network call."""
+    def _predict(self, x_t, t, prompts, images=(), **options):
+        """The plain noise prediction for each prompt (beside its image), in one network call with these options."""
+        self.texts.to("cpu")
         batch, n = len(x_t), len(prompts)
         y = [torch.cat([part.expand(batch, *part.shape[1:]) for part in parts]) for parts in zip(*prompts)]
-        x_t, t = x_t.repeat(n, 1, 1, 1), t.repeat(n)
-        beside = [torch.cat([image.expand(batch, *image.shape[1:]).to(x_t) for image in images])] if images else []
-        out = self._network(torch.cat([x_t, *beside], 1), t, *y)
+        beside = [torch.cat([image.expand(batch, *image.shape[1:]) for image in images])] if images else []
+        x_t = x_t.to(self.device, torch.float32)
+        return self.network.eps(x_t.repeat(n, 1, 1, 1), t.repeat(n), y, *beside, **options).chunk(n)
+
+
+class UNet:
+    """The plain noise prediction of a pipeline of Stable Diffusion 1.x, 2.x or XL, without guidance.
+
+    What Prior asks of a network stands here, and in flow.py with the same names: module, abar, size, multiple,
+    guidance, embedded, zeros, embed, length, check, eps.
+    """
+    guidance, embedded = 7.5, 0
+
+    def __init__(self, pipe, latents=1):
+        """latents: how many of them the UNet takes at once. Raises PriorError."""
+        missing = [k for k in ("unet", "vae", "scheduler", "tokenizer") if getattr(pipe, k, None) is None]
+        if missing or not hasattr(pipe, "encode_prompt"):
+            raise PriorError(f"{type(pipe).__name__} is not shaped like Stable Diffusion: no {', '.join(missing)}")
+        self.pipe, self.module = pipe, pipe.unet
+        config = self.module.config
+        check_channels(config.in_channels, pipe.vae.config.latent_channels, latents)
+        if not hasattr(pipe.scheduler, "betas"):
+            raise PriorError(f"{type(pipe.scheduler).__name__} has no noise schedule of the DDPM kind")
+        self.prediction_type = pipe.scheduler.config.get("prediction_type", "epsilon")
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise PriorError(f"prediction type {self.prediction_type!r} is neither epsilon nor v_prediction")
+        # In float64 from the betas: the one-step beta is a difference of neighbours in abar.
+        self.abar = (1 - pipe.scheduler.betas.double().cpu()).cumprod(0)
+        first, last = self.abar[0], self.abar[-1]
+        if not (torch.isfinite(self.abar).all() and (self.abar.diff() <= 0).all() and 0 <= last < first <= 1):
+            raise PriorError("its noise schedule does not fall from 1 to 0")
+        if not is_number(config.sample_size, 1, 4096):
+            raise PriorError(f"the sample_size of its UNet, {config.sample_size}, is no number of pixels")
+        self.size = int(config.sample_size * pipe.vae_scale_factor)
+        self.multiple = pipe.vae_scale_factor  # latents of an odd side are the UNet's own care
+        self.zeros = pipe.config.get("force_zeros_for_empty_prompt", False)
+
+    def embed(self, prompt, device):
+        """Prompt -> (embeddings [1,L,D],), of SDXL (embeddings [1,L,D], pooled [1,P])."""
+        out = self.pipe.encode_prompt(prompt=prompt, device=device, num_images_per_prompt=1,
+                                      do_classifier_free_guidance=False)
+        # Stable Diffusion returns (cond, uncond); SDXL (cond, uncond, pooled cond, pooled uncond)
+        return (out[0],) if len(out) == 2 else (out[0], out[2])
+
+    def length(self, prompt):
+        """How many tokens a prompt has, and how many are read."""
+        return len(self.pipe.tokenizer(prompt).input_ids), self.pipe.tokenizer.model_max_length
+
+    def check(self, y):
+        """Raise PriorError where the texts y do not fit the network."""
+        given, taken = y[0].shape[-1], self.module.config.cross_attention_dim
+        if isinstance(taken, int) and given != taken:
+            raise PriorError(f"its texts have {given} features, its UNet takes {taken}")
+
+    def eps(self, x_t, t, y, beside=None):
+        """[B,C,h,w] float32; beside: [B,C,h,w] latents that the UNet takes beside x_t."""
+        dtype, device, added = self.module.dtype, self.module.device, None
+        embeddings, *pooled = (part.to(device, dtype) for part in y)
+        if pooled:  # SDXL is also told the picture's size and crop: the full picture, uncropped
+            h, w = (side * self.multiple for side in x_t.shape[-2:])
+            ids = torch.tensor([[h, w, 0, 0, h, w]], device=device, dtype=dtype).expand(len(x_t), -1)
+            added = {"text_embeds": pooled[0], "time_ids": ids}
+        x = x_t if beside is None else torch.cat([x_t, beside.to(x_t)], 1)
+        out = self.module(x.to(device, dtype), t.to(device), embeddings, added_cond_kwargs=added).sample.float()
         if self.prediction_type == "v_prediction":  # v = sqrt(abar) eps - sqrt(1 - abar) x0
             abar = self.abar[t.cpu()].to(out).reshape(-1, 1, 1, 1)
-            out = abar.sqrt() * out + (1 - abar).sqrt() * x_t.float()
-        return out.chunk(n)
+            out = abar.sqrt() * out + (1 - abar).sqrt() * x_t.to(out)
+        return out
 
-    def _network(self, x_t, t, embeddings, pooled=None):
-        dtype, added = self.unet.dtype, None
-        if pooled is not None:  # SDXL is also told the picture's size and crop: the full picture, uncropped
-            h, w = (side * self.pipe.vae_scale_factor for side in x_t.shape[-2:])
-            ids = torch.tensor([[h, w, 0, 0, h, w]], device=self.device, dtype=dtype).expand(len(x_t), -1)
-            added = {"text_embeds": pooled.to(dtype), "time_ids": ids}
-        x_t = x_t.to(self.device, dtype)
-        return self.unet(x_t, t.to(self.device), embeddings.to(dtype), added_cond_kwargs=added).sample.float()
+
+class Texts:
+    """The text encoders of a pipeline: on the device while prompts are embedded, on the CPU while the network runs."""
+
+    def __init__(self, encoders):
+        self.encoders, self.device = [*encoders], None
+
+    def to(self, device):
+        """Move them, unless they are there."""
+        device = torch.device(device)
+        if device != self.device:
+            for encoder in self.encoders:
+                encoder.to(device)
+            self.device = device
 
 
 class InstructPix2Pix(Prior):
@@ -248,15 +309,16 @@ class InstructPix2Pix(Prior):
         guidance, image_guidance: s_T and s_I of eq. 3; the released code's 7.5 and 1.5.
         image: [1,C,h,w] or [B,C,h,w] latent of the picture that is edited, NOT scaled, as the models were trained.
     """
-    KIND, LATENTS = "InstructPix2Pix", 2
+    LATENTS = 2
     image_guidance, image = 1.5, None
 
     @staticmethod
     def _complete(pipe, folder):
         """Take the pipeline's parts; instruct.safetensors in its folder holds what makes an editor of a prior."""
-        import diffusers
         from safetensors import SafetensorError
         from safetensors.torch import load_file
+        if getattr(pipe, "unet", None) is None:
+            raise PriorError(f"a {type(pipe).__name__} has no UNet: no InstructPix2Pix model")
         tuned, unet = folder / "instruct.safetensors", pipe.unet
         if tuned.is_file():
             pipe.unet = type(unet).from_config(dict(unet.config) | {"in_channels": 2 * unet.config.in_channels})
@@ -270,15 +332,13 @@ class InstructPix2Pix(Prior):
                     getattr(pipe, part).load_state_dict(state)
             except (SafetensorError, RuntimeError, KeyError) as e:  # damaged, or of another model
                 raise PriorError(f"{tuned.name}: {one_line(e, 200)}") from e
-        parts = {k: getattr(pipe, k) for k in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
-        return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
-                                                 requires_safety_checker=False)
+        return as_stable_diffusion(pipe)
 
     @torch.no_grad()
-    def of(self, picture):
-        """This model, told which picture [B,3,H,W] in [0,1] it edits; weights and prompts are shared."""
+    def of(self, picture=None, x0=None):
+        """This model, told which picture [B,3,H,W] in [0,1] it edits, or its latent x0; weights and prompts are shared."""
         twin = copy.copy(self)
-        twin.image = self.encode(picture) / self.scaling + self.shift
+        twin.image = (self.encode(picture) if x0 is None else x0) / self.scaling + self.shift
         return twin
 
     def nearest(self, prompt, count=4):
@@ -295,6 +355,37 @@ class InstructPix2Pix(Prior):
         return guided(predictions, self.image_guidance, self.guidance)
 
 
+def fitted(defaults, network):
+    """PAPER's settings for a model of flow matching: t_min and t_max, shares of the schedule of Stable Diffusion,
+    become those of its own schedule with the same noise; where it was trained for one guidance, that is every one."""
+    usual = (1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+    scales = dict.fromkeys(("pds", "dds", "sds", "sdedit", "inv2n"), network.guidance)
+
+    def change(key, value):
+        if key == "guidance":
+            return scales if network.one_scale else value
+        if key in ("t_min", "t_max"):
+            return (network.abar - usual[round(value * 1000)]).abs().argmin().item() / len(network.abar)
+        return {k: change(k, v) for k, v in value.items()} if isinstance(value, dict) else value
+    return change(None, defaults)
+
+
+def spare_memory(block):
+    """Let a block of the autoencoder keep no more than its input for the backward where that is large.
+
+    A gradient through the encoder of Stable Diffusion at 512 px then takes 1.4 GB, not 3.2, and a tenth more time.
+    """
+    plain = block.forward
+    if "forward" in vars(block):  # another Prior has the same pipeline
+        return
+
+    def forward(x, *others, **named):
+        if torch.is_grad_enabled() and x.requires_grad and x.shape[-2] * x.shape[-1] >= LARGE:
+            return checkpoint(plain, x, *others, use_reentrant=False, **named)
+        return plain(x, *others, **named)
+    block.forward = forward
+
+
 def _finite(weights):
     """Whether a tensor holds neither NaN nor infinity."""
     # float64, which MPS lacks, holds the sum of whatever float32 holds
@@ -302,31 +393,11 @@ def _finite(weights):
     return weights.numel() == 0 or bool(torch.isfinite(weights.detach().sum(dtype=kind)))
 
 
-def _networks(folder):
-    """The networks of the pipeline in a folder, {part: module}; raises ValueError where weights are missing.
-
-    The pipeline would load them just so, but draw at random what their files lack, without a word.
-    """
-    import diffusers
-    import transformers
-    index, networks = read_json(folder / "model_index.json"), {}
-    if not isinstance(index.get("_class_name"), str):
-        raise ValueError("model_index.json names no pipeline of diffusers")
-    for part, entry in index.items():
-        if part.startswith("_") or not isinstance(entry, list) or part in ("safety_checker", "image_encoder"):
-            continue
-        library, kind = entry if len(entry) == 2 else (None, None)
-        if isinstance(library, str) and (folder / part / f"{library}.py").exists():
-            raise ValueError(f"its {part} is code of its own, which is not run")
-        source = {"diffusers": diffusers, "transformers": transformers}.get(library if isinstance(library, str) else None)
-        kind = getattr(source, kind, None) if isinstance(kind, str) else None
-        if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
-            continue
-        networks[part], info = kind.from_pretrained(folder, subfolder=part, output_loading_info=True)
-        lacking = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
-        if lacking:
-            raise ValueError(f"{len(lacking)} weights of its {part} are missing or of another shape, e.g. {lacking[0]}")
-    return networks
+# What a pds.json may hold: the kind of a setting, of a number its least value besides.
+SETTINGS = {"steps": (1, int), "refine": (0, int), "inversion_steps": (1, int)} | dict.fromkeys(
+    ("schedule", "rates", "suffix"), str) | dict.fromkeys(("steady", "opacities"), bool) | dict.fromkeys(
+    ("identity", "t_min", "t_max", "points", "canvas_points", "width", "colours", "jitter", "latent", "decay", "table",
+     "mlps", "means", "scales", "rotations", "opacity"), (0, (int, float)))
 
 
 def read_defaults(path):
@@ -335,20 +406,21 @@ def read_defaults(path):
         found = read_json(path)
     except ValueError as e:
         raise PriorError(e) from e
-    owns = [("", found), *((mode, found[mode]) for mode in ("svg", "image", "nerf", "splat") if mode in found)]
+    parts = ("svg", "image", "nerf", "splat", "in2n", "dreamcatalyst", "smooth")  # settings of their own
+    owns = [("", found), *((part, found[part]) for part in parts if part in found)]
     owns += [(f"{mode} smooth", own["smooth"]) for mode, own in owns if isinstance(own, dict) and "smooth" in own]
     for mode, own in owns:
         if not isinstance(own, dict):
             raise PriorError(f"{path}: {mode} is no list of settings")
         guidance = own.get("guidance", {})
-        right = {"guidance": isinstance(guidance, dict) and all(is_number(scale, 0, 1e6) for scale in guidance.values())}
-        right |= {key: key not in own or is_number(own[key], low, 1e6) and isinstance(own[key], kind) for key, low, kind in (
-            ("steps", 1, int), ("inversion_steps", 1, int), ("points", 0, (int, float)), ("colours", 0, (int, float)),
-            ("identity", 0, (int, float)))}
-        wrong = [key for key, fine in right.items() if not fine]
+        wrong = [] if isinstance(guidance, dict) and all(is_number(scale, 0, 1e6) for scale in guidance.values()) else [
+            "guidance"]
+        wrong += [key for key, value in own.items() if key not in ("guidance", *parts) and not (
+            isinstance(value, SETTINGS[key]) if SETTINGS.get(key) in (bool, str) else key in SETTINGS and is_number(
+                value, SETTINGS[key][0], 1e6) and isinstance(value, SETTINGS[key][1]))]
         if wrong:
             raise PriorError(f"{path}: {', '.join(f'{mode} {key}'.strip() for key in wrong)} cannot be used")
-    return found
+    return found | {"guidance": GUIDANCE | found.get("guidance", {})}
 
 
 def guided(predictions, *scales):

@@ -3,8 +3,8 @@
     python toy.py                       # or python run.py --mode toy; writes toy.png and toy.svg
 
 Both distributions are Gaussian mixtures, so the noise prediction is exact and nothing is trained: what the picture
-shows is the losses alone. SDS forgets where a sample came from, DDS is not held back, PDS stops near the boundary. The
-printed last row, PDS without its identity term, is a weighted DDS.
+shows is the losses alone. SDS forgets where a sample came from, DDS is not held back, PDS stops near the boundary. Two
+more rows are printed: PDS without its identity term, a weighted DDS, and PDS on the same distributions as a flow.
 """
 import argparse
 import math
@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import pds
+from flow import Flow, sigmas_of
 
 BETAS = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion's
 STEPS, POINTS, RATE, GUIDANCE = 1000, 60, 0.05, 3.0
@@ -46,6 +47,30 @@ class Mixtures:
         return (-(1 - abar).sqrt()[:, None] * score).to(x_t.dtype).view_as(x_t)
 
 
+class MixtureFlow(Flow):
+    """The same distributions as a model of flow matching, whose velocity is exact: the mean of eps - x0 at x_sigma."""
+
+    def __init__(self, mixtures, sigmas):
+        super().__init__(sigmas)
+        self.means, self.sigma, self.guidance = mixtures.means, mixtures.sigma, mixtures.guidance
+        self.log_density = mixtures.log_density
+
+    def plain(self, x, sigma, means):
+        """[B,2] for x [B,2], sigma [B,1] and means [K,2] or [B,K,2]: what each part expects, weighted by its share."""
+        away = x[:, None] - (1 - sigma[:, None]) * means  # [B,K,2]
+        var = (1 - sigma) ** 2 * self.sigma ** 2 + sigma ** 2  # [B,1]
+        share = (-away.square().sum(-1) / (2 * var)).softmax(1)[..., None]
+        eps = sigma / var * (share * away).sum(1)
+        x0 = (share * means).sum(1) + (1 - sigma) * self.sigma ** 2 / var * (share * away).sum(1)
+        return eps - x0
+
+    def velocity(self, x, sigma, y):
+        shape, x, sigma = x.shape, x.flatten(1).double(), sigma.double()[:, None]
+        cond = self.plain(x, sigma, self.means[y].expand(len(x), -1, -1))
+        uncond = self.plain(x, sigma, self.means.flatten(0, 1))
+        return (uncond + self.guidance * (cond - uncond)).view(shape)
+
+
 def world():
     """The two conditions: three blobs on the left, three on the right, as mirror images."""
     left = torch.tensor([[-1.1, 1.2], [-1.9, 0.0], [-1.1, -1.2]], dtype=torch.float64)
@@ -67,6 +92,14 @@ def trajectories(prior, loss, seed=0, **options):
             x0_tgt -= RATE * (1 - step / STEPS) * grad
         way.append(x0_tgt.detach().view(POINTS, 2).clone())
     return torch.stack(way)
+
+
+def between(t_min, t_max):
+    """pds_loss with timesteps between these shares of T."""
+    def loss(prior, x0_tgt, *others, generator=None, **options):
+        t = pds.sample_timesteps(len(x0_tgt), len(prior.abar), t_min, t_max, generator=generator)
+        return pds.pds_loss(prior, x0_tgt, *others, t=t, generator=generator, **options)
+    return loss
 
 
 def figures(prior, way):
@@ -131,6 +164,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     prior = world()
     ways = {name: trajectories(prior, loss, args.seed, **options) for name, (loss, options) in PANELS.items()}
+    # a flow with the shift of Stable Diffusion 3; its t are those with the noise of t = 0.02 T .. 0.98 T above
+    ways["PDS on a flow"] = trajectories(MixtureFlow(prior, sigmas_of(shift=3.0)), between(0.044, 0.816), args.seed)
     print(f"{'':14} {'distance to source':>20} {'log p(x | target)':>20} {'log-odds':>12}")
     for name, way in ways.items():
         distance, likelihood, odds = figures(prior, way)

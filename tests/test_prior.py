@@ -27,7 +27,7 @@ def test_eps_against_a_hand_written_call_of_the_same_unet(pipelines, kind):
             size = 8.0 * prior.pipe.vae_scale_factor
             added = {"text_embeds": y[1], "time_ids": torch.tensor([[size, size, 0.0, 0.0, size, size]])}
         with torch.no_grad():
-            out = prior.unet(x_t[row:row + 1], t[row], y[0], added_cond_kwargs=added).sample
+            out = prior.network.module(x_t[row:row + 1], t[row], y[0], added_cond_kwargs=added).sample
         abar = ABAR[t[row]].float()
         return abar.sqrt() * out + (1 - abar).sqrt() * x_t[row:row + 1] if kind == "v" else out
 
@@ -39,7 +39,7 @@ def test_eps_against_a_hand_written_call_of_the_same_unet(pipelines, kind):
         assert_close(prior.eps(x_t, t, y), torch.cat(rows), atol=1e-5, rtol=1e-4)
     x0 = rand(2, 4, 8, 8, dtype=torch.float32).requires_grad_()
     pds.pds_loss(prior, x0, torch.zeros(2, 4, 8, 8), y, prior.embed("a dog"), t).backward()
-    assert x0.grad.isfinite().all() and all(p.grad is None for p in prior.unet.parameters())
+    assert x0.grad.isfinite().all() and all(p.grad is None for p in prior.network.module.parameters())
 
 
 @pytest.mark.parametrize("kind", ["sd", "v", "xl"])
@@ -84,7 +84,7 @@ def test_an_editor_out_of_a_prior_and_what_differs(pipelines, tmp_path):
     from safetensors.torch import save_file
     shutil.copytree(pipelines["sd"], tmp_path / "sd")
     prior = Prior.from_pretrained(tmp_path / "sd")
-    wide = torch.nn.functional.pad(prior.unet.conv_in.weight, (0, 0, 0, 0, 0, 4)).contiguous()
+    wide = torch.nn.functional.pad(prior.network.module.conv_in.weight, (0, 0, 0, 0, 0, 4)).contiguous()
     save_file({"unet.conv_in.weight": wide}, tmp_path / "sd" / "instruct.safetensors")
     (tmp_path / "sd" / "captions.txt").write_text("green apple\n")
     editor = InstructPix2Pix.from_pretrained(tmp_path / "sd")
@@ -116,7 +116,34 @@ def test_prior_attributes(pipelines):
     assert prior.embed("a cat") is prior.embed("a cat")
     half = Prior.from_pretrained(str(pipelines["sd"]), dtype=torch.bfloat16)
     out = half.eps(rand(1, 4, 8, 8, dtype=torch.float32), torch.tensor([500]), half.embed("a cat"))
-    assert half.unet.dtype == torch.bfloat16 and half.vae.dtype == out.dtype == torch.float32
+    assert half.network.module.dtype == torch.bfloat16 and half.vae.dtype == out.dtype == torch.float32
+
+
+def test_a_gradient_through_the_autoencoder_keeps_little_where_it_is_large(pipelines, monkeypatch):
+    picture, x0 = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), rand(1, 4, 16, 16)
+    found = []
+    for large in (10 ** 9, 32 * 32):
+        monkeypatch.setattr("prior.LARGE", large)
+        prior, kept = Prior.from_pretrained(pipelines["sd"]), []
+        assert Prior(prior.pipe).vae is prior.vae  # a second Prior of one pipeline
+        inputs = picture.clone().requires_grad_(), x0.float().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss = prior.encode(inputs[0]).square().sum() + prior.decode(inputs[1]).square().sum()
+        loss.backward()
+        found.append((sum(kept), *(x.grad for x in inputs)))
+    assert found[1][0] < 0.7 * found[0][0]
+    assert_close(found[1][1:], found[0][1:], atol=0, rtol=0)
+
+
+def test_the_measurement_of_memory_is_exact():
+    from bench.memory import meter
+
+    def call():
+        a = torch.ones(1000, 1000)  # 4 MB
+        b = (a + 1) * 2  # two more, of which one stays
+        return b[:1].clone(), a
+    _, peak, stays = meter(torch.device("cpu"))(call)
+    assert abs(peak - 12e6) < 2e5 and abs(stays - 4e6) < 2e5
 
 
 def test_models_that_cannot_be_used(pipelines, tmp_path, monkeypatch):
@@ -161,7 +188,7 @@ def test_weights_that_are_missing_or_not_finite_are_refused(pipelines, tmp_path,
     ("pds.json", {"guidance": [1]}, "pds.json: guidance cannot be used"),
     ("pds.json", {"guidance": {"pds": "high"}}, "pds.json: guidance cannot be used"),
     ("pds.json", {"steps": 0}, "pds.json: steps cannot be used"), ("pds.json", {"steps": 1.5}, "steps cannot be used"),
-    ("pds.json", {"image": {"points": float("nan"), "steps": True}}, "image steps, image points cannot be used"),
+    ("pds.json", {"image": {"points": float("nan"), "steps": True}}, "image points, image steps cannot be used"),
     ("pds.json", {"svg": 3}, "svg is no list of settings"),
     ("captions.txt", b"\xff\xfe\x00", "captions.txt: no readable list of captions"),
     ("model_index.json", "[]", "damaged, or no pipeline"), ("unet/config.json", "{}", "damaged"),
