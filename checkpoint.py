@@ -116,6 +116,14 @@ def restore_optimiser(optimiser, state, path):
         raise CheckpointError(path, f"the optimiser's state does not fit: {one_line(e, 100)}") from e
 
 
+def restore_generators(generators, states, path):
+    """restore_generator for each of several; raises CheckpointError where they are not as many."""
+    if len(states) != len(generators):
+        raise CheckpointError(path, f"it has {len(states)} streams of random numbers, the run {len(generators)}")
+    for generator, state in zip(generators, states):
+        restore_generator(generator, state, path)
+
+
 def restore_generator(generator, state, path):
     """generator.set_state(state), a part of the file `path`; raises CheckpointError where it is none."""
     try:
@@ -134,8 +142,10 @@ def read_run(path, config):
     path = Path(path)
     if not path.exists():
         return None
-    saved = read_checkpoint(path, {"scene": dictionary, "optimiser": dictionary, "generator": random_state, "step": count,
-                                   "stages": lambda x: isinstance(x, list) and all(map(dictionary, x)),
+    lists = lambda check: lambda x: isinstance(x, list) and len(x) > 0 and all(
+        isinstance(own, list) and all(map(check, own)) for own in x)  # for each process a list
+    saved = read_checkpoint(path, {"scene": dictionary, "optimiser": dictionary, "generators": lists(random_state),
+                                   "step": count, "stages": lists(dictionary),
                                    "frames": lambda x: isinstance(x, list) and len(x) > 0 and all(map(picture, x)),
                                    "config": text})
     try:
@@ -167,9 +177,11 @@ def restore_stages(stages, saved, path):
     for stage, own in zip(stages, saved):
         views = len(stage.scene.scene.train) if hasattr(stage.scene, "scene") else 0
         for key, value in own.items():
-            if key == "view":
-                right = value is None or _view(value, views)
-            elif key == "pixels":
+            if key == "views":
+                right = isinstance(value, list) and all(view is None or _view(view, views) for view in value)
+            elif key == "rounds":
+                right = count(value)
+            elif key in ("pixels", "first"):
                 right = value is None or (isinstance(value, torch.Tensor) and value.dtype == torch.uint8
                                           and value.ndim == 2 and value.shape[1] == 3)
             else:

@@ -13,16 +13,21 @@ import copy
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from pds import add_noise, posterior, stochastic_latent
+from pictures import frame_of
 from report import to_pil, write
 
 
-def ddim_timesteps(T, steps):
-    """`steps` timesteps from noise to picture, evenly spaced, the last one 1: Stable Diffusion's `leading` ones."""
+def ddim_timesteps(T, steps, whole=None):
+    """`steps` timesteps from noise to picture, evenly spaced, the last one 1: Stable Diffusion's `leading` ones.
+
+    T: from where, at most all timesteps of the model, which are `whole` (None: T).
+    """
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be in 1 .. {T}, got {steps}")
-    return [min(i * (T // steps) + 1, T - 1) for i in reversed(range(steps))]
+    return [min(i * (T // steps) + 1, (whole or T) - 1) for i in reversed(range(steps))]
 
 
 @torch.no_grad()
@@ -46,9 +51,12 @@ def sdedit(prior, x0, y, steps=20, skip=0.85, generator=None):
     """
     if not 0 <= skip <= 1:
         raise ValueError(f"skip must be in 0 .. 1, got {skip}")
-    timesteps = ddim_timesteps(len(prior.abar), steps)[min(round(steps * skip), steps - 1):]
-    noise = _draw(x0, generator)
-    x_t = add_noise(x0, noise, prior.abar, torch.full((len(x0),), timesteps[0]))
+    return _renoised(prior, x0, y, ddim_timesteps(len(prior.abar), steps)[min(round(steps * skip), steps - 1):], generator)
+
+
+def _renoised(prior, x0, y, timesteps, generator):
+    """x0 [B,C,h,w] noised to the first of the timesteps, and denoised through all of them."""
+    x_t = add_noise(x0, _draw(x0, generator), prior.abar, torch.full((len(x0),), timesteps[0]))
     return ddim(prior, x_t, y, timesteps)
 
 
@@ -61,7 +69,8 @@ def ddpm_inversion(prior, x0, y_tgt, y_src, steps=100, skip=0.36, guidance_src=3
     picture, and the same z_t are replayed under y_tgt. They are the stochastic latents that PDS matches.
 
     Args:
-        x0: [B,C,h,w] latent of the picture; with y_tgt = y_src and equal guidance it comes back exactly.
+        x0: [B,C,h,w] latent of the picture; with y_tgt = y_src and equal guidance it comes back exactly: the last z,
+            which the released code leaves out, is kept.
         skip: share of the steps that the replay leaves out: 0 edits most, near 1 returns x0.
         guidance_src, guidance_tgt: of the inversion and of the replay.
         start: [B,C,h,w] what the replay begins from, with x0's noise; None: x0. A scene's render, where x0 is its
@@ -90,15 +99,16 @@ def ddpm_inversion(prior, x0, y_tgt, y_src, steps=100, skip=0.36, guidance_src=3
     return x_t
 
 
-def instruct_pix2pix(editor, picture, y, x0=None, steps=20, skip=0.0, generator=None):
+def instruct_pix2pix(editor, picture, y, x0=None, steps=20, level=1.0, generator=None):
     """Edit a picture [B,3,H,W] in [0,1] as the instruction y says -> x0 [B,C,h,w], by deterministic DDIM.
 
-    x0: the latent that is noised and denoised, None: the picture's own. With skip 0 it hardly matters.
-    Instruct-NeRF2NeRF (Haque et al., arXiv 2303.12789) passes a scene's render here, the photograph as the picture, and
-    a skip of its own.
+    x0: the latent that is noised to `level` T and denoised from there in all of the steps; None: the picture's own. With
+    level 1 it hardly matters. Instruct-NeRF2NeRF (Haque et al., arXiv 2303.12789) passes a scene's render here, the
+    photograph as the picture, and a level of its own. Raises ValueError for a level with fewer timesteps than steps.
     """
-    editor = editor.of(picture)
-    return sdedit(editor, editor.encode(picture) if x0 is None else x0, y, steps, skip, generator)
+    editor, T = editor.of(picture), len(editor.abar)
+    timesteps = ddim_timesteps(round(level * T), steps, T)
+    return _renoised(editor, editor.encode(picture) if x0 is None else x0, y, timesteps, generator)
 
 
 @torch.no_grad()
@@ -141,11 +151,13 @@ def _draw(like, generator):
 # ---- the picture that is edited -------------------------------------------------------------------------
 
 class Picture(torch.nn.Module):
-    """A square picture to edit; theta is its latent, drawn by the prior's decoder, or the pixels themselves."""
+    """A picture to edit; theta is its latent, drawn by the prior's decoder, or the pixels themselves."""
 
-    def __init__(self, pixels, prior, in_pixels=False):
-        """pixels: [1,3,S,S] in [0,1]; in_pixels: optimise the pixels instead of the latent."""
+    def __init__(self, pixels, prior, in_pixels=False, alpha=None):
+        """pixels: [1,3,H,W] in [0,1]; in_pixels: optimise the pixels instead of the latent; alpha: a PIL picture of mode
+        L, which `save` puts back."""
         super().__init__()
+        self.alpha, self.sides = alpha, (pixels.shape[3], pixels.shape[2])
         with torch.no_grad():
             theta = pixels.clone() if in_pixels else prior.encode(pixels)
         self.theta = torch.nn.Parameter(theta.to(prior.device))
@@ -157,16 +169,18 @@ class Picture(torch.nn.Module):
         twin._parameters = {"theta": torch.nn.Parameter(self.theta.detach().clone())}
         return twin
 
-    def param_groups(self, rate):
-        return [{"name": "theta", "params": [self.theta], "lr": rate}]
+    def param_groups(self, rate, decay=0.0):
+        return [{"name": "theta", "params": [self.theta], "lr": rate, "decay": decay}]
 
     def sample_view(self, generator=None):
         return None
 
     def render(self, view=None, size=None):
+        """[1,3,H,W] in [0,1]; size: a Frame, or the pixels of the shorter side, else as it was given."""
         picture = self.draw(self.theta)
-        if size is not None and size != picture.shape[-1]:
-            picture = torch.nn.functional.interpolate(picture, size=(size, size), mode="bicubic").clamp(0, 1)
+        width, height = self.sides if size is None else frame_of(size).sides(*self.sides)
+        if (height, width) != picture.shape[2:]:
+            picture = torch.nn.functional.interpolate(picture, size=(height, width), mode="bicubic").clamp(0, 1)
         return picture
 
     @torch.no_grad()
@@ -175,9 +189,13 @@ class Picture(torch.nn.Module):
             self.theta.clamp_(0, 1)
 
     def put(self, pixels):
-        """Show these pixels [1,3,S,S] from now on."""
+        """Show these pixels [1,3,H,W] from now on."""
         self.theta, self.draw, self.in_pixels = torch.nn.Parameter(pixels), lambda theta: theta, True
 
     @torch.no_grad()
     def save(self, path):
-        write(Path(path), to_pil(self.render()))
+        """Write a PNG, with the alpha that the picture came with."""
+        picture = to_pil(self.render())
+        if self.alpha is not None:
+            picture.putalpha(self.alpha.resize(picture.size, Image.BOX))
+        write(Path(path), picture)

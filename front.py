@@ -9,26 +9,23 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from report import sheet, write
-from table import edit_row, perceptual, squares
+from report import perceptual, sheet, write
+from table import edit_row, pictures_of
 
 IDENTITIES = (1, 0.5, 0.25, 0)
 PAPER = ("--smooth", "0", "--no-steady", "--opacities")  # every point for itself, plain Adam
 COLOURS = ("#d9480f", "#2f5fd0", "#2b8a3e", "#c2255c", "#0b7285", "#111111")
 
 
-def methods(guidance):
+def methods():
     """{title: [(label, name of the loss, flags)]}: a line of the chart for each title, a point for each label.
 
-    guidance: the model's own, by loss. That of DDS is its counterpart of the 7.5 of DreamCatalyst's paper.
     """
     series = lambda *flags: [(f"{k:g}", "pds", ["--identity", f"{k:g}", *flags]) for k in IDENTITIES]
-    catalyst = ["--coefficients", "dreamcatalyst", "--identity", "1", "--schedule", "decreasing", "--t-min", "0.2",
-                "--t-max", "0.9", "--guidance", str(guidance["dds"])]
     return {"PDS, smooth field, by K": series(), "PDS, free points, by K": series(*PAPER),
             "SDS": [("", "sds", [])], "DDS": [("", "dds", [])],
             "PDS, psi = 0 (consistent)": [("", "pds", ["--coefficients", "consistent"])],
-            "DreamCatalyst": [("", "pds", catalyst)]}
+            "DreamCatalyst": [("", "pds", ["--coefficients", "dreamcatalyst"])]}
 
 
 def make_front(edits, prior, maker, out):
@@ -37,7 +34,7 @@ def make_front(edits, prior, maker, out):
     edits: what table.read_edits returns, drawings alone; maker: see table.Maker.
     """
     lpips, lines, along = perceptual(), {}, []
-    for title, points in methods(prior.defaults["guidance"]).items():
+    for title, points in methods().items():
         for label, name, flags in points:
             rows = []
             for mode, file, source, target, folder in edits:
@@ -45,7 +42,7 @@ def make_front(edits, prior, maker, out):
                 place = out / folder / "-".join(filter(None, (title.split(",")[0].lower(), *flags))).replace("/", "")
                 rows.append(edit_row(prior, name, options, maker, place, lpips, None))
                 if title.startswith("PDS, smooth") and folder == edits[0][-1]:
-                    before, after = (squares(place / f"{what}.png") for what in ("source", "result"))
+                    before, after = (pictures_of(place / f"{what}.png", mode) for what in ("source", "result"))
                     along += [("source", source, before)] * (not along) + [(f"K = {label}", target, after)]
             mean = {key: float(np.mean([row[key] for row in rows])) for key in ("PSNR", "SSIM", "log-odds")}
             lines.setdefault(title, []).append((label, mean | {"read": sum(row["log-odds"] > 0 for row in rows)}))

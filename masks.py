@@ -34,29 +34,29 @@ def local_masks(prior, pictures, source, target, level=0.5, noises=16):
     return masks
 
 
-def read_mask(path, size):
-    """A picture of the user as a mask [1,1,size,size]: white is edited, black is kept. Raises ValueError."""
+def read_mask(path, sides):
+    """A picture of the user as a mask [1,1,H,W] with sides (W, H): white is edited, black is kept. Raises ValueError."""
     try:
-        return to_tensor(read_picture(path).convert("L").resize((size, size), Image.BOX))[:, :1].float()
+        return to_tensor(read_picture(path).convert("L").resize(sides, Image.BOX))[:, :1].float()
     except ValueError as e:
         raise ValueError(str(e).replace("no readable picture", "no readable mask")) from e
 
 
-def read_masks(folder, names, size):
-    """The masks [1,1,size,size] in a folder for photographs of these names; a mask has its photograph's stem.
-
-    Raises ValueError where one is missing.
+def read_masks(folder, names, sides):
+    """The masks [1,1,H,W] in a folder for photographs of these names, with sides (W, H) each; a mask has its photograph's
+    stem. Raises ValueError where one is missing.
     """
     found = {path.stem: path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in (".png", ".jpg")}
     missing = [name for name in names if Path(name).stem not in found]
     if missing:
         raise ValueError(f"{folder}: {len(missing)} of {len(names)} masks are missing, e.g. one for {missing[0]}")
-    return [read_mask(found[Path(name).stem], size) for name in names]
+    return [read_mask(found[Path(name).stem], own) for name, own in zip(names, sides)]
 
 
 @torch.no_grad()
 def agree(representation, masks, size, cells=32):
-    """Masks [1,1,h,w] of all training views -> [1,1,size,size] that agree on every point of the scene.
+    """Masks [1,1,h,w] of all training views -> [1,1,H,W] that agree on every point of the scene, with the sides of
+    representation.camera(view, size).
 
     Each pixel votes for the point that it shows; a view then sees the mean of all votes, so that one bad view does not
     leak. Where nothing is shown, a view keeps its own mask next to what the others agree on.
@@ -70,30 +70,30 @@ def agree(representation, masks, size, cells=32):
         x = contract((rays_o + depth * rays_d - scene.centre[:, None]) / scene.half) / extent  # [3,size^2]
         cell = ((x + 1) / 2 * cells).long().clamp(0, cells - 1)
         cell, hit = cell[0] + cells * (cell[1] + cells * cell[2]), depth > 0
-        own = interpolate(mask.cpu(), size=(size, size), mode="bilinear")
-        votes.index_add_(1, cell[hit], torch.stack((own.view(-1), torch.ones(size * size)))[:, hit])
+        own = interpolate(mask.cpu(), size=(camera.height, camera.width), mode="bilinear")
+        votes.index_add_(1, cell[hit], torch.stack((own.view(-1), torch.ones(own.numel())))[:, hit])
         seen.append((cell, hit.view_as(own), own))
     vote, agreed = votes[0] / votes[1].clamp_min(1), []
     for cell, hit, own in seen:
-        fused = torch.where(hit, vote[cell].view_as(own), 0)
-        agreed.append(torch.where(hit, fused, own.minimum(max_pool2d(fused, size // 8 + 1, 1, size // 16))))
+        fused, near = torch.where(hit, vote[cell].view_as(own), 0), min(own.shape[2:]) // 16
+        agreed.append(torch.where(hit, fused, own.minimum(max_pool2d(fused, 2 * near + 1, 1, near))))
     return agreed
 
 
 class Where:
     """The mask of a view: one of a list by the number of a training view, or one mask, moved along with a drawing."""
 
-    def __init__(self, masks):
-        """masks: a list of [1,1,h,w] in [0,1]."""
-        self.masks = masks
+    def __init__(self, masks, sides=None):
+        """masks: a list of [1,1,h,w] in [0,1]; sides: (W, H) in pixels of a drawing."""
+        self.masks, self.sides = masks, sides
 
-    def __call__(self, view, like, size):
-        """[1,1,h,w] for a latent `like` [B,C,h,w]. view: a number; or the shift (dx, dy) in pixels of a drawing of `size`
-        pixels a side, or None."""
+    def __call__(self, view, like):
+        """[1,1,h,w] for a latent `like` [B,C,h,w]. view: a number; or the shift (dx, dy) in pixels of a drawing, or
+        None."""
         mask = self.masks[view if isinstance(view, int) else 0].to(like)
         if isinstance(view, tuple):
             dx, dy = view
-            theta = like.new_tensor([[[1, 0, -2 * dx / size], [0, 1, -2 * dy / size]]])
+            theta = like.new_tensor([[[1, 0, -2 * dx / self.sides[0]], [0, 1, -2 * dy / self.sides[1]]]])
             mask = grid_sample(mask, affine_grid(theta, mask.shape, align_corners=False), padding_mode="border",
                                align_corners=False)
         return interpolate(mask, size=like.shape[2:], mode="area")

@@ -69,17 +69,20 @@ class SteadyAdam(torch.optim.Adam):
 
     The displacement of a group with a field is M times Adam's step on the free displacements u, from the gradient by u:
     points = rest + M u without ever storing u, so that M may change from step to step. All other groups take the very
-    steps of torch.optim.Adam.
+    steps of torch.optim.Adam; with a `decay` those of torch.optim.AdamW with that weight decay.
     """
 
     def __init__(self, groups, fields=None):
         """groups: as of torch.optim.Adam, each with one parameter; fields: {name of a group: SmoothField}."""
-        super().__init__([{"shared": False} | group for group in groups])
+        super().__init__([{"shared": False, "decay": 0.0} | group for group in groups])
         self.fields = fields or {}
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
+            for parameter in group["params"] if group["decay"] else ():
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * group["decay"])
             field = self.fields.get(group.get("name"))
             if group["shared"] or field is not None:
                 for parameter in group["params"]:
@@ -101,3 +104,23 @@ class SteadyAdam(torch.optim.Adam):
         deviation = (state["exp_avg_sq"] / (1 - beta2 ** state["step"].item())).sqrt()
         move = mean / (deviation + group["eps"])
         parameter -= group["lr"] * (move if field is None else field(move))
+
+
+# ---- the course of the rates --------------------------------------------------------------------------
+
+def settling_share(step, steps, group):
+    """Share of a group's rate at a step of `steps`: a start of 10 steps, as Adam's first ones know little, and down to
+    0 in the second half, which averages the noise."""
+    return min(1.0, (step + 1) / 10, 2 - 2 * step / steps)
+
+
+def released_share(step, steps, group):
+    """The same as in the paper's code, which has nerfstudio's ExponentialDecayScheduler.
+
+    group["warm"]: so many steps (at most a fifteenth of all) the rate rises along a sine. group["fall"]: (ratio, over):
+    then it falls exponentially, to `ratio` after `over` steps. A group without them has a constant rate.
+    """
+    warm, (ratio, over) = min(group.get("warm", 0), steps / 15), group.get("fall", (1.0, 1))
+    if step < warm:
+        return math.sin(math.pi / 2 * step / warm)
+    return ratio ** min((step - warm) / over, 1)

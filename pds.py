@@ -55,26 +55,29 @@ def pds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, stride=2, 
     return as_loss(x0_tgt, pull + _masked(push, mask))
 
 
-def dds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, mask=None, generator=None):
-    """Delta Denoising Score: w(t) (eps_tgt - eps_src) with w(t) = 1 - abar_t. Arguments as in pds_loss.
+def dds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, weight=1.0, mask=None, generator=None):
+    """Delta Denoising Score: w(t) (eps_tgt - eps_src). Arguments as in pds_loss; weight: w(t), a number, a tensor [B] or a
+    function (abar, t) -> [B], 1 in DDS's own code.
 
     The source's prediction takes away the bias that both share, but nothing pulls x0_tgt back to x0_src.
     """
     x0_tgt, x0_src, t, noise = _prepare(prior, x0_tgt, x0_src, t, noise, 0, generator)
     eps_tgt, eps_src = _predict(prior, t, noise, (x0_tgt, y_tgt), (x0_src, y_src))
-    grad = _rows(1 - prior.abar[t.to(prior.abar.device)], x0_tgt) * (eps_tgt - eps_src)
-    return as_loss(x0_tgt, _masked(grad, mask))
+    return as_loss(x0_tgt, _masked(_weights(weight, prior.abar, t, x0_tgt) * (eps_tgt - eps_src), mask))
 
 
-def sds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, mask=None, generator=None):
-    """Score Distillation Sampling: w(t) (eps_tgt - noise) with w(t) = 1 - abar_t. Arguments as in pds_loss.
+def noise_variance(abar, t):
+    """w(t) = 1 - abar_t [B], DreamFusion's weight of SDS."""
+    return 1 - abar[t.to(abar.device)]
 
-    x0_src and y_src stand in the signature so that the three losses can be exchanged; SDS does not look at them.
-    """
+
+def sds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, weight=noise_variance, mask=None, generator=None):
+    """Score Distillation Sampling: w(t) (eps_tgt - noise), w(t) = 1 - abar_t as published. Arguments as in dds_loss.
+
+    SDS does not look at x0_src and y_src, which stand in the signature so that the three can be exchanged."""
     x0_tgt, x0_src, t, noise = _prepare(prior, x0_tgt, x0_src, t, noise, 0, generator)
     eps_tgt, = _predict(prior, t, noise, (x0_tgt, y_tgt))
-    grad = _rows(1 - prior.abar[t.to(prior.abar.device)], x0_tgt) * (eps_tgt - noise)
-    return as_loss(x0_tgt, _masked(grad, mask))
+    return as_loss(x0_tgt, _masked(_weights(weight, prior.abar, t, x0_tgt) * (eps_tgt - noise), mask))
 
 
 def as_loss(x0, grad):
@@ -142,10 +145,11 @@ def posterior(abar, t, s, kind="official"):
 def dreamcatalyst(abar, t, s, delta=0.2, gamma=0.8, chi=0.075):
     """Free coefficients worked out once: the weighting of DreamCatalyst (Kim et al., arXiv 2407.11394).
 
-    With tau = t / T: identity weight chi e^tau, edit weight delta + gamma tau^(1/e). Both grow with the noise
-    level, where the official psi falls by a factor of 400 from t = 20 to t = 980.
+    Identity weight chi e^tau, edit weight delta + gamma tau^(1/e). Both grow with the noise level, where the official
+    psi falls by a factor of 400 from t = 20 to t = 980. tau is t / T in the paper; in the released code, and here, it
+    is the share of the sampling steps below t, whose timesteps begin at 1: (t - 1) / T.
     """
-    tau = t.double() / len(abar)
+    tau = (t.double() - 1) / len(abar)
     return chi * tau.exp(), delta + gamma * tau ** (1 / math.e)
 
 
@@ -225,6 +229,11 @@ def _stack(prompts, batch):
     if any(y.shape[1:] != prompts[0].shape[1:] or len(y) not in (1, batch) for y in prompts):
         raise ValueError(f"prompts must be [{batch},...] or [1,...], got {[[*y.shape] for y in prompts]}")
     return torch.cat([y.expand(batch, *y.shape[1:]) for y in prompts])
+
+
+def _weights(weight, abar, t, like):
+    """A weight of SDS or DDS as [B,1,1,1] or [1,1,1,1]."""
+    return _rows(weight(abar, t) if callable(weight) else torch.as_tensor(weight), like)
 
 
 def _masked(push, mask):

@@ -5,6 +5,7 @@ run.py, table.py and bench/ share it.
 import argparse
 import io
 import math
+import re
 import sys
 
 import torch
@@ -31,16 +32,24 @@ def to_tensor(picture):
 
 
 def snapshot(scene, size=None, view=None):
-    """PIL picture of the scene as it is now; `size` pixels a side, FRAME_SIZE by default."""
+    """PIL picture of the scene as it is now, whole; `size` pixels on the shorter side, FRAME_SIZE by default."""
     with torch.no_grad():
         return to_pil(scene.render(view, size or FRAME_SIZE))
 
 
+def thumbnail(picture, side):
+    """A PIL picture, reduced or enlarged so that its shorter side has `side` pixels."""
+    zoom = side / min(picture.size)
+    return picture.resize([max(1, round(n * zoom)) for n in picture.size], Image.BICUBIC)
+
+
 def beside(pictures):
-    """Pictures of one size in a row."""
+    """Pictures of one height in a row."""
     page = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
-    for i, picture in enumerate(pictures):
-        page.paste(picture, (i * picture.width, 0))
+    x = 0
+    for picture in pictures:
+        page.paste(picture, (x, 0))
+        x += picture.width
     return page
 
 
@@ -49,19 +58,20 @@ def sheet(rows):
 
     Rows of one view each stand side by side, titles below; rows of several views stand one under another.
     """
-    side, pad, text = rows[0][2][0].width, 16, 56
+    side, tall = (max(getattr(p, n) for *_, row in rows for p in row) for n in ("width", "height"))
+    pad, text = 16, 56
     fonts = [ImageFont.load_default(size) for size in (18, 14)]
     several = len(rows[0][2]) > 1
     wide, high = (len(rows[0][2]), len(rows)) if several else (len(rows), 1)
-    page = Image.new("RGB", (wide * (side + pad) + pad, high * (side + text + pad) + pad), "white")
+    page = Image.new("RGB", (wide * (side + pad) + pad, high * (tall + text + pad) + pad), "white")
     draw = ImageDraw.Draw(page)
     for i, (title, prompt, pictures) in enumerate(rows):
-        x, y = (pad, pad + i * (side + text + pad)) if several else (pad + i * (side + pad), pad)
+        x, y = (pad, pad + i * (tall + text + pad)) if several else (pad + i * (side + pad), pad)
         for k, picture in enumerate(pictures):
             page.paste(picture, (x + k * (side + pad), y))
         middle, room = (page.width / 2, page.width) if several else (x + side / 2, side)
-        draw.text((middle, y + side + 14), title, fill="black", font=fonts[0], anchor="mm")
-        draw.text((middle, y + side + 38), prompt[:room // 7], fill="#555", font=fonts[1], anchor="mm")
+        draw.text((middle, y + tall + 14), title, fill="black", font=fonts[0], anchor="mm")
+        draw.text((middle, y + tall + 38), prompt[:room // 7], fill="#555", font=fonts[1], anchor="mm")
     return page
 
 
@@ -84,6 +94,17 @@ def write(path, what):
 
 
 # ---- figures ------------------------------------------------------------------------------------------
+
+def perceptual(device="cpu"):
+    """LPIPS (Zhang et al., arXiv 1801.03924), a differentiable function of two pictures [1,3,H,W] in [0,1] -> []; None
+    where the package lpips is not installed."""
+    try:
+        import lpips
+    except ImportError:
+        return None
+    net = lpips.LPIPS(net="alex", verbose=False).eval().requires_grad_(False).to(device)
+    return lambda a, b: net(a.float() * 2 - 1, b.float() * 2 - 1).mean()
+
 
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB of two arrays or tensors of one shape, in [0,1]; 100 where they are the same."""
@@ -141,7 +162,9 @@ def exit_code(program, call):
     except KeyboardInterrupt as e:
         print(f"{program}: interrupted{': ' if e.args else ''}{one_line(e) if e.args else ''}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as e:
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not re.search("(out of|not enough|allocate) memory", str(e), re.I):
+            raise
         print(f"{program}: error: {one_line(e, 1000)}", file=sys.stderr)
         return 2
     except FloatingPointError as e:

@@ -20,19 +20,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
+import parallel
 import pds
-from edit import EDITABLE, EDITORS, MODES, SCENES, TITLES
+from edit import EDITABLE, EDITORS, MODES, SCENES, TITLES, prompts
 from files import is_number, read_json
-from pictures import read_picture
-from report import beside, memory_status, psnr, sheet, to_tensor, write
+from pictures import frame_of, read_picture
+from report import beside, memory_status, perceptual, psnr, sheet, to_tensor, write
 
-Maker = namedtuple("Maker", "options settings fit edit")
-Maker.__doc__ = """What makes the edits of the table, four functions:
+Maker = namedtuple("Maker", "options complete settings fit edit")
+Maker.__doc__ = """What makes the edits of the table, five functions:
 
-    options(mode, file, source, target, fit) -> the options of one edit; `fit` is the file that keeps a scene's fit
-    settings(options, prior, name) -> everything that the result by the method `name` depends on, a dict for JSON
+    options(mode, file, source, target, fit) -> the options of one edit; `fit` begins the name of the file of a scene's fit
+    complete(options, prior, name) -> the same with what the model and the method `name` decide
+    settings(options, prior, name) -> everything that the result of completed options depends on, a dict for JSON
     fit(options): fit the scene and keep it in that file
     edit(prior, name, options, out): write the files of the edit to the folder `out`
 """
@@ -78,9 +80,10 @@ def names_of(mode, names):
 
 # ---- the figures --------------------------------------------------------------------------------------
 
-def pixels(picture, side=SIDE):
-    """PIL picture -> [1,3,side,side] float64 in [0,1]."""
-    return to_tensor(picture.convert("RGB").resize((side, side), Image.LANCZOS))  # one of that size comes back as it is
+def pixels(picture, size=SIDE):
+    """PIL picture -> [1,3,H,W] float64 in [0,1]; size: a Frame, or the pixels of the shorter side."""
+    sides = frame_of(size).sides(*picture.size)
+    return to_tensor(picture.convert("RGB").resize(sides, Image.LANCZOS))  # one of that size comes back as it is
 
 
 def ssim(a, b):
@@ -152,31 +155,21 @@ class Clip:
         return cosine(now, y_tgt).mean().item(), cosine(now - was, y_tgt - y_src).mean().item()
 
 
-def perceptual():
-    """LPIPS (Zhang et al., arXiv 1801.03924), a function of two pictures [1,3,H,W] in [0,1]; None where the package
-    lpips is not installed."""
-    try:
-        import lpips
-    except ImportError:
-        return None
-    net = lpips.LPIPS(net="alex", verbose=False).eval().requires_grad_(False)
-    return lambda a, b: net(a.float() * 2 - 1, b.float() * 2 - 1).item()
-
-
-def figures(prior, before, after, source, target, lpips=None, clip=None):
-    """The figures of an edit, {column: figure}; before, after: lists of PIL pictures, over which the mean is taken."""
-    y_tgt, y_src = prior.embed(target), prior.embed(source)
+def figures(prior, before, after, args, lpips=None, clip=None):
+    """The figures of an edit, {column: figure}; before, after: lists of PIL pictures, over which the mean is taken; args:
+    its completed options."""
+    y_src, y_tgt = map(prior.embed, prompts(args))
 
     def odds(picture):
         with torch.no_grad():
-            return log_odds(prior, prior.encode(pixels(picture, prior.size)), y_tgt, y_src)
+            return log_odds(prior, prior.encode(pixels(picture, args.frame)), y_tgt, y_src)
     pairs = [(pixels(a), pixels(b)) for a, b in zip(before, after)]
     row = {"before": np.mean([odds(p) for p in before]), "log-odds": np.mean([odds(p) for p in after]),
            "PSNR": np.mean([psnr(a, b) for a, b in pairs]), "SSIM": np.mean([ssim(a, b) for a, b in pairs])}
     if lpips:
-        row["LPIPS"] = np.mean([lpips(a, b) for a, b in pairs])
+        row["LPIPS"] = np.mean([lpips(a, b).item() for a, b in pairs])
     if clip:
-        row["CLIP"], row["dir"] = clip.scores(before, after, source, target)
+        row["CLIP"], row["dir"] = clip.scores(before, after, args.source, args.target)
         row["clip"] = clip.name
     return {k: v if k == "clip" else float(v) for k, v in row.items()}
 
@@ -202,7 +195,8 @@ def peak(device):
 # ---- the table ----------------------------------------------------------------------------------------
 
 def make_table(edits, names, prior, maker, out, clip=None):
-    """Make every edit by every method and write table.csv and a sheet for each mode to the folder `out`.
+    """Make every edit by every method and write table.csv and a sheet for each mode to the folder `out`. Of several
+    processes each makes its share of the edits, and the first one writes the table.
 
     An edit that is there already from the same settings is not made again.
 
@@ -214,16 +208,21 @@ def make_table(edits, names, prior, maker, out, clip=None):
         ValueError, OSError: bad input. FloatingPointError: a loss is no longer finite; it names the edit.
     """
     clip, lpips, rows = Clip(clip, prior.device) if clip else None, perceptual(), []
-    for mode, file, source, target, folder in edits:
-        fit = (out / folder).parent / f"{file.stem}-{mode}-fit.pt"
+    for mode, file, source, target, folder in edits[parallel.rank()::parallel.world()]:
+        fit = (out / folder).parent / f"{file.stem}-{mode}"
         options = maker.options(mode, file, source, target, fit)
         for name in names_of(mode, names):
             try:
-                row = edit_row(prior, name, options, maker, out / folder / name, lpips, clip)
+                with parallel.alone():
+                    row = edit_row(prior, name, options, maker, out / folder / name, lpips, clip)
             except FloatingPointError as e:
                 raise FloatingPointError(f"{folder}: {e}") from e
             rows.append({"mode": mode, "file": file.name, "source": source, "target": target, "loss": name,
                          "folder": folder} | row)
+    folders = [folder for *_, folder in edits]
+    rows = sorted(parallel.gathered(rows), key=lambda row: folders.index(row["folder"]))
+    if parallel.rank():
+        return
     columns = [c for c in DECIMALS if c not in ("LPIPS", "CLIP", "dir") or (lpips if c == "LPIPS" else clip)]
     print_edits(rows, columns)
     with io.StringIO(newline="") as text:
@@ -239,11 +238,12 @@ def make_table(edits, names, prior, maker, out, clip=None):
 
 def edit_row(prior, name, options, maker, out, lpips, clip):
     """The figures of one edit, {column: figure}; it is made in `out`, unless the same settings made it there before."""
-    config = json.loads(json.dumps(maker.settings(options, prior, name)))
+    whole = maker.complete(options, prior, name)
+    config = json.loads(json.dumps(maker.settings(whole, prior, name)))
     done, row = out / "config.json", {}
     if (out / "row.json").exists() and done.exists():
         old = read_json(done, hint="; delete it to make the edit anew")
-        alike = {"versions", "threads", "fit"}  # do not make an edit another one
+        alike = {"versions", "threads", "fit"} | ({"points"} if config["points"] is None else set())  # make none another
         same = all(old.get(k) == config.get(k) for k in old.keys() | config.keys() if k not in alike)
         row = read_row(out / "row.json") if same else {}
     if not row:
@@ -257,8 +257,8 @@ def edit_row(prior, name, options, maker, out, lpips, clip):
         row = {"s": time.perf_counter() - started, "MB": peak(prior.device)}
     lacking = "before" not in row or lpips and "LPIPS" not in row or clip and row.get("clip") != clip.name
     if lacking:
-        before, after = (squares(out / file) for file in ("source.png", "result.png"))
-        row |= figures(prior, before, after, options.source, options.target, lpips, clip)
+        before, after = (pictures_of(out / file, options.mode) for file in ("source.png", "result.png"))
+        row |= figures(prior, before, after, whole, lpips, clip)
         write(out / "row.json", json.dumps(row, indent=1) + "\n")
     return row
 
@@ -274,9 +274,12 @@ def read_row(path):
     return row
 
 
-def squares(path):
-    """The square pictures that stand side by side in a file; raises ValueError."""
-    page = read_picture(path, downscale=1, upright=False).convert("RGB")
+def pictures_of(path, mode):
+    """The picture of an edit in a file, on white; of a scene the squares that stand side by side. Raises ValueError."""
+    page = read_picture(path, downscale=1, upright=False).convert("RGBA")
+    page = Image.alpha_composite(Image.new("RGBA", page.size, "white"), page).convert("RGB")
+    if mode not in SCENES:
+        return [page]
     return [page.crop((x, 0, x + page.height, page.height)) for x in range(0, page.width, page.height)]
 
 
@@ -297,12 +300,14 @@ def print_edits(rows, columns):
 
 def edits_sheet(rows, out):
     """One page of the edits of a mode: the source and each method side by side; of scenes, one under another."""
-    pages, scenes = [], rows[0]["mode"] in SCENES
-    size = (SCENE_THUMB if scenes else THUMB,) * 2
+    pages, mode = [], rows[0]["mode"]
+    scenes = mode in SCENES
+    size = SCENE_THUMB if scenes else THUMB
     for folder in dict.fromkeys(row["folder"] for row in rows):
         own = [row for row in rows if row["folder"] == folder]
         files = [out / folder / own[0]["loss"] / "source.png"] + [out / folder / r["loss"] / "result.png" for r in own]
-        pictures = [[p.resize(size, Image.LANCZOS) for p in squares(file)] for file in files]
+        pictures = [[ImageOps.pad(p, (size, size), Image.LANCZOS, "white") for p in pictures_of(file, mode)]
+                    for file in files]
         names = ["source"] + [TITLES[row["loss"]] for row in own]
         prompts = [own[0]["source"]] + [own[0]["target"]] * len(own)
         pages.append([*zip(names, prompts, pictures)] if scenes else
@@ -310,6 +315,6 @@ def edits_sheet(rows, out):
     if scenes:
         return beside([sheet(page) for page in pages])
     if len(pages) > 1 and len(pages) % 2:
-        pages.append((" ", "", [Image.new("RGB", size, "white")] * len(pages[0][2])))
+        pages.append((" ", "", [Image.new("RGB", (size, size), "white")] * len(pages[0][2])))
     half = -(-len(pages) // 2)
     return beside([sheet(part) for part in (pages[:half], pages[half:]) if part])

@@ -101,8 +101,8 @@ def test_loss_is_the_difference_of_stochastic_latents(kind, stride):
 def test_free_coefficients():
     t = torch.tensor([100, 900])
     psi, chi = pds.pds_coefficients(ABAR, t, t - 2, pds.dreamcatalyst)
-    assert_close(psi, 0.075 * torch.tensor([0.1, 0.9], dtype=torch.float64).exp())
-    assert_close(chi, 0.2 + 0.8 * torch.tensor([0.1, 0.9], dtype=torch.float64) ** (1 / 2.718281828459045))
+    assert_close(psi, 0.075 * torch.tensor([0.099, 0.899], dtype=torch.float64).exp())
+    assert_close(chi, 0.2 + 0.8 * torch.tensor([0.099, 0.899], dtype=torch.float64) ** (1 / 2.718281828459045))
     tgt, src, noise = (rand(2, 1, 2, 2, seed=i) for i in range(3))
     got = grad_of(pds.pds_loss, GaussianPrior(), tgt, src, TGT, SRC, t, noise, coefficients=(3.0, 0.0))
     assert_close(got, 3 * (tgt - src))
@@ -122,7 +122,11 @@ def test_baselines_have_their_closed_forms():
         return w.sqrt() * (a.sqrt() * (x0 - mean) + w.sqrt() * noise) / var
 
     assert_close(grad_of(pds.sds_loss, prior, tgt, src, TGT, SRC, t, noise), w * (eps(tgt, 2.0) - noise))
-    assert_close(grad_of(pds.dds_loss, prior, tgt, src, TGT, SRC, t, noise), w * (eps(tgt, 2.0) - eps(src, -1.0)))
+    assert_close(grad_of(pds.dds_loss, prior, tgt, src, TGT, SRC, t, noise), eps(tgt, 2.0) - eps(src, -1.0))
+    for weight in (pds.noise_variance, (1 - ABAR)[t]):  # a function or a tensor
+        got = grad_of(pds.dds_loss, prior, tgt, src, TGT, SRC, t, noise, weight=weight)
+        assert_close(got, w * (eps(tgt, 2.0) - eps(src, -1.0)))
+    assert_close(grad_of(pds.sds_loss, prior, tgt, src, TGT, SRC, t, noise, weight=3), 3 * (eps(tgt, 2.0) - noise))
     consistent = grad_of(pds.pds_loss, prior, tgt, src, TGT, SRC, t, noise, coefficients="consistent")
     chi = pds.pds_coefficients(ABAR, t, t - 2, "consistent")[1].reshape(-1, 1, 1, 1)
     assert_close(consistent, chi * (eps(tgt, 2.0) - eps(src, -1.0)))  # PDS without psi is DDS weighted by chi

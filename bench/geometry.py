@@ -63,18 +63,37 @@ def joint_angles(svg, points):
 def measured(prior, file, source, target, flags):
     """An edit of a drawing by PDS with these flags: its figures, {"odds", "PSNR", "crossings", "kinks"}, and its picture."""
     options = run.parse(["--mode", "svg", f"--svg={file}", f"--source={source}", f"--target={target}", *flags])
-    defaults = prior.defaults
-    run.complete(options, prior)
+    options = run.complete(options, prior)
     scene, groups, original = run.LOAD["svg"](options, prior)
     rest = scene.points.detach().clone()
     with tempfile.TemporaryDirectory() as folder:
         edit(scene, groups, stages_of(scene, original, prior, "pds", options), prior, options, Path(folder))
-    prior.defaults, now = defaults, scene.points.detach()
+    now = scene.points.detach()
     before, after = snapshot(original, 512), snapshot(scene, 512)
-    row = edits_table.figures(prior, [before], [after], source, target)
+    row = edits_table.figures(prior, [before], [after], options)
     broken = (joint_angles(scene, rest) < 5) & (joint_angles(scene, now) > 30)
     return dict(odds=row["log-odds"], PSNR=row["PSNR"], kinks=int(broken.sum()),
                 crossings=self_intersections(scene, now) - self_intersections(scene, rest)), after
+
+
+BATCHES = [(1, 1), (2, 1), (2, 2 ** 0.5), (2, 2), (4, 2), (4, 4)]  # --batch, and how much larger the rates are
+
+
+def batch(args):
+    """--batch N at equal numbers of views, timesteps and noises: N times fewer steps, each of N of them."""
+    prior = Prior.from_pretrained(args.model)
+    drawings, rows = [edit[1:4] for edit in edits_table.read_edits(run.HERE / "examples" / "edits.txt", ["svg"])], []
+    own = run.complete(run.parse(["--mode", "svg"]), prior)
+    for count, factor in BATCHES:
+        steps = round(own.steps * args.share / count)
+        flags = ["--batch", str(count), "--steps", str(steps), "--points", str(own.points * factor),
+                 "--colours", str(own.colours * factor)]
+        found = [measured(prior, *drawing, flags)[0] for drawing in drawings]
+        odds, kept = ([row[key] for row in found] for key in ("odds", "PSNR"))
+        name = f"N = {count}, {steps} steps, rates times {factor:.2g}"
+        rows.append((name, f"{sum(odds) / len(odds):.2f} / {sum(kept) / len(kept):.2f} dB", f"{sum(o > 0 for o in odds)} read", None))
+        print(*rows[-1][:3], flush=True)
+    return table("log-odds / PSNR to the source, means over the drawings of examples/edits.txt", rows)
 
 
 def geometry(args):

@@ -1,4 +1,8 @@
-"""Runs that are killed at random moments (SIGKILL): what --resume makes of them is bit-identical to a run of one piece."""
+"""Runs that are killed at random moments (SIGKILL): what --resume makes of them is bit-identical to a run of one piece.
+
+Fits of scenes are made before: they end by a clock, so that no two of them have the same number of steps. What is
+killed are the edits, which have steps.
+"""
 import random
 import shutil
 import signal

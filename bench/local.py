@@ -13,7 +13,7 @@ from edit2d import subject_masks
 from prior import Prior
 from report import outside, to_tensor
 from scene import load_scene
-from table import figures, squares
+from table import figures, pictures_of
 
 PROMPTS = ["--source", "grinning face", "--target", "smiling face with sunglasses"]
 
@@ -55,12 +55,13 @@ def local(args):
             if not (place / "sheet.png").exists() and run.main(["--mode", args.mode, "--scene", str(scene), *PROMPTS,
                                                                 *flags, "--out", str(place)]):
                 raise ValueError(f"{place}: the edit failed")
-            before, after = (squares(place / f"{file}.png") for file in ("source", "result"))
+            before, after = (pictures_of(place / f"{file}.png", args.mode) for file in ("source", "result"))
             pictures = [to_tensor(p.resize((prior.size,) * 2, Image.LANCZOS)).float() for p in before]
             masks = subject_masks(prior, pictures, PROMPTS[1], PROMPTS[3], 16)
             told = outside(before, after, masks)
             kept = float(told.rpartition("PSNR ")[2].split()[0])
-            found[name] = kept, figures(prior, before, after, PROMPTS[1], PROMPTS[3])
+            options = run.parse(["--mode", args.mode, "--scene", str(scene), *PROMPTS])
+            found[name] = kept, figures(prior, before, after, run.complete(options, prior))
         (a, free), (b, own) = found["everywhere"], found["local"]
         rows += [(f"{scene.name}: outside the subject, dB", f"{a:.1f}, {b:.1f}", "+6 dB", b >= a + 6),
                  (f"{scene.name}: log-odds", f"{free['log-odds']:.1f}, {own['log-odds']:.1f}", ">= 90 %",

@@ -16,7 +16,7 @@ def step(args):
     options = run.parse(["--mode", "svg", "--steps", str(args.steps)])
     prior = Prior.from_pretrained(options.model)
     options.input, options.source, options.target = run.HERE / "examples" / run.EXAMPLE["svg"][0], "a", "b"
-    run.complete(options, prior)
+    options = run.complete(options, prior)
     entered, left, eps = [], [], prior.eps
 
     def timed(*arguments):

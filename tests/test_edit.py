@@ -62,9 +62,9 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(command, tmp_path, monkey
     assert command(out="whole") == 0
 
     def kill():
-        raise MemoryError
+        raise LookupError
     stop_at(monkeypatch, 6, kill)
-    with pytest.raises(MemoryError):
+    with pytest.raises(LookupError):
         command()
     assert load(tmp_path / "out" / "checkpoint.pt")["step"] == 4
     assert command("--resume", "--seed", 3) == 2 and "another seed" in capsys.readouterr().err
@@ -84,7 +84,7 @@ def test_a_nerf_is_fitted_measured_and_edited(small_pictures, pipelines, tmp_pat
              "--out", str(tmp_path / "out" / "edit")]
     assert run.main([*flags, "--fit-only"]) == 0
     assert "test PSNR" in capsys.readouterr().out
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["scene-nerf-fit.pt"]
+    assert [p.match("scene-nerf-*-fit.pt") for p in (tmp_path / "out").iterdir()] == [True]
     edit = [*flags, "--source", "a", "--target", "b", "--model", str(pipelines["sd"]), "--steps", "4", "--every", "2"]
     assert run.main(edit) == 0
     first = outputs(tmp_path / "out" / "edit")
@@ -97,13 +97,13 @@ def test_a_nerf_is_fitted_measured_and_edited(small_pictures, pipelines, tmp_pat
     assert run.main([*edit, "--out", str(tmp_path / "out" / "whole")]) == 0
     data_loss, calls = NeRF.data_loss, []
 
-    def killed(*args):
+    def killed(*args, **kwargs):
         calls.append(1)
         if len(calls) == 9:
-            raise MemoryError
-        return data_loss(*args)
+            raise LookupError
+        return data_loss(*args, **kwargs)
     monkeypatch.setattr(NeRF, "data_loss", killed)
-    with pytest.raises(MemoryError):
+    with pytest.raises(LookupError):
         run.main(edit)
     assert load(tmp_path / "out" / "edit" / "checkpoint.pt")["step"] == 9
     assert run.main([*edit, "--resume"]) == 0
@@ -133,14 +133,14 @@ def test_datasets_are_updated_by_an_editor(small_pictures, pipelines, tmp_path, 
     def killed(*args):
         calls.append(args)
         if len(calls) == 3:  # at step 6
-            raise MemoryError
+            raise LookupError
         return edited(*args)
     monkeypatch.setattr(DatasetUpdate, "edited", killed)
     again = [*flags, "--loss", "in2n", "--every", "2", "--out", str(tmp_path / "out" / "again")]
-    with pytest.raises(MemoryError):
+    with pytest.raises(LookupError):
         run.main(again)
     assert run.main([*again, "--resume"]) == 0 and len(calls) == 4  # the third once more
     for name in ("result.png", "in2n-views.png", "progress.gif"):
         assert (tmp_path / "out" / "again" / name).read_bytes() == (whole / "in2n" / name).read_bytes(), name
-    assert load(tmp_path / "out" / "again" / "checkpoint.pt")["stages"][0]["edited"] == [
-        v for v in dict.fromkeys(load(whole / "in2n" / "checkpoint.pt")["stages"][0]["edited"])]
+    assert load(tmp_path / "out" / "again" / "checkpoint.pt")["stages"][0][0]["edited"] == [
+        v for v in dict.fromkeys(load(whole / "in2n" / "checkpoint.pt")["stages"][0][0]["edited"])]

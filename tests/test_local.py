@@ -27,7 +27,7 @@ def smiling(tmp_path):
     def call(*flags):
         options = run.parse(["--mode", "svg", "--svg", str(ROOT / "examples" / "smiling-face.svg"), "--source",
                              "slightly smiling face", "--target", "smiling face with sunglasses", *flags])
-        run.complete(options, prior)
+        options = run.complete(options, prior)
         scene, groups, source = run.LOAD["svg"](options, prior)
         stages = stages_of(scene, source, prior, "pds", options)
         edit(scene, groups, stages, prior, options, tmp_path)

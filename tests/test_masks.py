@@ -39,29 +39,29 @@ def test_masks_of_the_user(tmp_path):
     picture[:, :4] = 255
     Image.fromarray(picture).save(tmp_path / "view_1.png")
     Image.fromarray(picture.T).save(tmp_path / "view_2.png")
-    mask = read_mask(tmp_path / "view_1.png", 4)
+    mask = read_mask(tmp_path / "view_1.png", (4, 4))
     assert_close(mask, torch.tensor([1.0, 1, 0, 0]).expand(1, 1, 4, 4))
-    first, second = read_masks(tmp_path, ["images/view_2.jpg", "images/view_1.jpg"], 4)
+    first, second = read_masks(tmp_path, ["images/view_2.jpg", "images/view_1.jpg"], [(4, 4)] * 2)
     assert_close(first, mask.mT) and assert_close(second, mask)
     with pytest.raises(ValueError, match="1 of 2 masks are missing, e.g. one for images/view_3.jpg"):
-        read_masks(tmp_path, ["view_1.png", "images/view_3.jpg"], 4)
+        read_masks(tmp_path, ["view_1.png", "images/view_3.jpg"], [(4, 4)] * 2)
     (tmp_path / "broken.png").write_text("no picture")
     for name in ("broken.png", "none.png"):
         with pytest.raises(ValueError, match=f"{name}: no readable mask"):
-            read_mask(tmp_path / name, 4)
+            read_mask(tmp_path / name, (4, 4))
 
 
 def test_a_mask_moves_with_the_drawing_and_is_averaged_down():
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., 16:32, 16:32] = 1
-    where, like = Where([mask]), torch.zeros(1, 4, 16, 16)
-    still = where(None, like, 64)
+    where, like = Where([mask], (64, 64)), torch.zeros(1, 4, 16, 16)
+    still = where(None, like)
     assert_close(still[0, 0, 4:8, 4:8], torch.ones(4, 4))
     assert still.sum() == 16 and still.shape == (1, 1, 16, 16)
-    moved = where((8.0, -4.0), like, 64)  # to the right by two latent pixels, up by one
+    moved = where((8.0, -4.0), like)  # to the right by two latent pixels, up by one
     assert_close(moved[0, 0, 3:7, 6:10], torch.ones(4, 4))
     assert moved.sum() == pytest.approx(16)
-    assert_close(Where([mask, 1 - mask])(1, like, 64), 1 - still)
+    assert_close(Where([mask, 1 - mask])(1, like), 1 - still)
 
 
 class Ball(Representation):

@@ -55,9 +55,11 @@ def moment(state):
     (change("step", -1), "'step' is wrong"), (change("step", True), "'step' is wrong"), (change("step", 99), "a longer run"),
     (change("scene", []), "'scene' is wrong"), (change("frames", []), "'frames' is wrong"),
     (change("frames", [torch.zeros(3, 3, 3, dtype=torch.uint8)]), "other pictures"),
-    (change("stages", []), "other stages"), (change("stages", [{"view": [1, "x"]}]), "view of its stages is wrong"),
-    (change("generator", torch.zeros(3)), "'generator' is wrong"),
-    (change("generator", torch.zeros(5056, dtype=torch.uint8)), "random numbers"),
+    (change("stages", []), "'stages' is wrong"), (change("stages", [[]]), "other stages"),
+    (change("stages", [[{"views": [[1, "x"]]}]]), "views of its stages is wrong"),
+    (change("generators", [torch.zeros(3)]), "'generators' is wrong"),
+    (change("generators", [[]]), "0 streams of random numbers"),
+    (change("generators", [[torch.zeros(5056, dtype=torch.uint8)]]), "random numbers"),
     (change("optimiser", {}), "optimiser's state does not fit"), (moment, "a moment is not finite"),
     (change("config", "{"), "config is wrong"), (change("config", 3), "'config' is wrong"),
     (first_of("scene", lambda x: x * float("nan")), "is not finite"), (first_of("scene", lambda x: x[:1]), "another shape"),
@@ -260,7 +262,7 @@ def test_the_flag_of_the_file_means_a_mode(flags, mode):
 
 
 def test_a_schedule_that_ends_in_zero_and_prompts_that_are_the_same(command, tmp_path, capsys):
-    args, prior = run.parse(["--t-max", "1"]), types.SimpleNamespace(size=16, defaults={})
+    args, prior = run.parse(["--t-max", "1"]), types.SimpleNamespace(size=16, multiple=4, defaults={"guidance": {"pds": 1}})
     prior.abar = torch.linspace(0.99, 0, 1000, dtype=torch.float64)
     with pytest.raises(ValueError, match="--t-max 1: the model's schedule ends in zero there"):
         run.complete(args, prior)
@@ -276,10 +278,16 @@ def test_messages_of_libraries_are_one_line(capsys):
         return call
     assert report.exit_code("x", raises(ValueError("first\nsecond\n"))) == 2
     assert report.exit_code("x", raises(OSError())) == 2
+    assert report.exit_code("x", raises(MemoryError())) == 2
+    assert report.exit_code("x", lambda: torch.zeros(1 << 50)) == 2
+    with pytest.raises(RuntimeError, match="a fault"):
+        report.exit_code("x", raises(RuntimeError("a fault of the program")))
     assert report.exit_code("x", raises(KeyboardInterrupt())) == 130
     assert report.exit_code("x", raises(KeyboardInterrupt("told"))) == 130
-    assert capsys.readouterr().err.splitlines() == [
-        "x: error: first second", "x: error: OSError", "x: interrupted", "x: interrupted: told"]
+    first, second, third, fourth, *rest = capsys.readouterr().err.splitlines()
+    assert [first, second, third] == ["x: error: first second", "x: error: OSError", "x: error: MemoryError"]
+    assert fourth.startswith("x: error: ") and "allocate memory" in fourth
+    assert rest == ["x: interrupted", "x: interrupted: told"]
     assert len(one_line("y" * 10 ** 5)) < 600
 
 
@@ -325,7 +333,7 @@ def test_pictures_of_a_run_are_upright_grey_and_bounded(command, tmp_path, capsy
 
 @pytest.mark.parametrize("kind", fuzz_scenes.COUNTS)
 def test_a_sample_of_the_fuzzer(tmp_path, kind):
-    for case in range({"scenes": 12, "ply": 12, "pictures": 20, "settings": 8}[kind]):
+    for case in range({"scenes": 12, "colmap": 12, "ply": 12, "pictures": 20, "settings": 8}[kind]):
         end, seconds, _ = fuzz_scenes.run_case(kind, case, 1, tmp_path)
         assert end in ("read", "refused"), (case, end)
 

@@ -86,7 +86,7 @@ def test_splats_are_fitted_edited_refined_and_exported(small_pictures, pipelines
     assert {"result.ply", "turntable.gif", "depth.png", "sheet.png"} <= set(written)
     export = load_scene(tmp_path / "out" / "edit" / "export")
     assert len(export.train) + len(export.test) == 9
-    assert (tmp_path / "out" / "scene-splat-fit.pt").exists()
+    assert len(list((tmp_path / "out").glob("scene-splat-*-fit.pt"))) == 1
     scene = load_scene(tmp_path / "scene")
     edited = Splats.load(tmp_path / "out" / "edit" / "result.ply", scene)  # the fit, moved
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_bad_flags_are_refused_by_the_parser(command, flags, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--list", "edits.txt"], "--list: only with --mode bench"), (["--modes", "svg"], "--modes: only with --mode bench"),
-    (["--refine", "3"], "--refine: only with --mode nerf and splat")])
+    (["--refine", "3"], "--refine: only with --mode image and nerf and splat")])
 def test_options_of_another_mode_are_refused(command, flags, message, capsys):
     with pytest.raises(SystemExit) as e:
         command(*flags)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import options
 import report
 import run
 import table
@@ -96,7 +97,7 @@ def fake_edits(edits, tmp_path, monkeypatch):
         out.mkdir(parents=True)
         for name, tints in {"source": range(0, 100, 20), "result": range(10, 110, 20)}.items():
             report.beside([Image.new("RGB", (32, 32), (100, 100, tint)) for tint in tints]).save(out / f"{name}.png")
-        report.write(out / "config.json", json.dumps(run.settings(args, prior, loss)))
+        report.write(out / "config.json", json.dumps(run.settings(run.complete(args, prior, loss), prior, loss)))
     monkeypatch.setattr(run, "run_one", run_one)
     monkeypatch.setattr(run, "fit", lambda args: called.append(("fit", args.fit)))
     edits.called = called
@@ -140,7 +141,7 @@ def test_the_table_holds_the_means_and_stands_when_it_is_made(edits, tmp_path, m
 
 def test_a_scene_is_fitted_before_the_clock_and_measured_from_all_sides(fake_edits, tmp_path):
     assert fake_edits()[0] == 0
-    fits = [("fit", tmp_path / "out" / mode / f"scene-{mode}-fit.pt") for mode in ("nerf", "splat")]
+    fits = [("fit", tmp_path / "out" / mode / f"scene-{mode}") for mode in ("nerf", "splat")]
     assert fake_edits.called == [fits[0], ("nerf", "sds"), fits[0], ("nerf", "pds"),
                                  fits[1], ("splat", "sds"), fits[1], ("splat", "pds")]
     row = csv_rows(tmp_path / "out" / "table.csv")[0]
@@ -172,7 +173,7 @@ def test_an_interrupted_table_goes_on_with_what_is_missing(fake_edits, tmp_path,
 
 
 def test_the_list_of_the_examples_is_the_default(edits, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "HERE", tmp_path)
+    monkeypatch.setattr(options, "HERE", tmp_path)
     (tmp_path / "examples").mkdir()
     lines = ["svg | ../face.svg | a face | a cat", "image | ../red.png | a red | a blue"]
     (tmp_path / "examples" / "edits.txt").write_text("\n".join(lines))

@@ -831,7 +831,8 @@ DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, **EDITORS}, "steps": 300
             "svg": {"identity": 0.5, "smooth": {"steps": 150, "points": 0.24, "colours": 0.02}},
             "image": {"guidance": {"pds": 10, "dds": 3, "sds": 5, **EDITORS}},
             "nerf": {"guidance": {"pds": 10, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 500},
-            "splat": {"guidance": {"pds": 15, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 600}}
+            "splat": {"guidance": {"pds": 15, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 600},
+            "dreamcatalyst": {"guidance": {"pds": 3}}}
 
 
 def main():

@@ -1,0 +1,273 @@
+"""Devices: every mode on a pretend accelerator, which refuses to mix tensors of two devices as CUDA does."""
+import copy
+import functools
+import io
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils._pytree import tree_map
+
+import pretend
+
+if pretend.why_not():
+    pytest.skip(pretend.why_not(), allow_module_level=True)
+
+import edit2d  # noqa: E402
+import flow  # noqa: E402
+import masks  # noqa: E402
+import report  # noqa: E402
+import run  # noqa: E402
+import scene  # noqa: E402
+import splat  # noqa: E402
+import svg_raster  # noqa: E402
+from conftest import DRAWING, nerf_scene, outputs, svg_text  # noqa: E402
+from edit import DatasetUpdate  # noqa: E402
+from nerf import NeRF  # noqa: E402
+from prior import Prior  # noqa: E402
+from scene import load_scene  # noqa: E402
+from splat import Splats  # noqa: E402
+from svg_raster import SVG, Coverage  # noqa: E402
+
+SIZES = {NeRF: dict(levels=4, table=2 ** 12, width=16), Splats: dict(count=200, limit=400, degree=3)}
+# Strokes with dashes, round and mitred joins, gradients of few and of many stops, masks, clips, groups, even-odd.
+RICH = svg_text(
+    '<defs><linearGradient id="a"><stop offset="0" stop-color="red"/><stop offset="1" stop-opacity=".5"/></linearGradient>'
+    '<radialGradient id="b" fx=".3" spreadMethod="reflect" r=".3">'
+    + "".join(f'<stop offset="{i / 20}" stop-color="#{i % 10}2{9 - i % 10}"/>' for i in range(20))
+    + '</radialGradient><mask id="m"><rect width="32" height="32" fill="white"/><circle cx="9" cy="9" r="4"/></mask>'
+    '<clipPath id="c"><path d="M2 2H30V28H2z"/></clipPath></defs>'
+    '<g mask="url(#m)" opacity=".8"><rect x="3" y="3" width="20" height="20" fill="url(#a)"/></g>'
+    '<circle id="face" cx="20" cy="20" r="9" fill="url(#b)" clip-path="url(#c)" stroke="#00f" stroke-width="1.5"/>'
+    '<path d="M4 28q8-20 16 0 8-9 9-20" fill="none" stroke="#0a0" stroke-width="2" stroke-linejoin="round" '
+    'stroke-linecap="round" stroke-dasharray="4 2 0 2"/><path d="M5 5H15V15H5zM8 8H12V12H8z" fill-rule="evenodd"/>')
+
+
+@pytest.fixture(scope="module")
+def place(pipelines, tmp_path_factory):
+    """A folder with drawings, a picture, masks, scenes, and a model with few steps of its own."""
+    folder = tmp_path_factory.mktemp("devices")
+    (folder / "face.svg").write_text(DRAWING)
+    (folder / "rich.svg").write_text(RICH)
+    Image.new("RGB", (20, 12), "tomato").save(folder / "red.png")
+    nerf_scene(folder / "object", views=4, size=16)
+    nerf_scene(folder / "capture", views=4, size=16, alpha=False)
+    (folder / "masks").mkdir()
+    for i in range(4):
+        Image.linear_gradient("L").resize((16, 16)).save(folder / "masks" / f"{i}.png")
+    shutil.copytree(pipelines["sd"], folder / "model")
+    (folder / "model" / "pds.json").write_text(json.dumps({"steps": 3, "inversion_steps": 4}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def device(place, flows):
+    """The name of the device, while everything is small: pictures, sheets, fits, steps of the editors."""
+    with pretend.device() as name, pytest.MonkeyPatch.context() as patch:
+        for key, value in {"FRAMES": 1, "FRAME_SIZE": 16, "SIDE_SIZE": 16, "SHEET_SIZE": 16, "SIDES": 2, "VIEWS": 2}.items():
+            patch.setattr(report, key, value)
+        patch.setattr(DatasetUpdate, "EVERY", 2)
+        patch.setattr(flow.Flux, "SIDE", 8)
+        patch.setattr(run, "Prior", SimpleNamespace(from_pretrained=functools.cache(Prior.from_pretrained)))
+        for module in (edit2d, masks):
+            patch.setattr(module, "diffedit_map", lambda *args, plain=edit2d.diffedit_map: plain(*args[:4], 2, *args[5:]))
+        for kind, sizes in SIZES.items():
+            patch.setattr(kind, "fit", functools.partial(kind.fit, **sizes))
+        yield name
+
+
+@pytest.fixture
+def call(place, device):
+    """run.main on the files of `place` and the device; later flags win."""
+    def call(*flags, mode="svg", file="face.svg", out="out"):
+        return run.main(["--mode", mode, f"--{'scene' if mode in ('nerf', 'splat') else mode}", str(place / file), "--source",
+                         "a", "--target", "b", "--model", str(place / "model"), "--fit-seconds", "0.001", "--every", "2",
+                         "--device", device, "--out", str(place / out), *map(str, flags)])
+    return call
+
+
+def test_without_it_torch_is_as_it_was():  # comes before the first test with the fixture
+    with pretend.device() as name:
+        assert torch.Generator(name).device.type == name
+    assert torch.Generator is pretend.TorchGenerator and torch.load is pretend.torch_load
+    assert torch.tensor is pretend.torch_tensor and torch.autograd.is_multithreading_enabled()
+
+
+# ---- every mode ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode, file, flags", [
+    ("svg", "rich.svg", ["--local", "--only", "face", "--colours-only"]), ("svg", "rich.svg", ["--compare", "sds", "pds"]),
+    ("svg", "face.svg", ["--smooth", "0", "--no-steady", "--opacities", "--ss", "2", "--mask", "red.png"]),
+    ("image", "red.png", ["--local"]), ("image", "red.png", ["--pixels", "--mask", "red.png", "--loss", "sds"]),
+    ("image", "red.png", ["--loss", "sdedit"]), ("image", "red.png", ["--loss", "inv2n"]),
+    ("image", "red.png", ["--loss", "in2n", "--instruct", "instruct"]),
+    ("image", "red.png", ["--model", "xl", "--steps", "3", "--refine", "2"]),
+    ("image", "red.png", ["--model", "v", "--steps", "3", "--refine", "2", "--loss", "dds"]),
+    ("image", "red.png", ["--model", "sd3", "--steps", "3", "--refine", "2", "--local"]),
+    ("image", "red.png", ["--model", "flux", "--steps", "3", "--refine", "0"]),
+    ("nerf", "object", ["--mask", "masks"]), ("nerf", "capture", ["--local", "--path", "input"]),
+    ("nerf", "capture", ["--refine", "2", "--export"]),
+    ("splat", "object", ["--local", "--path", "input", "--batch", "2"]), ("splat", "capture", ["--mask", "masks"]),
+    ("splat", "capture", ["--loss", "in2n", "--instruct", "instruct"]), ("splat", "object", ["--refine", "2", "--export"])],
+    ids=lambda x: "".join(x) if isinstance(x, list) else x)
+def test_every_mode_runs(call, pipelines, flows, place, mode, file, flags):
+    flags = [(pipelines | flows).get(flag, place / flag if (place / flag).exists() else flag) for flag in flags]
+    assert call(*flags, mode=mode, file=file) == 0
+
+
+def test_the_table_of_edits(call, place, capsys):
+    (place / "edits.txt").write_text("svg | face.svg | a face | b\nimage | red.png | a | b\n")
+    assert call("--mode", "bench", "--list", place / "edits.txt", "--compare", "pds", out="edits") == 0
+    assert (place / "edits" / "table.csv").read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("kind, last", [(NeRF, 96), (Splats, 99)])  # steps with all that a fit does now and then
+def test_a_fit_and_its_checkpoint(place, device, tmp_path, kind, last):
+    photographs, path = load_scene(place / "object"), tmp_path / "fit.pt"
+    fit = functools.partial(kind.fit, photographs, checkpoint=path, device=device, progress=False)
+    first = fit(steps=1)
+    torch.save(torch.load(path) | {"step": last}, path)
+    before, after = fit(steps=last), fit(steps=last + 1)
+    for name, value in fit(steps=last + 1).state_dict().items():
+        assert value.device.type == device and torch.equal(value, after.state_dict()[name]), name
+    assert all(torch.equal(value, first.state_dict()[name]) for name, value in before.state_dict().items())
+    assert not all(torch.equal(value, first.state_dict()[name]) for name, value in list(after.state_dict().items())[-4:])
+
+
+def test_scenes_are_refused_by_a_device_without_float64(place):
+    for kind in (NeRF, Splats):
+        with pytest.raises(ValueError, match="float64, which mps lacks"):
+            kind.fit(load_scene(place / "object"), steps=1, device="mps")
+
+
+class Killed(BaseException):
+    """Something that run.py does not know."""
+
+
+@pytest.mark.parametrize("mode, file, kind, flags", [("svg", "face.svg", SVG, ["--every", "1"]),
+                                                     ("splat", "object", Splats, ["--refine", "2"])])
+def test_a_killed_run_goes_on_from_its_checkpoint(call, place, monkeypatch, mode, file, kind, flags):
+    assert call(*flags, mode=mode, file=file, out="whole") == 0
+    project, calls = kind.project_, []
+
+    def killed(self):
+        project(self)
+        calls.append(1)
+        if len(calls) == (5 if mode == "splat" else 3):
+            raise Killed
+    monkeypatch.setattr(kind, "project_", killed)
+    with pytest.raises(Killed):
+        call(*flags, mode=mode, file=file, out="killed")
+    assert call(*flags, "--resume", mode=mode, file=file, out="killed") == 0
+    assert outputs(place / "killed") == outputs(place / "whole")
+
+
+@pytest.mark.parametrize("mode, file, flags", [
+    ("svg", "rich.svg", ()), ("image", "red.png", ()), ("nerf", "object", ()), ("splat", "object", ["--colours", "1"])])
+def test_an_edit_ends_as_on_the_cpu(call, place, mode, file, flags):
+    pictures = {}
+    for name in (pretend.NAME, "cpu"):
+        assert call("--device", name, "--dtype", "float32", *flags, mode=mode, file=file, out=name) == 0
+        pictures[name] = np.asarray(Image.open(place / name / "result.png")).astype(int)
+    source = np.asarray(Image.open(place / "cpu" / "source.png")).astype(int)
+    assert np.abs(pictures["cpu"] - pictures[pretend.NAME]).max() <= 1  # of 255, by rounding
+    assert np.abs(pictures["cpu"] - source).max() > 10
+
+
+# ---- the device itself --------------------------------------------------------------------------------
+
+REFUSED = {
+    "matmul": lambda x, y, i: x @ y, "addmm": lambda x, y, i: torch.addmm(x[0], x, y), "cat": lambda x, y, i: torch.cat((x, y)),
+    "cat of numbers": lambda x, y, i: torch.stack((x[0, 0], torch.tensor(0.0))), "add": lambda x, y, i: x + y,
+    "add to a number of the device": lambda x, y, i: y + x[0, 0], "add in place": lambda x, y, i: y.add_(x),
+    "add in place to a number": lambda x, y, i: torch.tensor(0.0).add_(x[0, 0]), "out": lambda x, y, i: torch.add(x, x, out=y),
+    "where": lambda x, y, i: torch.where(x > 0, x, y), "where by a CPU's condition": lambda x, y, i: torch.where(y > 0, x, x),
+    "lerp": lambda x, y, i: torch.lerp(x, x, y), "a CPU's tensor by an index of the device": lambda x, y, i: y[i.to(x.device)],
+    "a CPU's values at an index": lambda x, y, i: x.__setitem__(i, y.clone()), "index_select": lambda x, y, i: x.index_select(0, i),
+    "index_add": lambda x, y, i: x.index_add_(0, i, x.clone()), "gather": lambda x, y, i: x.gather(0, i[None]),
+    "scatter": lambda x, y, i: x.scatter_reduce(0, i[None], x[:1].clone(), "amax"), "a device's index": lambda x, y, i: y.index_select(0, i.to(x.device)),
+    "searchsorted": lambda x, y, i: torch.searchsorted(x[0], y[0]), "convolution": lambda x, y, i: torch.conv2d(
+        x[None, None], y[None, None]), "bilinear samples": lambda x, y, i: torch.nn.functional.grid_sample(
+        x[None, None], y[None, None], align_corners=False), "linear": lambda x, y, i: torch.nn.Linear(2, 2)(x),
+    "a mask of the CPU": lambda x, y, i: x.masked_fill(y > 0, 0), "a CPU's generator": lambda x, y, i: torch.rand(
+        2, device=x.device, generator=torch.Generator()), "a generator of the device": lambda x, y, i: torch.rand(
+        2, generator=torch.Generator(x.device)), "noise in place": lambda x, y, i: x.normal_(generator=torch.Generator()),
+    "Adam": lambda x, y, i: torch._fused_adam_([x], [x], [x], [x], [], [torch.tensor(1.0)], lr=1, beta1=0.9, beta2=0.9,
+                                               weight_decay=0, eps=1e-8, amsgrad=False, maximize=False),
+    "custom functions": lambda x, y, i: Coverage.apply(x.repeat(1, 2), i, torch.ones(2, 4, dtype=torch.long), i, i > 0, 4),
+    "numpy": lambda x, y, i: x.numpy(), "an array": lambda x, y, i: np.asarray(x), "a state of the device": lambda x, y, i: torch.Generator().set_state(
+        torch.Generator().get_state().to(x.device))}
+ALLOWED = {
+    "a number of the CPU": lambda x, y, i: x * torch.tensor(2.0) + torch.where(x > 0, torch.tensor(1.0), x),
+    "an index of the CPU": lambda x, y, i: x[i] + x[:, i] + x[y > 0].view(2, 2), "lists": lambda x, y, i: x[[0, 1]],
+    "numbers at an index": lambda x, y, i: x.clone().index_put_((i,), torch.tensor(3.0)), "a slice": lambda x, y, i: (
+        x.clone().__setitem__(slice(0, 1), y[:1])), "copies": lambda x, y, i: (x.clone().copy_(y), y.clone().copy_(x))[0],
+    "float64": lambda x, y, i: x.double().cumsum(0).float(), "new_tensor": lambda x, y, i: x.new_tensor([1, 2]) + x.new_tensor(y.tolist()),
+    "as_tensor": lambda x, y, i: torch.as_tensor(y, device=x.device) @ torch.as_tensor(x), "0-dim powers": lambda x, y, i: (
+        x ** torch.tensor(2)), "complex": lambda x, y, i: torch.view_as_real(torch.view_as_complex(x)[[1, 0]]),
+    "a generator": lambda x, y, i: torch.rand(2, device=x.device, generator=torch.Generator(x.device)),
+    "numbers": lambda x, y, i: torch.tensor([x[0, 0], float(x[0, 1]), x[1, 1].item()]).to(x.device),
+    "growing": lambda x, y, i: torch.arange(0, 2, 0.5, device=x.device) * torch.eye(4, device=x.device),
+    "a shape": lambda x, y, i: x[None].squeeze_(0).t_(), "quantile": lambda x, y, i: x.quantile(0.5, dim=1)}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_devices_do_not_mix(device, what):
+    x, y, i = torch.rand(2, 2, device=device), torch.rand(2, 2), torch.tensor([0, 1])
+    with pytest.raises((RuntimeError, TypeError), match="same device|device type|expected a torch.ByteTensor"):
+        REFUSED[what](x, y, i)
+    REFUSED[what](y, y, i)  # on one device it is right
+
+
+@pytest.mark.parametrize("what", ALLOWED)
+def test_what_cuda_allows(device, what):
+    x, y, i = torch.rand(2, 2) + 1, torch.rand(2, 2), torch.tensor([0, 1])
+    result, wanted = ALLOWED[what](x.to(device), y, i), ALLOWED[what](x, y, i)
+    if what == "a generator":
+        wanted = result.cpu()
+    if wanted is not None:
+        assert result.device == torch.device(device, 0) and torch.equal(result.cpu(), wanted)
+
+
+@pytest.mark.parametrize("mode, file, flags, where, name", [
+    ("image", "red.png", ["--loss", "sdedit"], edit2d, "_draw"), ("svg", "rich.svg", [], svg_raster, "flatten"),
+    ("svg", "face.svg", ["--local"], masks.Where, "__call__"), ("nerf", "object", [], scene.Camera, "rays"),
+    ("splat", "object", [], splat, "quadratics")])
+def test_a_mix_in_the_product_is_caught(call, monkeypatch, mode, file, flags, where, name):
+    """What a function of the product gives lies on the CPU, as if it had forgotten the device."""
+    plain = getattr(where, name)
+
+    def forgetful(*args, **kwargs):
+        return tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, plain(*args, **kwargs))
+    monkeypatch.setattr(where, name, forgetful)
+    with pytest.raises(RuntimeError, match="found at least two devices|indices should be"):
+        call(*flags, mode=mode, file=file)
+
+
+@pytest.mark.parametrize("place_of, wanted", [(None, ("pretend", "cpu")), ("cpu", ("cpu", "cpu")), ("pretend", ("pretend", "pretend"))])
+def test_files_remember_the_device(device, place_of, wanted):
+    file = io.BytesIO()
+    torch.save({"x": torch.ones(2, device=device), "y": torch.ones(2)}, file)
+    file.seek(0)
+    state = torch.load(file, map_location=place_of, weights_only=True)
+    assert (state["x"].device.type, state["y"].device.type) == wanted
+
+
+def test_modules_and_adam(device):
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LeakyReLU(), torch.nn.Linear(3, 1))
+    moved = copy.deepcopy(copy.deepcopy(plain).to(device))
+    for model, there in ((plain, "cpu"), (moved, device)):
+        for fused in (False, True):
+            adam = torch.optim.Adam(model.parameters(), 0.1, fused=fused)
+            for _ in range(2):
+                adam.zero_grad()
+                model(torch.ones(4, 2, device=there)).square().sum().backward()
+                adam.step()
+    for a, b in zip(plain.parameters(), moved.parameters()):
+        assert b.is_leaf and b.requires_grad and b.device.type == device
+        torch.testing.assert_close(a, b.cpu())

@@ -1,0 +1,332 @@
+"""The paper's released settings and arithmetic: defaults by mode, its 2D stages, its refining stage, Instruct-NeRF2NeRF."""
+import json
+import math
+import sys
+import types
+
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import edit
+import options
+import pds
+import report
+import run
+from conftest import ABAR, nerf_scene, rand
+from edit2d import Picture, ddim_timesteps
+from optimiser import SteadyAdam, released_share
+from pictures import Frame
+from prior import PAPER, InstructPix2Pix, Prior
+
+STYLE = ". minimal flat 2d vector image. lineal color. trending on artstation"
+TABLE = {  # of the released code, by mode
+    "svg": dict(steps=1000, guidance=100, t_min=0.1, t_max=0.98, colours=0.01, smooth=0, steady=False, opacities=True,
+                identity=1, jitter=0, suffix=STYLE, refine=0),
+    "image": dict(steps=500, guidance=50, t_min=0.02, t_max=0.98, latent=0.1, decay=0.01, refine=50, suffix=""),
+    "nerf": dict(steps=30000, guidance=100, t_min=0.02, t_max=0.98, table=0.01, mlps=0.01),
+    "splat": dict(steps=30000, guidance=100, t_min=0.02, t_max=0.98, means=1.6e-4, scales=5e-3, rotations=1e-3,
+                  opacity=0.05, colours=2.5e-3)}
+
+
+@pytest.mark.parametrize("mode", TABLE)
+def test_a_model_without_settings_gets_the_papers(mode, pipelines, tmp_path, monkeypatch, small_pictures):
+    file = {"svg": tmp_path / "face.svg", "image": tmp_path / "face.png"}.get(mode, tmp_path / "scene")
+    (tmp_path / "face.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 16'><rect width='9' height='9'/></svg>")
+    Image.new("RGB", (20, 10), "tomato").save(tmp_path / "face.png")
+    if file.name == "scene":
+        nerf_scene(file)
+    seen = {}
+
+    def no_steps(scene, groups, stages, prior, args, out, config):
+        seen.update(groups={g["name"]: g for g in groups}, stages=stages)
+        return [report.snapshot(scene)], False
+    monkeypatch.setattr(run, "edit", no_steps)
+    flags = ["--mode", mode, "--svg", str(file), "--source", "a", "--target", "b", "--model", str(pipelines["sd"]),
+             "--device", "cpu", "--fit-seconds", "0.5", "--out", str(tmp_path / "out" / "edit")]
+    assert run.main(flags) == 0
+    config = json.loads((tmp_path / "out" / "edit" / "config.json").read_text())
+    assert {key: config[key] for key in TABLE[mode]} == TABLE[mode] and config["rates"] == "released"
+    assert config["schedule"] == "uniform" and config["coefficients"] == "official" and config["stride"] == 2
+    groups = seen["groups"]
+    if mode == "svg":  # 0.8 units of the canvas: the drawing is 32 units wide and drawn with 32 pixels
+        assert groups["points"]["lr"] == config["points"] == pytest.approx(0.8) and groups["colours"]["lr"] == 0.01
+    elif mode == "image":
+        assert (groups["theta"]["lr"], groups["theta"]["decay"]) == (0.1, 0.01)
+        assert [type(stage).__name__ for stage in seen["stages"]] == ["Distillation", "PictureRefinement"]
+    elif mode == "nerf":
+        assert all(g["lr"] == 0.01 and g["betas"] == (0.9, 0.999) and g["eps"] == 1e-15 for g in groups.values())
+        shares = [released_share(step, 30000, groups["table"]) for step in (0, 500, 1000, 30000)]
+        assert shares == [0, pytest.approx(math.sin(math.pi / 4)), 1, pytest.approx(0.1 ** (29 / 99))]  # about a half
+    else:
+        assert released_share(30000, 30000, groups["means"]) == pytest.approx(0.01)
+        assert released_share(30000, 30000, groups["opacities"]) == 1 and groups["sh_rest"]["lr"] == 2.5e-3 / 20
+
+
+def test_every_setting_of_the_paper_has_a_flag_that_wins(pipelines):
+    prior = types.SimpleNamespace(size=16, multiple=8, abar=ABAR, defaults=Prior.from_pretrained(pipelines["sd"]).defaults)
+    flags = {"steps": 3, "guidance": 4, "t_min": 0.3, "t_max": 0.9, "schedule": "decreasing", "rates": "settle",
+             "identity": 0.2, "suffix": "!", "points": 0.1, "colours": 0.2, "smooth": 5, "jitter": 1, "latent": 0.3,
+             "decay": 0.4, "table": 0.5, "mlps": 0.6, "means": 0.7, "scales": 0.8, "rotations": 0.9, "opacity": 0.11}
+    words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    args = options.complete(run.parse(["--mode", "svg", *words, "--steady", "--no-opacities"]), prior, "pds")
+    assert {key: getattr(args, key) for key in flags} == flags and args.steady and not args.opacities
+    assert options.complete(run.parse(["--mode", "image", "--refine", "7"]), prior, "pds").refine == 7
+    assert options.complete(run.parse(["--mode", "nerf", "--loss", "in2n"]), prior, "in2n").steps == 15000
+
+
+def test_dreamcatalyst_brings_its_own_guidance_and_timesteps(pipelines):
+    prior = Prior.from_pretrained(pipelines["sd"])
+    asked = lambda *flags: options.complete(run.parse(["--mode", "nerf", "--coefficients", "dreamcatalyst", *flags]), prior, "pds")
+    args = asked()
+    assert (args.guidance, args.t_min, args.t_max, args.schedule, args.identity) == (7.5, 0.2, 0.9, "decreasing", 1)
+    assert (asked("--guidance", "3").guidance, asked("--t-max", "0.5").t_max) == (3, 0.5)
+    assert options.complete(run.parse(["--coefficients", "dreamcatalyst"]), prior, "dds").guidance == 7.5  # DDS's own
+
+
+# ---- independent forms of the released stages -----------------------------------------------------------
+
+class Exact:
+    """A prior in float64: Adam divides by gradients, and what a network in float32 rounds of small ones would show."""
+    abar, size, multiple, guidance, device, defaults = ABAR, 16, 2, 1.0, torch.device("cpu"), PAPER
+
+    def encode(self, picture):
+        return torch.nn.functional.avg_pool2d(picture.double() * 2 - 1, 2)
+
+    def decode(self, x0):
+        return torch.nn.functional.interpolate(x0 / 2 + 0.5, scale_factor=2.0).clamp(0, 1)
+
+    def embed(self, prompt):
+        return (torch.full((1, 1, 1), float(len(prompt)), dtype=torch.float64),)
+
+    def unconditional(self):
+        return self.embed("")
+
+    def _predict(self, x_t, t, prompts):
+        return [(x_t.roll(1, 3) + y.view(-1, 1, 1, 1) * x_t).sin() * t.view(-1, 1, 1, 1) / 1000 for y, in prompts]
+
+    def eps(self, x_t, t, y):
+        null, own = self._predict(x_t, t, [self.unconditional(), y])
+        return null + self.guidance * (own - null)
+
+
+def hand_eps(prior, x_t, t, y, scale):
+    x_t = x_t if isinstance(prior, Exact) else x_t.float()
+    null, own = (prior._predict(x_t, torch.tensor([t]), [part])[0] for part in (prior.unconditional(), y))
+    return null + scale * (own - null)
+
+
+def hand_sdedit(prior, x0, y, skip, scale, generator):
+    """The released run_sdedit, 20 steps: DDIM without noise from reversed_timesteps[20 - skip - 1]."""
+    timesteps = [50 * i + 1 for i in range(20)][:20 - skip]
+    x = ABAR[timesteps[-1]].sqrt() * x0 + (1 - ABAR[timesteps[-1]]).sqrt() * torch.randn(x0.shape, generator=generator)
+    for t in reversed(timesteps):
+        before = ABAR[t - 50] if t >= 50 else ABAR[0]
+        eps = hand_eps(prior, x, t, y, scale)
+        x0_hat = (x - (1 - ABAR[t]).sqrt() * eps) / ABAR[t].sqrt()
+        x = before.sqrt() * x0_hat + (1 - before).sqrt() * eps
+    return x
+
+
+def picture_run(tmp_path, steps, refine):
+    """Ours: --mode image on a picture of another shape, and the latent that it begins from."""
+    prior = Exact()
+    pixels = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+    scene, source = Picture(pixels, prior).double(), Picture(pixels, prior).double()
+    start = scene.theta.detach().clone()
+    args = options.complete(run.parse(["--mode", "image", "--source", "a dog", "--target", "a cat", "--steps", str(steps),
+                                       "--refine", str(refine)]), prior, "pds")
+    stages = edit.stages_of(scene, source, prior, "pds", args)
+    edit.edit(scene, scene.param_groups(args.latent, args.decay), stages[-1 if steps == 1 else 0:], prior, args, tmp_path)
+    return prior, start, scene.theta.detach()
+
+
+def test_the_2d_stage_is_that_of_the_released_notebook(tmp_path):
+    """AdamW on the latent itself, the loss 0.5 mse of its own code, two noises, nothing decoded."""
+    prior, start, ours = picture_run(tmp_path, 4, 0)
+    x, generator = start.clone().requires_grad_(), torch.Generator().manual_seed(0)
+    adam, betas = torch.optim.AdamW([x], lr=0.1), 1 - ABAR / torch.cat((torch.ones(1), ABAR[:-1]))
+    y_src, y_tgt = prior.embed("a dog"), prior.embed("a cat")
+    for _ in range(4):
+        t = pds.sample_timesteps(1, 1000, 0.02, 0.98, generator=generator).item()
+        noise, second = torch.randn(x.shape, generator=generator).double(), rand(*x.shape, seed=9)  # the second cancels
+        s, z = t - 2, []
+        for x0, y in ((x.detach().double(), y_tgt), (start.double(), y_src)):
+            x_t = ABAR[t].sqrt() * x0 + (1 - ABAR[t]).sqrt() * noise
+            eps = hand_eps(prior, x_t, t, y, 50)
+            x0_hat = (x_t - (1 - ABAR[t]).sqrt() * eps) / ABAR[t].sqrt()
+            mu = (ABAR[s].sqrt() * betas[t] * x0_hat + (1 - betas[t]).sqrt() * (1 - ABAR[s]) * x_t) / (1 - ABAR[t])
+            x_s = ABAR[s].sqrt() * x0 + (1 - ABAR[s]).sqrt() * second
+            z.append((x_s - mu) / ((1 - ABAR[s]) / (1 - ABAR[t]) * betas[t]).sqrt())
+        target = (x - (z[0] - z[1])).detach()
+        adam.zero_grad()
+        (0.5 * torch.nn.functional.mse_loss(x, target)).backward()
+        adam.step()
+    assert (ours - start).abs().mean() > 0.05
+    assert_close(ours, x.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_2d_refining_stage_is_that_of_the_released_notebook(tmp_path):
+    """A new AdamW draws the latent to SDEdit's edit of what it is now, at guidance 15; 16, 17 or 18 of 20 steps skipped."""
+    prior, start, ours = picture_run(tmp_path, 1, 5)
+    x, generator = start.clone().requires_grad_(), torch.Generator().manual_seed(0)
+    adam, y = torch.optim.AdamW([x], lr=0.1), prior.embed("a cat")
+    for _ in range(5):
+        skip = 16 + torch.randint(3, (), generator=generator).item()
+        with torch.no_grad():
+            edited = hand_sdedit(prior, x, y, skip, 15, generator)
+        adam.zero_grad()
+        torch.nn.functional.mse_loss(x, edited).backward()
+        adam.step()
+    assert (ours - start).abs().mean() > 0.05
+    assert_close(ours, x.detach(), atol=1e-5, rtol=1e-5)
+
+
+class Views(torch.nn.Module):
+    """A scene of three views of one colour each, which the stages fit like any other."""
+    mode = "nerf"
+
+    def __init__(self):
+        super().__init__()
+        self.colour, self.seen = torch.nn.Parameter(torch.tensor([0.2, 0.5, 0.8])), []
+        self.scene = types.SimpleNamespace(train=[None] * 3)
+
+    def render(self, view, size=None):
+        return self.colour[view].expand(1, 3, 16, 16)
+
+    def dataset(self, size, look):
+        pictures = [look(view, size).detach().clone() for view in range(3)]
+        kept = types.SimpleNamespace(cameras=[0, 1, 2], pixels=torch.stack(pictures))
+        kept.picture = lambda view, pixels=None: (kept.pixels if pixels is None else pixels)[view]
+        kept.replace = lambda view, picture: kept.pixels[view].copy_(picture)
+        return kept
+
+    def data_loss(self, dataset, generator, l1=False):
+        self.seen.append((l1, dataset.pixels.clone()))
+        return (self.colour - dataset.pixels.mean((1, 2, 3, 4))).square().sum()
+
+
+def scene_stage(prior, name, editor=None):
+    args = options.complete(run.parse(["--mode", "nerf", "--source", "a dog", "--target", "a cat"]), prior, "pds")
+    scene, source = Views(), Views()
+    source.render = lambda view, size=None: torch.full((1, 3, 16, 16), 0.9)
+    return scene, source, edit.DatasetUpdate(scene, source, prior, name, 30, 15.0, args, editor)
+
+
+def test_the_refining_stage_edits_the_first_renders_and_not_its_own_output(pipelines, monkeypatch):
+    monkeypatch.setattr(edit.DatasetUpdate, "EVERY", 1)
+    prior = Prior.from_pretrained(pipelines["sd"])
+    prior.guidance = 15
+    scene, source, stage = scene_stage(prior, "sdedit")
+    skips, generator = [], torch.Generator().manual_seed(4)
+    for step in range(7):
+        state = generator.get_state()
+        stage.backward(step, [generator])
+        with torch.no_grad():
+            scene.colour += 0.01  # what it shows drifts, what is edited does not
+        hand = torch.Generator()
+        hand.set_state(state)
+        skips.append(16 + torch.randint(3, (), generator=hand).item())
+        view = stage.state["edited"][-1]
+        first = torch.tensor([0.2, 0.5, 0.8])[view].expand(1, 3, 16, 16)
+        with torch.no_grad():
+            wanted = prior.decode(hand_sdedit(prior, prior.encode(first), stage.y_tgt, skips[-1], 15, hand).float())
+        assert_close(stage.dataset.picture(view), wanted, atol=1e-5, rtol=1e-5)
+    assert set(skips) == {16, 17, 18} and not scene.seen[0][0]
+    assert sorted(stage.state["edited"]) == [0, 1, 2]  # every view before any comes again
+
+
+def test_in2n_denoises_all_20_steps_from_the_noise_that_is_drawn(pipelines):
+    """diffusers' scheduler with num_train_timesteps set to T, as Instruct-NeRF2NeRF's edit_image does."""
+    from diffusers import DDIMScheduler
+    editor = InstructPix2Pix.from_pretrained(pipelines["instruct"])
+    editor.guidance, editor.image_guidance = 7.5, 1.5
+    prior = Prior.from_pretrained(pipelines["sd"])
+    scene, source, stage = scene_stage(prior, "in2n", editor)
+    assert_close(stage.open().picture(1), torch.full((1, 3, 16, 16), 0.9))  # it begins with the photographs
+    render, photograph = (torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    for T in (20, 137, 980):
+        ours = stage.edited(render, photograph, T / 1000, torch.Generator().manual_seed(5))
+        scheduler = DDIMScheduler(trained_betas=(1 - ABAR / torch.cat((torch.ones(1), ABAR[:-1]))).numpy(),
+                                  set_alpha_to_one=False, steps_offset=1, clip_sample=False)
+        scheduler.config.num_train_timesteps = T
+        scheduler.set_timesteps(20)
+        assert scheduler.timesteps.tolist() == ddim_timesteps(T, 20, 1000)
+        told = editor.of(photograph)
+        with torch.no_grad():
+            x0 = editor.encode(render)
+            noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
+            x = scheduler.add_noise(x0, noise, scheduler.timesteps[:1])
+            for t in scheduler.timesteps:
+                x = scheduler.step(told.eps(x, t.reshape(1), stage.y_edit), t, x).prev_sample
+            assert_close(ours, editor.decode(x), atol=2e-5, rtol=1e-4)
+    levels = [stage.strength(torch.Generator().manual_seed(i)) for i in range(200)]
+    assert 0.02 <= min(levels) < 0.05 and 0.95 < max(levels) <= 0.98
+    stage.state["order"], generator = [1], torch.Generator().manual_seed(0)
+    stage.backward(0, [generator])
+    assert scene.seen[-1][0] and not torch.equal(stage.dataset.picture(1), torch.full((1, 3, 16, 16), 0.9))
+
+
+def test_in2n_adds_lpips_on_patches_where_it_is_installed(pipelines, tmp_path, monkeypatch, small_pictures):
+    sizes = []
+
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+
+        def forward(self, a, b):
+            assert a.requires_grad and a.min() >= -1
+            sizes.append(a.shape[2:])
+            return (a - b).square().mean().view(1, 1, 1, 1)
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))
+    monkeypatch.setattr(edit.DatasetUpdate, "PATCH", 8)
+    nerf_scene(tmp_path / "scene")
+    flags = ["--mode", "nerf", "--scene", str(tmp_path / "scene"), "--source", "a", "--target", "b", "--device", "cpu",
+             "--model", str(pipelines["sd"]), "--instruct", str(pipelines["instruct"]), "--loss", "in2n",
+             "--fit-seconds", "0.5", "--steps", "3", "--out", str(tmp_path / "out" / "edit")]
+    assert run.main(flags) == 0
+    assert sizes == [(8, 8)] * 3
+
+
+def test_dreamcatalyst_with_an_editor_has_no_text_on_the_side_of_the_source(pipelines):
+    """Released dc.py: the target's prediction has guidance to picture and text, the source's to the picture alone."""
+    editor, prior = InstructPix2Pix.from_pretrained(pipelines["instruct"]), Prior.from_pretrained(pipelines["sd"])
+    args = options.complete(run.parse(["--mode", "image", "--coefficients", "dreamcatalyst", "--source", "a dog",
+                                       "--target", "a cat", "--instruction", "make it a cat"]), prior, "pds")
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    scene, source = Picture(pixels, editor), Picture(pixels, editor)
+    with torch.no_grad():
+        scene.theta += 0.3
+    stage = edit.Distillation(scene, source, prior, "pds", args, editor)
+    stage.backward(10, [torch.Generator().manual_seed(7)])
+    t = round(900 + (200 - 900) * 10 / args.steps)  # falls from 0.9 to 0.2
+    generator = torch.Generator().manual_seed(7)
+    noise = torch.randn(scene.theta.shape, generator=generator)
+    image, eps = source.theta.detach() / editor.scaling + editor.shift, []
+    for x0, y in ((scene.theta.detach(), editor.embed("make it a cat")), (source.theta.detach(), None)):
+        x_t = (ABAR[t].sqrt() * x0 + (1 - ABAR[t]).sqrt() * noise).float()
+        null = editor.unconditional()
+        call = lambda words, told: editor._predict(x_t, torch.tensor([t]), [words], [told])[0]
+        plain, seen = call(null, torch.zeros_like(image)), call(null, image)
+        eps.append(plain + 1.5 * (seen - plain) + (7.5 * (call(y, image) - seen) if y else 0))
+    tau = (t - 1) / 1000
+    wanted = (0.2 + 0.8 * tau ** (1 / math.e)) * (eps[0] - eps[1]) + 0.075 * math.exp(tau) * (scene.theta - source.theta)
+    assert_close(scene.theta.grad * scene.theta.numel(), wanted.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_adamw_is_that_of_torch():
+    ours, theirs = (torch.nn.Parameter(rand(5, seed=1)) for _ in range(2))
+    adam, adamw = SteadyAdam([{"params": [ours], "lr": 0.1, "decay": 0.01}]), torch.optim.AdamW([theirs], lr=0.1)
+    for step in range(5):
+        for p in (ours, theirs):
+            p.grad = rand(5, seed=step)
+        adam.step()
+        adamw.step()
+    assert torch.equal(ours, theirs)
+
+
+def test_sides_of_whole_pictures():
+    assert Frame(512, 8).sides(1920, 1080) == (912, 512) and Frame(512, 8).sides(1080, 1920) == (512, 912)
+    assert Frame(64, 4).sides(100, 100) == (64, 64) and Frame(64, 4, True).sides(1920, 1080) == (64, 64)
+    assert Frame(64, 4).sides(1000, 10) == (256, 4)  # no further than 4 to 1: the rest is drawn smaller
