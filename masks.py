@@ -47,6 +47,10 @@ def read_masks(folder, names, sides):
     stem. Raises ValueError where one is missing.
     """
     found = {path.stem: path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in (".png", ".jpg")}
+    stems = [Path(name).stem for name in names]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise ValueError(f"{folder}: several photographs are named {twice[0]}, in folders of their own: which one a mask is "
+                         "for is not clear")
     missing = [name for name in names if Path(name).stem not in found]
     if missing:
         raise ValueError(f"{folder}: {len(missing)} of {len(names)} masks are missing, e.g. one for {missing[0]}")

@@ -45,6 +45,8 @@ def test_masks_of_the_user(tmp_path):
     assert_close(first, mask.mT) and assert_close(second, mask)
     with pytest.raises(ValueError, match="1 of 2 masks are missing, e.g. one for images/view_3.jpg"):
         read_masks(tmp_path, ["view_1.png", "images/view_3.jpg"], [(4, 4)] * 2)
+    with pytest.raises(ValueError, match="several photographs are named view_1"):
+        read_masks(tmp_path, ["a/view_1.png", "b/view_1.png"], [(4, 4)] * 2)
     (tmp_path / "broken.png").write_text("no picture")
     for name in ("broken.png", "none.png"):
         with pytest.raises(ValueError, match=f"{name}: no readable mask"):
