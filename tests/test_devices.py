@@ -55,7 +55,8 @@ def place(pipelines, tmp_path_factory):
     (folder / "rich.svg").write_text(RICH)
     Image.new("RGB", (20, 12), "tomato").save(folder / "red.png")
     nerf_scene(folder / "object", views=4, size=16)
-    nerf_scene(folder / "capture", views=4, size=16, alpha=False)
+    nerf_scene(folder / "capture", views=4, size=16, alpha=False, split=False, mask_path="mask.png")
+    Image.linear_gradient("L").point(lambda value: 255 * (value > 60)).resize((16, 16)).save(folder / "capture" / "mask.png")
     (folder / "masks").mkdir()
     for i in range(4):
         Image.linear_gradient("L").resize((16, 16)).save(folder / "masks" / f"{i}.png")
@@ -84,9 +85,10 @@ def device(place, flows):
 def call(place, device):
     """run.main on the files of `place` and the device; later flags win."""
     def call(*flags, mode="svg", file="face.svg", out="out"):
-        return run.main(["--mode", mode, f"--{'scene' if mode in ('nerf', 'splat') else mode}", str(place / file), "--source",
-                         "a", "--target", "b", "--model", str(place / "model"), "--fit-seconds", "0.001", "--every", "2",
-                         "--device", device, "--out", str(place / out), *map(str, flags)])
+        given = [f"--{'scene' if mode in ('nerf', 'splat') else mode}", str(place / file)] if file else []
+        return run.main(["--mode", mode, *given, "--source", "a", "--target", "b", "--model", str(place / "model"),
+                         "--fit-seconds", "0.001", "--every", "2", "--device", device, "--out", str(place / out),
+                         *map(str, flags)])
     return call
 
 
@@ -110,7 +112,7 @@ def test_without_it_torch_is_as_it_was():  # comes before the first test with th
     ("image", "red.png", ["--model", "sd3", "--steps", "3", "--refine", "2", "--local"]),
     ("image", "red.png", ["--model", "flux", "--steps", "3", "--refine", "0"]),
     ("nerf", "object", ["--mask", "masks"]), ("nerf", "capture", ["--local", "--path", "input"]),
-    ("nerf", "capture", ["--refine", "2", "--export"]),
+    ("nerf", "capture", ["--refine", "2", "--export"]), ("nerf", "capture", ["--fit-only"]), ("splat", "capture", ["--fit-only"]),
     ("splat", "object", ["--local", "--path", "input", "--batch", "2"]), ("splat", "capture", ["--mask", "masks"]),
     ("splat", "capture", ["--loss", "in2n", "--instruct", "instruct"]), ("splat", "object", ["--refine", "2", "--export"])],
     ids=lambda x: "".join(x) if isinstance(x, list) else x)
@@ -136,6 +138,13 @@ def test_a_fit_and_its_checkpoint(place, device, tmp_path, kind, last):
         assert value.device.type == device and torch.equal(value, after.state_dict()[name]), name
     assert all(torch.equal(value, first.state_dict()[name]) for name, value in before.state_dict().items())
     assert not all(torch.equal(value, first.state_dict()[name]) for name, value in list(after.state_dict().items())[-4:])
+
+
+@pytest.mark.parametrize("mode, kind, file", [("nerf", NeRF, "object"), ("splat", Splats, "object"), ("splat", Splats, None)])
+def test_a_trained_model(call, place, tmp_path, mode, kind, file):
+    path = tmp_path / f"trained{run.SUFFIX[mode]}"
+    kind.fit(load_scene(place / "object"), steps=1, progress=False).save(path)
+    assert call("--fitted", path, "--steps", "1", mode=mode, file=file) == 0
 
 
 def test_scenes_are_refused_by_a_device_without_float64(place):
@@ -235,8 +244,7 @@ def test_what_cuda_allows(device, what):
 
 @pytest.mark.parametrize("mode, file, flags, where, name", [
     ("image", "red.png", ["--loss", "sdedit"], edit2d, "_draw"), ("svg", "rich.svg", [], svg_raster, "flatten"),
-    ("svg", "face.svg", ["--local"], masks.Where, "__call__"), ("nerf", "object", [], scene.Camera, "rays"),
-    ("splat", "object", [], splat, "quadratics")])
+    ("nerf", "object", [], scene.Camera, "rays"), ("splat", "object", [], splat, "quadratics")])
 def test_a_mix_in_the_product_is_caught(call, monkeypatch, mode, file, flags, where, name):
     """What a function of the product gives lies on the CPU, as if it had forgotten the device."""
     plain = getattr(where, name)
