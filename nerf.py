@@ -307,7 +307,11 @@ class SampledField(Field):
             alive = alive.nonzero()[:, 0]
             found.append((x.reshape(3, -1)[:, alive], t.view(-1)[alive], alive // max(steps, 1) + first * size))
         x, t, ray = (torch.cat(parts, -1) for parts in zip(*found))
-        return x, t, torch.full_like(t, self.step) if self.scene.bounded else t * growth, ray
+        return x, t, self.length(t, longer), ray
+
+    def length(self, t, longer=1.0):
+        """The steps [N] of the samples at t [N]; see march."""
+        return torch.full_like(t, self.step) if self.scene.bounded else t * (self.growth * longer)
 
     def place(self, rays_o, rays_d, t):
         """Points at t along rays in units of the box, all broadcast to [3,...] -> [3,...] in [0,1]."""
@@ -418,23 +422,22 @@ class NeRF(SampledField):
         count = rays_o.shape[1]
         jitter = torch.as_tensor(jitter, device=rays_o.device).expand(count, 1)
         x, t, dt, ray = self.march((rays_o - self.centre[:, None]) / self.scene.half, rays_d, jitter, lean or 1.0)
-        features = self._in_batches(self.grid, x)
-        sigma, out = zip(*map(self.density, features))
+        marched, features = len(t), self._in_batches(self.grid, x)
+        sigma, out = zip(*((sigma, out if lean else None) for sigma, out in map(self.density, features)))
         tau = torch.cat(sigma) * dt
+        keep = volume_weights(tau, ray, count) > least
+
+        def kept(parts):
+            return torch.cat([part[..., on] for part, on in zip(parts, keep.tensor_split(len(parts)))], -1)
+        tau, x, t, dt, ray, features = (kept(parts) for parts in ([tau], [x], [t], [dt], [ray], features))
+        if not lean:
+            return Samples(x, t, dt, ray, features, None, marched)
         weights = volume_weights(tau, ray, count)
-        keep, light = (weights > least).nonzero()[:, 0], None
-        if lean:
-            tau, ray = tau[keep], ray[keep]
-            weights = volume_weights(tau, ray, count)
-            sh = spherical_harmonics(rays_d).index_select(1, ray)
-            colour = self._in_batches(self.colour, torch.cat(out, 1)[:, keep], sh)
-            light = _sums(torch.cat((torch.cat(colour, 1), torch.ones_like(tau)[None])) * weights, ray, count)
-            at, whole = joined(tau, weights, ray, count)
-            dt[keep[at]] *= whole / tau[at]
-            keep, ray = keep[at], ray[at]
-        else:
-            ray = ray[keep]
-        return Samples(x[:, keep], t[keep], dt[keep], ray, torch.cat(features, 1)[:, keep], light, len(t))
+        sh = spherical_harmonics(rays_d).index_select(1, ray)
+        colour = torch.cat(self._in_batches(self.colour, kept(out), sh), 1)
+        light = _sums(torch.cat((colour * weights, weights[None])), ray, count)
+        at, whole = joined(tau, weights, ray, count)
+        return Samples(x[:, at], t[at], dt[at] * whole / tau[at], ray[at], features[:, at], light, marched)
 
     def shade(self, rays_o, rays_d, jitter=0.5, found=None):
         """Volume rendering (NeRF, eq. 3) of rays_o, rays_d [3,R] in the units of the scene.
@@ -634,8 +637,8 @@ class NeRF(SampledField):
 class _Deferred(torch.autograd.Function):
     """Render in chunks without gradient; in the backward draw each again and push its gradient through.
 
-    The same samples both times: they are kept, 10 bytes each, not found again. A step thus costs a second pass over these,
-    and its memory does not grow with the picture but by them (ARF, Zhang et al., arXiv 2206.06360).
+    The same samples both times: they are kept, 6 bytes each or 10 of a lean picture, not found again. A step thus costs a
+    second pass over these alone, and its memory grows with the picture by no more (ARF, Zhang et al., arXiv 2206.06360).
     Each of n chunks takes every n-th ray: all have their share of the object, and none needs more than another.
     A chunk has at most 2^15 rays, so that int16 holds their numbers.
     """
@@ -645,20 +648,22 @@ class _Deferred(torch.autograd.Function):
         ctx.nerf, ctx.rays, ctx.numbers = nerf, (rays_o, rays_d), []
         ctx.save_for_backward(*parameters)  # raises in the backward if a step has changed them in between
         ctx.chunks = math.ceil(rays_o.shape[1] / nerf.chunk)
-        rgb, end = torch.empty_like(rays_d), 0
-        ctx.kept = [rays_d.new_empty(0, dtype=dtype) for dtype in (None, None, torch.int16)]  # t, dt, ray
+        rgb, end, lean = torch.empty_like(rays_d), 0, nerf.lean if learnt else None
+        kinds = (torch.float32, torch.int16) + (torch.float32,) * bool(lean)  # of t, ray and, where it does not follow, dt
+        ctx.kept = [rays_d.new_empty(0, dtype=kind) for kind in kinds]
         for i in range(ctx.chunks):
             rays = [x[:, i::ctx.chunks] for x in ctx.rays]
-            found = nerf.find(*rays, lean=nerf.lean if learnt else None)
+            found = nerf.find(*rays, lean=lean)
             rgb[:, i::ctx.chunks] = nerf.draw(*rays, found)
             if learnt:
                 ctx.numbers.append(len(found.t))
-                if end + len(found.t) > len(ctx.kept[0]):  # all chunks have about as many: many small tensors would
-                    room = (end + len(found.t)) * ctx.chunks * 5 // (4 * (i + 1)) + 1  # scatter the memory between them
-                    ctx.kept = [torch.cat((x[:end], x.new_empty(room - end))) for x in ctx.kept]
-                for x, values in zip(ctx.kept, (found.t, found.dt, found.ray)):
-                    x[end:end + len(values)] = values
-                end += len(found.t)
+                start, end = end, end + len(found.t)
+                # Room for all chunks at once, as they have about as many: small tensors would leave gaps in the memory.
+                if end > len(ctx.kept[0]):
+                    room = end * ctx.chunks * 5 // (4 * (i + 1)) + 1
+                    ctx.kept = [torch.cat((x[:start], x.new_empty(room - start))) for x in ctx.kept]
+                for x, values in zip(ctx.kept, (found.t, found.ray, found.dt)):
+                    x[start:end] = values
         return rgb
 
     @staticmethod
@@ -667,13 +672,13 @@ class _Deferred(torch.autograd.Function):
         wanted = [p for p in ctx.saved_tensors if p.requires_grad]
         totals = [torch.zeros_like(p) for p in wanted]
         kept = (x[:sum(ctx.numbers)].split(ctx.numbers) for x in ctx.kept)
-        for i, (t, dt, ray) in enumerate(zip(*kept)):
+        for i, (t, ray, *dt) in enumerate(zip(*kept)):
             rays_o, rays_d, part = (x[:, i::ctx.chunks] for x in (*ctx.rays, grad))
             ray = ray.long()
             start = (rays_o - nerf.centre[:, None]) / nerf.scene.half
             x = nerf.place(start[:, ray], rays_d[:, ray], t)
             with torch.enable_grad():
-                rgb = nerf.draw(rays_o, rays_d, Samples(x, t, dt, ray))
+                rgb = nerf.draw(rays_o, rays_d, Samples(x, t, *dt or [nerf.length(t)], ray))
             for total, g in zip(totals, torch.autograd.grad(rgb, wanted, part, allow_unused=True)):
                 if g is not None:
                     total += g

@@ -388,7 +388,7 @@ class Styles:
         self.parents = {child: parent for parent in root.iter() for child in parent}
         self.cascaded, self.resolved, self.variables = {}, {}, {}
         self.scoped, self.looked = set(), 0       # custom properties of elements below the root; steps to find them
-        self.involved = set()             # values that are not SIMPLE
+        self.involved = set()             # what is not SIMPLE
         self.rules, self.important = 0, False     # selectors in all sheets; whether a sheet says !important
         matcher, sheets = Matcher(), Sheets(source)
         for element in root.iter():
@@ -427,11 +427,19 @@ class Styles:
                 if selector.pseudo_element is None:
                     matcher.add_selector(selector, (layer, body))
 
+    def involve(self, text):
+        """Count a piece of CSS that takes time to read."""
+        self.involved.add(text)
+        if len(self.involved) > MAX_INVOLVED:
+            raise SVGError(f"more than {MAX_INVOLVED} different values of style that are no plain words or numbers")
+
     def inline(self, element):
         """The declarations in style=""."""
         text = element.get("style", "")
         if text not in self.parsed:
             self.count(text)
+            if "/*" in text:
+                self.involve(text)
             self.parsed[text] = declarations(text)
         return self.parsed[text]
 
@@ -439,9 +447,7 @@ class Styles:
         """The value to use; None, with a warning, for what is none: the declaration then counts as not written."""
         text = value
         if not SIMPLE.fullmatch(value):
-            self.involved.add(value)
-            if len(self.involved) > MAX_INVOLVED:
-                raise SVGError(f"more than {MAX_INVOLVED} different values of style that are no plain words or numbers")
+            self.involve(value)
         if name in ("animation", "animation-name") and value.lower() not in ("none", *KEYWORDS):
             self.source.not_understood(name, value, STILL)
         if "calc(" in value.lower() and "var(" not in value.lower():

@@ -30,7 +30,7 @@ COPIES = {"copy_", "_to_copy"}
 GROWING = [("arange", "default"), ("arange", "start"), ("arange", "start_step"), ("eye", "default"), ("eye", "m")]
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
-CPU = torch.device("cpu")
+CPU, PLAIN = torch.device("cpu"), {int, float, bool, type(None), torch.dtype}
 torch_load, torch_tensor, TorchGenerator = torch.load, torch.tensor, torch.Generator
 
 
@@ -92,13 +92,13 @@ class Tensor(torch.Tensor):
 
 
 def check(op, args, kwargs, others):
-    """Raise CUDA's error where tensors of the device meet those of the CPU, `others`, in an operation that is no copy."""
+    """Raise CUDA's error where tensors of the device meet `others`, those of the CPU, unless it is allowed."""
     name = op._schema.name.removeprefix("aten::")
     if name in COPIES:
         return
     if name in INDEXED:
         if not isinstance(args[0], Tensor) and any(isinstance(x, Tensor) for x in args[1]):
-            raise RuntimeError(f"indices should be either on cpu or on the same device as the indexed tensor (cpu), {op}")
+            raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         right = isinstance(args[0], Tensor) and all(isinstance(x, Tensor) or not x.dim() for x in args[2:3])
     else:
         numbers = torch.Tag.pointwise in op.tags or name in NUMBERS or name.startswith("_foreach_")
@@ -107,6 +107,12 @@ def check(op, args, kwargs, others):
     if not right:
         raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices, "
                            f"{NAME}:0 and cpu! (in {op})")
+
+
+@functools.cache
+def writes(op):
+    """Whether an operation writes to its arguments, and whether it then changes their shapes."""
+    return op._schema.is_mutable, torch.Tag.inplace_view in op.tags
 
 
 def call(op, *args, **kwargs):
@@ -118,6 +124,8 @@ def call(op, *args, **kwargs):
         if kind is Tensor:
             wrapped.append(x)
             return x.inner
+        if kind in PLAIN:
+            return x
         if kind is list or kind is tuple:
             return kind(map(down, x))
         if isinstance(x, torch.Tensor):
@@ -126,20 +134,22 @@ def call(op, *args, **kwargs):
     inner_args, inner_kwargs = [*map(down, args)], {key: down(value) for key, value in kwargs.items()}
     if wrapped and others:
         check(op, args, kwargs, others)
-    result = op(*inner_args, **inner_kwargs)
-    # what is written to comes back as it is
-    same = {id(x.inner): x for x in wrapped} | {id(x): x for x in others} if op._schema.is_mutable else {}
-    if same and torch.Tag.inplace_view in op.tags:
-        with no_dispatch():  # what the wrapper says about its shape
-            op(*args, **kwargs)
-    if any(x.shape != x.inner.shape for x in same.values() if type(x) is Tensor):
-        raise NotImplementedError(f"{op}: gives a tensor of the pretend device another shape")
-    ours = kwargs.get("device") is None or is_ours(kwargs["device"])
+    result, same = op(*inner_args, **inner_kwargs), {}
+    mutable, reshapes = writes(op)
+    if mutable:  # what is written to comes back as it is
+        same = {id(x.inner): x for x in wrapped} | {id(x): x for x in others}
+        if reshapes:
+            with no_dispatch():  # what the wrapper says about its shape
+                op(*args, **kwargs)
+        if any(x.shape != x.inner.shape for x in wrapped):
+            raise NotImplementedError(f"{op}: gives a tensor of the pretend device another shape")
+    if kwargs.get("device") is not None and not is_ours(kwargs["device"]):
+        return result
 
     def up(x):
-        if isinstance(x, torch.Tensor):
-            return same[id(x)] if id(x) in same else Tensor(x) if ours else x
-        return type(x)(map(up, x)) if type(x) in (list, tuple) else x
+        if type(x) is list or type(x) is tuple:
+            return type(x)(map(up, x))
+        return (same[id(x)] if id(x) in same else Tensor(x)) if isinstance(x, torch.Tensor) else x
     return up(result)
 
 
@@ -192,8 +202,9 @@ def of_lists(index):
     return tuple(parts) if isinstance(index, tuple) else parts[0]
 
 
+DRAWN = ("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial")
 FACTORIES = {name: of_numbers(getattr(torch, name)) for name in ("tensor", "as_tensor", "asarray")} | {
-    name: drawn(getattr(torch, name)) for name in ("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial")}
+    name: drawn(getattr(torch, name)) for name in DRAWN}
 for name in ("uniform_", "normal_", "random_", "bernoulli_", "exponential_", "multinomial"):
     setattr(Tensor, name, drawn(getattr(torch.Tensor, name)))
 
@@ -213,7 +224,8 @@ def device():
         raise RuntimeError(why_not())
     if not hasattr(torch, NAME):  # once a process, and for all of it
         getattr(backend_registration, SETUP)(NAME)
-        fallback, kernels = device.registered = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+        getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.float16]  # torch.utils.checkpoint asks for it
+        fallback, kernels = device.registered = [torch.library.Library(name, "IMPL") for name in ("_", "aten")]
         fallback.fallback(call, "PrivateUse1")
         for packet, overload in GROWING:
             op = getattr(getattr(torch.ops.aten, packet), overload)
