@@ -242,10 +242,10 @@ class SampledField(Field):
     def update_occupancy(self, generator, share=0.25, decay=0.8, least=1.0, dilate=False):
         """Sample sigma in the occupied cells and in a random share of the others; decide what is occupied.
 
-        Occupied is where the decaying maximum exceeds min(least, its mean). At sigma = 1 a hundredth of the half side of
-        the box is 1 % opaque. With `dilate`, so are the cells around these; in a capture only the six beside one that
-        takes half of the light: most of its cells hold a haze, whose surroundings the fit never saw, and they would
-        double both the samples and the haze.
+        Occupied is where the decaying maximum exceeds min(least, its mean). At sigma = 1 a hundredth of half the box's
+        side is 1 % opaque. With `dilate`, so are the cells around these; in a capture only the six beside one that
+        takes half of the light. There most cells hold a haze, whose surroundings the fit never saw: all of them would
+        double the samples, and change the picture more than all that learn_from saves.
         """
         chosen = torch.rand(len(self.seen), generator=generator, device=self.seen.device) < share
         for cell in ((chosen | self.occupied) & self.seen).nonzero()[:, 0].split(2 ** 16):
@@ -407,7 +407,7 @@ class NeRF(SampledField):
     @property
     def chunk(self):
         """Rays that are rendered at a time, which bounds the memory of a picture of any size."""
-        return 2048 if self.centre.device.type == "cpu" else 2 ** 15
+        return 1024 if self.centre.device.type == "cpu" else 2 ** 14
 
     # ---- drawing
 
@@ -425,13 +425,15 @@ class NeRF(SampledField):
         marched, features = len(t), self._in_batches(self.grid, x)
         sigma, out = zip(*((sigma, out if lean else None) for sigma, out in map(self.density, features)))
         tau = torch.cat(sigma) * dt
-        keep = volume_weights(tau, ray, count) > least
+        on = volume_weights(tau, ray, count) > least
+        keep, within = on.nonzero()[:, 0], [part.nonzero()[:, 0] for part in on.tensor_split(len(features))]
 
         def kept(parts):
-            return torch.cat([part[..., on] for part, on in zip(parts, keep.tensor_split(len(parts)))], -1)
-        tau, x, t, dt, ray, features = (kept(parts) for parts in ([tau], [x], [t], [dt], [ray], features))
+            return torch.cat([part.index_select(1, at) for part, at in zip(parts, within)], 1)
+        x, t, dt, ray, features = x[:, keep], t[keep], dt[keep], ray[keep], kept(features)
         if not lean:
             return Samples(x, t, dt, ray, features, None, marched)
+        tau = tau[keep]
         weights = volume_weights(tau, ray, count)
         sh = spherical_harmonics(rays_d).index_select(1, ray)
         colour = torch.cat(self._in_batches(self.colour, kept(out), sh), 1)
@@ -475,12 +477,12 @@ class NeRF(SampledField):
     def rgb(self, camera):
         """The picture [3,H,W] of a Camera.
 
-        With gradients and more than 2 `chunk` rays, they are deferred: see _Deferred. Memory is then that of one
-        chunk and the picture, whatever its size. With gradients it is also `lean`, where learn_from has set that.
+        With gradients and more than 4 `chunk` rays, they are deferred: see _Deferred. Memory is then that of one chunk,
+        the picture and the places of its samples. With gradients it is also `lean`, where learn_from has set that.
         """
         rays_o, rays_d = camera.rays(self.centre.device)
         learnt = torch.is_grad_enabled()
-        if learnt and rays_o.shape[1] <= 2 * self.chunk:
+        if learnt and rays_o.shape[1] <= 4 * self.chunk:
             rgb = self.draw(rays_o, rays_d, self.find(rays_o, rays_d, lean=self.lean))
         else:
             rgb = _Deferred.apply(self, learnt, rays_o, rays_d, *self.parameters())
@@ -637,8 +639,8 @@ class NeRF(SampledField):
 class _Deferred(torch.autograd.Function):
     """Render in chunks without gradient; in the backward draw each again and push its gradient through.
 
-    The same samples both times: they are kept, 6 bytes each or 10 of a lean picture, not found again. A step thus costs a
-    second pass over these alone, and its memory grows with the picture by no more (ARF, Zhang et al., arXiv 2206.06360).
+    The same samples both times: they are kept, 6 bytes each or 10 of a lean picture, and not found again. A step thus
+    costs a second pass over these alone, and its memory grows by no more (ARF, Zhang et al., arXiv 2206.06360).
     Each of n chunks takes every n-th ray: all have their share of the object, and none needs more than another.
     A chunk has at most 2^15 rays, so that int16 holds their numbers.
     """
@@ -649,7 +651,7 @@ class _Deferred(torch.autograd.Function):
         ctx.save_for_backward(*parameters)  # raises in the backward if a step has changed them in between
         ctx.chunks = math.ceil(rays_o.shape[1] / nerf.chunk)
         rgb, end, lean = torch.empty_like(rays_d), 0, nerf.lean if learnt else None
-        kinds = (torch.float32, torch.int16) + (torch.float32,) * bool(lean)  # of t, ray and, where it does not follow, dt
+        kinds = (torch.float32, torch.int16) + (torch.float32,) * bool(lean)  # t, ray and, where it is not plain, dt
         ctx.kept = [rays_d.new_empty(0, dtype=kind) for kind in kinds]
         for i in range(ctx.chunks):
             rays = [x[:, i::ctx.chunks] for x in ctx.rays]

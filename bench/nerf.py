@@ -17,6 +17,7 @@ from pictures import Frame
 from scene import evaluate, load_scene
 
 ROOT = Path(__file__).resolve().parent.parent
+CHUNK = NeRF.chunk
 
 
 class EmbeddingGrid(torch.nn.Module):
@@ -110,7 +111,7 @@ def fit(args):
 
 def gradients(nerf, size, deferred):
     """The gradient of a fixed random weighting of a picture, as one vector."""
-    NeRF.chunk = 2048 if deferred else 10 ** 9
+    NeRF.chunk = CHUNK if deferred else 10 ** 9
     weighting = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     nerf.zero_grad()
     (nerf.render(0, size) * weighting).mean().backward()
@@ -219,9 +220,9 @@ def edit(args):
                            error <= 1e-4), ("cosine of the two gradients", f"{cosine:.3f}", "", None)]
     nerf.lean, spent = lean, {}
     with contextlib.ExitStack() as clocks:
-        field = nerf_module.Field
-        for owner, name in ((nerf_module.SampledField, "march"), (HashGrid, "forward"), (field, "density"), (field, "colour"),
-                            (nerf_module, "joined"), (nerf_module._Interpolate, "backward")):
+        for owner, name in ((nerf_module.SampledField, "march"), (HashGrid, "forward"), (nerf_module.Field, "density"),
+                            (nerf_module.Field, "colour"), (nerf_module, "joined"),
+                            (nerf_module._Interpolate, "backward")):
             def note(_, __, seconds, name=name):
                 spent[name] = spent.get(name, 0.0) + seconds
             clocks.enter_context(watched(owner, name, note))
