@@ -19,7 +19,7 @@ import parallel
 import pds
 import report
 from checkpoint import CheckpointError, read_run, restore, restore_generators, restore_optimiser, restore_stages
-from edit2d import Picture, ddpm_inversion, instruct_pix2pix, sdedit
+from edit2d import Picture, ddpm_inversion, drfs, instruct_pix2pix, sdedit
 from optimiser import SteadyAdam, released_share, settling_share
 from progress import progress as progress_bar
 from report import snapshot, to_pil, write
@@ -29,7 +29,8 @@ SCENES = ("nerf", "splat")  # modes with many views
 EDITABLE = ("image", *SCENES)  # modes with pictures, which EDITORS need
 LOSSES = {"sds": pds.sds_loss, "dds": pds.dds_loss, "pds": pds.pds_loss}
 Editor = namedtuple("Editor", "title guidance strength")  # strength: of a single edit, see DatasetUpdate.edited
-EDITORS = {"sdedit": Editor("SDEdit", 15.0, 0.4), "inv2n": Editor("Inv2N", 15.0, 0.36), "in2n": Editor("IN2N", 7.5, 1.0)}
+EDITORS = {"sdedit": Editor("SDEdit", 15.0, 0.4), "inv2n": Editor("Inv2N", 15.0, 0.36), "in2n": Editor("IN2N", 7.5, 1.0),
+           "drfs": Editor("DRFS", 16.5, 0.0)}
 TITLES = {name: name.upper() for name in LOSSES} | {name: editor.title for name, editor in EDITORS.items()}
 COEFFICIENTS = {"official": "official", "consistent": "consistent", "dreamcatalyst": pds.dreamcatalyst}
 HOLD = {"svg": 1, "image": 1, "nerf": 10, "splat": 10}  # steps for which a view is kept, as in the paper
@@ -160,6 +161,9 @@ class DatasetUpdate:
             x0 = ddpm_inversion(model, model.encode(photograph), self.y_tgt, self.y_src, skip=strength, start=x0,
                                 steps=self.args.own.get("inversion_steps", 100), guidance_tgt=self.guidance,
                                 generator=generator)
+        elif self.name == "drfs":
+            x0 = drfs(model, model.encode(photograph), self.y_tgt, self.y_src, start=x0, guidance_tgt=self.guidance,
+                      guidance_src=self.guidance * 6 / 16.5, generator=generator)
         else:
             x0 = instruct_pix2pix(model, photograph, self.y_edit, x0, self.STEPS, strength, generator)
         return model.decode(x0)

@@ -3,10 +3,11 @@
     x0_edit = sdedit(prior, x0, y_tgt, skip=0.85)          # SDEdit (Meng et al., arXiv 2108.01073)
     x0_edit = ddpm_inversion(prior, x0, y_tgt, y_src)      # edit-friendly inversion (arXiv 2304.06140)
     x0_edit = instruct_pix2pix(editor, picture, y)         # InstructPix2Pix (Brooks et al., arXiv 2211.09800)
+    x0_edit = drfs(prior, x0, y_tgt, y_src)                # DRFS, FlowEdit (Beaudouin et al., arXiv 2509.05342)
     mask = diffedit_mask(prior, x0, y_tgt, y_src)          # DiffEdit (Couairon et al., arXiv 2210.11427)
 
 `prior` is what pds.py takes: abar [T] and eps(x_t, t, y), guidance included, and for ddpm_inversion an attribute
-`guidance` to set on a copy of it. `editor` is an InstructPix2Pix of prior.py. Picture is what --mode image edits; it
+`guidance` to set on a copy of it, as for drfs. `editor` is an InstructPix2Pix of prior.py. Picture is what --mode image edits; it
 also needs the prior's encode and decode.
 """
 import copy
@@ -109,6 +110,48 @@ def instruct_pix2pix(editor, picture, y, x0=None, steps=20, level=1.0, generator
     editor, T = editor.of(picture), len(editor.abar)
     timesteps = ddim_timesteps(round(level * T), steps, T)
     return _renoised(editor, editor.encode(picture) if x0 is None else x0, y, timesteps, generator)
+
+
+@torch.no_grad()
+def drfs(prior, x0, y_tgt, y_src, steps=50, guidance_src=6.0, guidance_tgt=16.5, shift=None, rates=None, start=None,
+         generator=None):
+    """Delta Rectified Flow Sampling (Beaudouin et al., arXiv 2509.05342), with the released settings.
+
+    From noise to picture, x moves against v(y_tgt) - v(y_src) + (1 - c) (x - x0). Both samples have one noise, and the
+    target's is shifted by c sigma (x - x0). With c = 1 and the rates sigma_k - sigma_(k+1) that is FlowEdit (Kulikov et
+    al., arXiv 2412.08629), with c = 0 the gradient of DDS over 1 - sigma. Any prior will do: up to a factor, the x_t of
+    a diffusion model is the (1 - sigma) x0 + sigma eps of a flow.
+
+    Args:
+        x0: [B,C,h,w] latent of the picture; start: [B,C,h,w] where x begins, None: x0.
+        shift: c of each step, [steps]; None: k / steps at step k. rates: [steps]; None: drfs_rates.
+    """
+    timesteps = torch.linspace(len(prior.abar) - 1, 0, steps).round().long()
+    signal, noise = (part.sqrt() for part in (prior.abar.cpu()[timesteps], 1 - prior.abar.cpu()[timesteps]))
+    sigmas = noise / (signal + noise)
+    shift = torch.arange(steps) / steps if shift is None else shift
+    rates = drfs_rates(sigmas) if rates is None else rates
+    x, source, target = x0 if start is None else start, copy.copy(prior), copy.copy(prior)
+    source.guidance, target.guidance = guidance_src, guidance_tgt
+    for t, scale, sigma, c, rate in zip(timesteps, *(part.tolist() for part in (signal + noise, sigmas, shift, rates))):
+        if rate == 0:  # the first of the released ones
+            continue
+        x_src = (1 - sigma) * x0 + sigma * _draw(x0, generator)
+        x_tgt, rows = x_src + (1 - sigma + c * sigma) * (x - x0), t.repeat(len(x0)).to(x0.device)
+        v_tgt, v_src = ((of.eps(scale * mixed, rows, y) - mixed) / (1 - sigma)
+                        for of, mixed, y in ((target, x_tgt, y_tgt), (source, x_src, y_src)))
+        x = x - rate * (v_tgt - v_src + (1 - c) * (x - x0))
+    return x
+
+
+def drfs_rates(sigma):
+    """The step sizes of DRFS as its authors released them, for the noise levels sigma [steps]: [steps], from 0.
+
+    A hump k^9 (1 - k)^7 over a rising line, both in units of the last difference of two noise levels.
+    """
+    last, k = (sigma[-2] - sigma[-1]) / 1.6, torch.arange(len(sigma)) / (len(sigma) + 27)
+    hump = k ** 9 * (1 - k) ** 7 / ((9 / 16) ** 9 * (7 / 16) ** 7)
+    return 2.2 * last * ((1 / 1.6 - 1 / 4) * hump + k / 4)
 
 
 @torch.no_grad()

@@ -359,7 +359,7 @@ def fitted(defaults, network):
     """PAPER's settings for a model of flow matching: t_min and t_max, shares of the schedule of Stable Diffusion,
     become those of its own schedule with the same noise; where it was trained for one guidance, that is every one."""
     usual = (1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
-    scales = dict.fromkeys(("pds", "dds", "sds", "sdedit", "inv2n"), network.guidance)
+    scales = dict.fromkeys(("pds", "dds", "sds", "sdedit", "inv2n", "drfs"), network.guidance)
 
     def change(key, value):
         if key == "guidance":

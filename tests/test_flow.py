@@ -13,7 +13,7 @@ import flow
 import pds
 import toy
 from conftest import ABAR, nerf_scene, outputs, rand
-from edit2d import ddim, ddpm_inversion, sdedit
+from edit2d import ddim, ddpm_inversion, drfs, drfs_rates, sdedit
 from flow import Flow, sigmas_of, sigmas_of_scheduler
 from prior import PAPER, InstructPix2Pix, Prior, PriorError
 
@@ -86,6 +86,65 @@ def test_editors_of_pictures_work_on_a_flow(planes):
     for edited in (ddpm_inversion(prior, x0, y_tgt, y_src, 50, 0.1, 1.0, 3.0, generator=draw()),
                    sdedit(prior, x0, y_tgt, 50, 0.1, generator=draw())):
         assert (edited[:, 0] > 0.5).all() and (edited - x0).norm() > 1
+
+
+def guided(prior, scale):
+    """A copy of a prior of the plane with this guidance."""
+    return toy.MixtureFlow(toy.Mixtures(prior.means, prior.sigma, scale), prior.sigmas)
+
+
+def released_rates(sigmas):
+    """The step sizes of DRFS one by one: a density of Beta(10, 8), divided by that at its mode, over a line."""
+    steps, beta = len(sigmas), torch.distributions.Beta(torch.tensor(10.0).double(), torch.tensor(8.0).double())
+    last = (sigmas[-2] - sigmas[-1]) / 1.6
+    for i in range(1, steps):
+        x = torch.tensor((i + 1 - 1) / (steps + 28 - 1)).double()
+        hump = (beta.log_prob(x) - beta.log_prob(torch.tensor(9 / 16).double())).exp()
+        yield 2.2 * ((last / 1.6 - last / 4) * hump + last / 4 * x)
+
+
+def test_drfs_takes_the_released_steps(planes):
+    _, prior = planes
+    steps, at = 50, torch.linspace(998, 0, 50).round().long()
+    sigmas, (source, target) = prior.sigmas[at], (guided(prior, scale) for scale in (6.0, 16.5))
+    x0, y_tgt, y_src = rand(8, 2, 1, 1), torch.tensor([1]), torch.tensor([0])
+    draw, x = torch.Generator().manual_seed(0), x0
+    for i, rate in enumerate(released_rates(sigmas), 1):
+        noise, sigma = torch.randn(8, 2, 1, 1, generator=draw).double(), sigmas[i]
+        z_src = (1 - sigma) * x0 + sigma * noise
+        z_tgt = (1 - sigma) * x + sigma * noise + i / steps * sigma * (x - x0)
+        v = [of.velocity(z, sigma.expand(8), y) for of, z, y in ((target, z_tgt, y_tgt), (source, z_src, y_src))]
+        x = x - rate * (v[0] - v[1] + (1 - i / steps) * (x - x0))
+    assert_close(drfs(prior, x0, y_tgt, y_src, generator=torch.Generator().manual_seed(0)), x, atol=1e-6, rtol=1e-5)
+    assert (x - x0).norm() > 1 and prior.guidance == toy.GUIDANCE
+    assert not drfs_rates(sigmas)[0] and (drfs_rates(sigmas)[1:] > 0).all()
+    same = drfs(prior, x0, y_src, y_src, guidance_src=3.0, guidance_tgt=3.0, generator=torch.Generator().manual_seed(0))
+    assert_close(same, x0, atol=1e-9, rtol=0)
+
+
+def test_drfs_is_flowedit_with_its_whole_shift_and_dds_without(planes):
+    diffusion, prior = planes
+    x0, y_tgt, y_src = rand(8, 2, 1, 1), torch.tensor([1]), torch.tensor([0])
+    at = torch.linspace(998, 0, 20).round().long()
+    sigmas, (source, target) = torch.cat([prior.sigmas[at], torch.zeros(1).double()]), (
+        guided(prior, scale) for scale in (2.0, 4.0))
+    draw, z = torch.Generator().manual_seed(0), x0  # FlowEdit, its algorithm 1 with n_avg = 1
+    for now, then in zip(sigmas, sigmas[1:]):
+        z_src = (1 - now) * x0 + now * torch.randn(8, 2, 1, 1, generator=draw).double()
+        z_tgt = z + z_src - x0
+        z = z + (then - now) * (target.velocity(z_tgt, now.expand(8), y_tgt) - source.velocity(z_src, now.expand(8), y_src))
+    for kind in planes:  # the same noise levels: a diffusion model does the same
+        got = drfs(kind, x0, y_tgt, y_src, 20, 2.0, 4.0, torch.ones(20), -sigmas.diff(),
+                   generator=torch.Generator().manual_seed(0))
+        assert_close(got, z, atol=1e-6, rtol=1e-5)
+
+    start, rates = rand(8, 2, 1, 1, seed=1), torch.zeros(20)
+    rates[7] = 1.0
+    got = drfs(prior, x0, y_tgt, y_src, 20, 3.0, 3.0, torch.zeros(20), rates, start, torch.Generator().manual_seed(0))
+    theta, t = start.clone().requires_grad_(), at[7].expand(8)
+    noise = torch.randn(8, 2, 1, 1, generator=torch.Generator().manual_seed(0)).double()
+    pds.dds_loss(guided(prior, 3.0), theta, x0, y_tgt, y_src, t, noise).backward()
+    assert_close(start - got, 8 * theta.grad / (1 - sigmas[7]), atol=1e-6, rtol=1e-5)
 
 
 def test_a_shift_leaves_the_consistent_chi_as_it_is_and_psi_by_chi_is_a_matter_of_the_noise():

@@ -40,7 +40,7 @@ def test_compare_lays_the_three_side_by_side(command, tmp_path):
     assert len(set(results)) == 3
 
 
-@pytest.mark.parametrize("name", ["sdedit", "inv2n", "in2n"])
+@pytest.mark.parametrize("name", ["sdedit", "inv2n", "in2n", "drfs"])
 def test_the_editors_alone(command, pipelines, tmp_path, name, capsys):
     flags = ["--loss", name, "--instruct", pipelines["instruct"]]
     assert command(*flags, mode="image") == 0 and command(*flags, mode="image", out="again") == 0

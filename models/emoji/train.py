@@ -826,7 +826,7 @@ def measure(args, log):
 
 # what suits this model, for prior.py and run.py: guidance by loss, optimiser steps, rate of an SVG's points in pixels,
 # steps of a DDPM inversion; of a mode what is different there
-EDITORS = {"sdedit": 5, "inv2n": 6, "in2n": 7.5}
+EDITORS = {"sdedit": 5, "inv2n": 6, "in2n": 7.5, "drfs": 3}
 DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, **EDITORS}, "steps": 300, "points": 0.08, "inversion_steps": 25,
             "svg": {"identity": 0.5, "smooth": {"steps": 150, "points": 0.24, "colours": 0.02}},
             "image": {"guidance": {"pds": 10, "dds": 3, "sds": 5, **EDITORS}},
