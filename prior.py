@@ -66,7 +66,8 @@ class Prior:
         modules = {part: module for part, module in pipe.components.items()
                    if isinstance(module, torch.nn.Module) and part not in DROPPED}
         try:
-            self.network = flow.network_of(pipe) or UNet(pipe, self.LATENTS)
+            unet = FlowUNet if "FlowMatch" in type(getattr(pipe, "scheduler", None)).__name__ else UNet
+            self.network = flow.network_of(pipe) or unet(pipe, self.LATENTS)
         except ValueError as e:
             raise PriorError(e) from e
         self.vae = pipe.vae
@@ -238,21 +239,25 @@ class UNet:
         self.pipe, self.module = pipe, pipe.unet
         config = self.module.config
         check_channels(config.in_channels, pipe.vae.config.latent_channels, latents)
-        if not hasattr(pipe.scheduler, "betas"):
-            raise PriorError(f"{type(pipe.scheduler).__name__} has no noise schedule of the DDPM kind")
-        self.prediction_type = pipe.scheduler.config.get("prediction_type", "epsilon")
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise PriorError(f"prediction type {self.prediction_type!r} is neither epsilon nor v_prediction")
-        # In float64 from the betas: the one-step beta is a difference of neighbours in abar.
-        self.abar = (1 - pipe.scheduler.betas.double().cpu()).cumprod(0)
-        first, last = self.abar[0], self.abar[-1]
-        if not (torch.isfinite(self.abar).all() and (self.abar.diff() <= 0).all() and 0 <= last < first <= 1):
-            raise PriorError("its noise schedule does not fall from 1 to 0")
         if not is_number(config.sample_size, 1, 4096):
             raise PriorError(f"the sample_size of its UNet, {config.sample_size}, is no number of pixels")
         self.size = int(config.sample_size * pipe.vae_scale_factor)
         self.multiple = pipe.vae_scale_factor  # latents of an odd side are the UNet's own care
         self.zeros = pipe.config.get("force_zeros_for_empty_prompt", False)
+        self.read_schedule(pipe.scheduler)
+
+    def read_schedule(self, scheduler):
+        """Set abar, and what the network predicts. Raises PriorError where that cannot be used."""
+        if not hasattr(scheduler, "betas"):
+            raise PriorError(f"{type(scheduler).__name__} has no noise schedule of the DDPM kind")
+        self.prediction_type = scheduler.config.get("prediction_type", "epsilon")
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise PriorError(f"prediction type {self.prediction_type!r} is neither epsilon nor v_prediction")
+        # In float64 from the betas: the one-step beta is a difference of neighbours in abar.
+        self.abar = (1 - scheduler.betas.double().cpu()).cumprod(0)
+        first, last = self.abar[0], self.abar[-1]
+        if not (torch.isfinite(self.abar).all() and (self.abar.diff() <= 0).all() and 0 <= last < first <= 1):
+            raise PriorError("its noise schedule does not fall from 1 to 0")
 
     def embed(self, prompt, device):
         """Prompt -> (embeddings [1,L,D],), of SDXL (embeddings [1,L,D], pooled [1,P])."""
@@ -273,18 +278,36 @@ class UNet:
 
     def eps(self, x_t, t, y, beside=None):
         """[B,C,h,w] float32; beside: [B,C,h,w] latents that the UNet takes beside x_t."""
-        dtype, device, added = self.module.dtype, self.module.device, None
-        embeddings, *pooled = (part.to(device, dtype) for part in y)
-        if pooled:  # SDXL is also told the picture's size and crop: the full picture, uncropped
-            h, w = (side * self.multiple for side in x_t.shape[-2:])
-            ids = torch.tensor([[h, w, 0, 0, h, w]], device=device, dtype=dtype).expand(len(x_t), -1)
-            added = {"text_embeds": pooled[0], "time_ids": ids}
         x = x_t if beside is None else torch.cat([x_t, beside.to(x_t)], 1)
-        out = self.module(x.to(device, dtype), t.to(device), embeddings, added_cond_kwargs=added).sample.float()
+        out = self.predict(x, t, y)
         if self.prediction_type == "v_prediction":  # v = sqrt(abar) eps - sqrt(1 - abar) x0
             abar = self.abar[t.cpu()].to(out).reshape(-1, 1, 1, 1)
             out = abar.sqrt() * out + (1 - abar).sqrt() * x_t.to(out)
         return out
+
+    def predict(self, x, t, y):
+        """What the UNet says, float32."""
+        dtype, device, added = self.module.dtype, self.module.device, None
+        embeddings, *pooled = (part.to(device, dtype) for part in y)
+        if pooled:  # SDXL is also told the picture's size and crop: the full picture, uncropped
+            h, w = (side * self.multiple for side in x.shape[-2:])
+            ids = torch.tensor([[h, w, 0, 0, h, w]], device=device, dtype=dtype).expand(len(x), -1)
+            added = {"text_embeds": pooled[0], "time_ids": ids}
+        return self.module(x.to(device, dtype), t.to(device), embeddings, added_cond_kwargs=added).sample.float()
+
+
+class FlowUNet(UNet, flow.Flow):
+    """A UNet that predicts the velocity eps - x0: a pipeline of Stable Diffusion's shape with a FlowMatch... scheduler."""
+    one_scale, eps = False, flow.Flow.eps
+
+    def read_schedule(self, scheduler):
+        """Raises ValueError where the noise levels cannot be used."""
+        if self.module.config.in_channels != self.pipe.vae.config.latent_channels:
+            raise PriorError("an InstructPix2Pix with a scheduler of flow matching cannot be used")
+        flow.Flow.__init__(self, flow.sigmas_of_scheduler(scheduler, self.module.config.sample_size ** 2))
+
+    def velocity(self, x, sigma, y):
+        return self.predict(x, 1000 * sigma, y)
 
 
 class Texts:

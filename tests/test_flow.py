@@ -242,6 +242,29 @@ def test_eps_against_a_hand_written_call_of_the_same_transformer(flows, kind):
     assert x0.grad.isfinite().all() and all(p.grad is None for p in prior.network.module.parameters())
 
 
+def test_a_unet_with_a_scheduler_of_flow_matching_is_a_flow(pipelines, tmp_path):
+    """Under the noise of a timestep, its output is the velocity; a settings file of its own is not asked for."""
+    import diffusers
+    shutil.copytree(pipelines["sd"], tmp_path / "flow")
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0).save_pretrained(tmp_path / "flow" / "scheduler")
+    index = json.loads((tmp_path / "flow" / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (tmp_path / "flow" / "model_index.json").write_text(json.dumps(index))
+    prior = Prior.from_pretrained(tmp_path / "flow")
+    assert_close(prior.abar, Flow(sigmas_of(shift=2.0)).abar)
+    x_t, t, y = rand(2, 4, 8, 8, dtype=torch.float32), torch.tensor([40, 900]), prior.embed("a cat")
+    prior.guidance, sigma = 1.0, prior.network.sigmas[t].float().view(-1, 1, 1, 1)
+    x = x_t * (sigma ** 2 + (1 - sigma) ** 2).sqrt()
+    with torch.no_grad():
+        v = prior.network.module(x, 1000 * sigma.flatten(), y[0].expand(2, -1, -1)).sample
+    assert_close(prior.eps(x_t, t, y), x + (1 - sigma) * v, atol=1e-5, rtol=1e-5)
+    assert prior.defaults["svg"]["t_max"] < 0.98  # of the same noise
+    with pytest.raises(PriorError, match="InstructPix2Pix with a scheduler of flow matching"):
+        pipe = prior.pipe
+        pipe.unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config, in_channels=8)
+        InstructPix2Pix(pipe)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_euler_loop_with_eps_gives_the_latents_of_the_pipeline(flows, kind, monkeypatch):
     prior, at = Prior.from_pretrained(flows[kind]), [899, 699, 399, 99]  # index 899 is sigma 0.9 before its shift

@@ -26,8 +26,9 @@ import numpy as np
 import resvg_py
 import torch
 import torch.nn.functional as F
-from diffusers import (AutoencoderKL, DDIMScheduler, StableDiffusionInstructPix2PixPipeline, StableDiffusionPAGPipeline,
-                       StableDiffusionPipeline, UNet2DConditionModel)
+from diffusers import (AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler,
+                       StableDiffusionInstructPix2PixPipeline, StableDiffusionPAGPipeline, StableDiffusionPipeline,
+                       UNet2DConditionModel)
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
@@ -266,6 +267,35 @@ def draw_timesteps(scheduler, batch, rng):
     return torch.searchsorted(share / share[-1], even).clamp(max=len(share) - 1)
 
 
+class Velocity:
+    """Makes a velocity of a noise prediction: the errors of a student, on the way to the flow of the same pictures.
+
+    Up to the noise that a model of diffusion knows, the student learns the velocity (eps - x) / (1 - sigma) that its
+    teacher means, which is without the noise of a single picture; beyond, that of the picture, eps - x0.
+    """
+
+    def __init__(self, unet, text, scheduler):
+        """unet, text: the teacher, which is copied; scheduler: its noise schedule."""
+        self.unet, self.text = (copy.deepcopy(m).eval().requires_grad_(False) for m in (unet, text))
+        signal, noise = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
+        self.sigmas, self.scale = noise / (signal + noise), signal + noise  # x_t is scale times x_sigma
+
+    def errors_of(self, unet, text, x0, ids, noise, t, beyond=0.1):
+        """[B] squared errors of the velocity for latents x0 [B,C,h,w] at the teacher's timesteps t [B]; the share
+        `beyond` of them, evenly spread, are noised more than it knows."""
+        sigma, count = self.sigmas.to(t.device)[t], round(beyond * len(t))
+        last = self.sigmas[-1]
+        sigma[:count] = last + (1 - last) * (torch.arange(count, device=t.device) + 0.5) / max(count, 1)
+        rows, known = sigma.view(-1, 1, 1, 1), (torch.arange(len(t), device=t.device) >= count).view(-1, 1, 1, 1)
+        x = (1 - rows) * x0 + rows * noise
+        with torch.autocast(x.device.type, torch.bfloat16):
+            with torch.no_grad():
+                meant = self.unet(self.scale.to(t.device)[t].view(-1, 1, 1, 1) * x, t, self.text(ids)[0]).sample
+            got = unet(x, 1000 * sigma, text(ids)[0]).sample
+        wanted = torch.where(known, (meant.float() - x) / (1 - rows), noise - x0)
+        return (got.float() - wanted).square().mean((1, 2, 3))
+
+
 def shares(captions):
     """[N] how often each picture is drawn: every name as often as any other, however few sets know it; recoloured
     drawings, many and easy, a quarter as often."""
@@ -466,7 +496,10 @@ def held_out_batch(args, vae, tokenizer, count=256):
 
 
 def train_unet(args, device, vae, log):
-    """UNet and text encoder together: epsilon prediction on Stable Diffusion's schedule, 10 % empty captions."""
+    """UNet and text encoder together: epsilon prediction on Stable Diffusion's schedule, 10 % empty captions.
+
+    With --flow they begin with the weights of --start and learn the velocity of flow matching instead.
+    """
     rgba, captions = items(args.icons, TRAIN, args.work)
     if args.start:  # whatever is new in the captions is spelled with the tokens that its text encoder knows
         tokenizer = CLIPTokenizerFast.from_pretrained(args.start, subfolder="tokenizer")
@@ -516,12 +549,15 @@ def train_unet(args, device, vae, log):
     if args.start:
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start, subfolder="unet").state_dict())
         text.load_state_dict(CLIPTextModel.from_pretrained(args.start, subfolder="text_encoder").state_dict())
+    flow = Velocity(unet, text, scheduler) if args.flow else None
     run = Run(args.work / "unet.pt", {"unet": unet, "text": text}, 5e-4 if args.start else 1e-3, args.minutes)
     run.ema["unet"].set_attn_processor(AttnProcessor())
     log(f"unet {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M, text "
         f"{sum(p.numel() for p in text.parameters()) / 1e6:.2f} M")
 
     def errors_of(unet, text, x0, ids, noise, t):
+        if flow:
+            return flow.errors_of(unet, text, x0, ids, noise, t)
         with torch.autocast(device.type, torch.bfloat16):
             states = text(ids)[0]
             pred = unet(scheduler.add_noise(x0, noise, t), t, states).sample
@@ -531,7 +567,8 @@ def train_unet(args, device, vae, log):
 
     def export():
         pipe = StableDiffusionPipeline(vae=vae, text_encoder=run.ema["text"], tokenizer=tokenizer,
-                                       unet=run.ema["unet"], scheduler=scheduler, safety_checker=None,
+                                       unet=run.ema["unet"], safety_checker=None,
+                                       scheduler=FlowMatchEulerDiscreteScheduler() if flow else scheduler,
                                        feature_extractor=None, requires_safety_checker=False)
         half = StableDiffusionPipeline(**{k: copy.deepcopy(v) for k, v in pipe.components.items()},
                                        requires_safety_checker=False)
@@ -548,7 +585,7 @@ def train_unet(args, device, vae, log):
 
     def batch_loss():
         done = run.spent / args.minutes
-        early = max(0, 1 - done / 0.75)  # falls to 0 at three quarters; until then captions are told apart
+        early = 0 if flow else max(0, 1 - done / 0.75)  # falls to 0 at three quarters; until then captions are told apart
         set_dropout(unet, 0.1 * early)
         rows = torch.multinomial(weights, args.batch, replacement=True, generator=rng)
         plain = torch.rand(args.batch, generator=rng) < 0.6 + 0.3 * done  # ever more as they are
@@ -732,7 +769,8 @@ def train_instruct(args, device, log):
     run.train(batch_loss, lambda *ema: loss_of(*ema, held, held_ids, held_noise, held_t), export, log)
 
     pipe = StableDiffusionInstructPix2PixPipeline(vae=vae, text_encoder=run.ema["text"], tokenizer=tokenizer,
-                                                  unet=run.ema["unet"], scheduler=scheduler, safety_checker=None,
+                                                  unet=run.ema["unet"], safety_checker=None,
+                                       scheduler=FlowMatchEulerDiscreteScheduler() if flow else scheduler,
                                                   feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     plain = lambda x: augment(x[:32], torch.Generator(), white=1.0, strength=0.0)
@@ -842,6 +880,7 @@ def main():
     p.add_argument("--out", type=Path, default=HERE, help="where the pipeline is written")
     p.add_argument("--start", type=Path, help="go on from this pipeline; its autoencoder stays as it is; instruct: begin "
                                               "with what its editor learned")
+    p.add_argument("--flow", action="store_true", help="tune the UNet of --start to the velocity of flow matching")
     p.add_argument("--vae-minutes", type=float, default=17, help="training time of the autoencoder")
     p.add_argument("--minutes", type=float, default=95, help="training time of UNet and text encoder")
     p.add_argument("--batch", type=int, default=128, help="pictures in a UNet step")
@@ -860,6 +899,8 @@ def main():
     needed += [args.start / "model_index.json"] if args.start else []
     needed += [source(args.icons, "emojilib")] if args.stage == "vocabulary" else []
     missing = [str(path) for path in needed if not path.exists()]
+    if args.flow and not args.start:
+        p.error("--flow needs --start, the pipeline that is tuned")
     if missing:
         p.error(f"there is no {missing[0]}" + (f", and {len(missing) - 1} more are missing" if missing[1:] else ""))
     torch.set_num_threads(args.threads)
@@ -882,7 +923,8 @@ def main():
     if args.stage == "vae":
         return
     train_unet(args, device, vae, log)
-    measure(args, log)
+    if not args.flow:  # diffusers samples a UNet of flow matching with no pipeline of its own
+        measure(args, log)
 
 
 if __name__ == "__main__":
