@@ -6,9 +6,9 @@
     x0_edit = drfs(prior, x0, y_tgt, y_src)                # DRFS, FlowEdit (Beaudouin et al., arXiv 2509.05342)
     mask = diffedit_mask(prior, x0, y_tgt, y_src)          # DiffEdit (Couairon et al., arXiv 2210.11427)
 
-`prior` is what pds.py takes: abar [T] and eps(x_t, t, y), guidance included, and for ddpm_inversion an attribute
-`guidance` to set on a copy of it, as for drfs. `editor` is an InstructPix2Pix of prior.py. Picture is what --mode image edits; it
-also needs the prior's encode and decode.
+`prior` is what pds.py takes: abar [T] and eps(x_t, t, y), guidance included, and for ddpm_inversion and drfs an
+attribute `guidance` to set on a copy of it. `editor` is an InstructPix2Pix of prior.py. Picture is what --mode image
+edits; it also needs the prior's encode and decode.
 """
 import copy
 from pathlib import Path

@@ -30,8 +30,8 @@ import sys
 
 from report import exit_code, number
 
-
-PLACES = {"svg-geometry": "geometry", "svg-field": "geometry", "svg-batch": "geometry", "fuzz-scenes": "fuzz_scenes"}  # commands whose module has another name
+# The modules of the commands that are not in that of their first word.
+PLACES = dict.fromkeys(("svg-geometry", "svg-field", "svg-batch"), "geometry") | {"fuzz-scenes": "fuzz_scenes"}
 
 
 def measure(args):

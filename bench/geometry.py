@@ -18,7 +18,6 @@ from prior import Prior
 from report import snapshot
 
 
-
 def outlines(svg, points):
     """The subpaths of all shapes: a list of ([n,4,2] float64 control points of cubics, a line as (p, p, q, q); closed)."""
     found = []
@@ -91,7 +90,8 @@ def batch(args):
         found = [measured(prior, *drawing, flags)[0] for drawing in drawings]
         odds, kept = ([row[key] for row in found] for key in ("odds", "PSNR"))
         name = f"N = {count}, {steps} steps, rates times {factor:.2g}"
-        rows.append((name, f"{sum(odds) / len(odds):.2f} / {sum(kept) / len(kept):.2f} dB", f"{sum(o > 0 for o in odds)} read", None))
+        means = f"{sum(odds) / len(odds):.2f} / {sum(kept) / len(kept):.2f} dB"
+        rows.append((name, means, f"{sum(o > 0 for o in odds)} read", None))
         print(*rows[-1][:3], flush=True)
     return table("log-odds / PSNR to the source, means over the drawings of examples/edits.txt", rows)
 
