@@ -5,6 +5,7 @@
     python -m bench svg-speed                       # against plain autograd; memory; cost table; fits
     python -m bench svg-roundtrip ICONS.json...     # save, then resvg, against the own render
     python -m bench svg-geometry                    # edits: crossings, broken joints, against free points
+    python -m bench svg-flow                        # official and consistent coefficients on a flow, over ten drawings
     python -m bench svg-batch                       # --batch N at equal numbers of views, over ten drawings
     python -m bench fuzz-drawings --count 5000      # drawings made at random: pictures or one-line errors
     python -m bench fuzz-scenes                     # damaged scenes, pictures, checkpoints: read, or one-line errors
@@ -31,7 +32,7 @@ import sys
 from report import exit_code, number
 
 # The modules of the commands that are not in that of their first word.
-PLACES = dict.fromkeys(("svg-geometry", "svg-field", "svg-batch"), "geometry") | {"fuzz-scenes": "fuzz_scenes"}
+PLACES = dict.fromkeys(("svg-geometry", "svg-field", "svg-batch", "svg-flow"), "geometry") | {"fuzz-scenes": "fuzz_scenes"}
 
 
 def measure(args):
@@ -59,6 +60,10 @@ def main(argv=None):
     a = command("svg-batch", "views, timesteps and noises in fewer, larger steps")
     a("--model", default="models/emoji")
     a("--share", type=number(float, 0.01, 100), default=1, help="of the default's number of views (default 1)")
+    a("--seed", type=int, default=0)
+    a = command("svg-flow", "PDS with a flow as prior, by its coefficients")
+    a("--model", default="models/emoji")
+    a("--seed", type=int, default=0)
     a = command("fuzz-drawings", "drawings made at random: pictures or one-line errors")
     a("--count", type=number(int, 1), default=5000)
     a("--seed", type=int, default=0)

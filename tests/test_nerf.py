@@ -37,18 +37,21 @@ def capture(tmp_path_factory):
     return NeRF.fit(load_scene(folder), steps=250, progress=False, **NERF_SIZES)
 
 
+class Identity(torch.nn.Module):
+    """In the place of a hash grid: a field of the coordinates themselves."""
+
+    def forward(self, x, known=None):
+        return x
+
+
 class SolidBall(NeRF):
     """A field in closed form: an opaque ball of a given colour in the middle of the box."""
     radius = 0.8
 
-    class Identity(torch.nn.Module):
-        def forward(self, x, known=None):
-            return x
-
     @classmethod
     def of(cls, scene):
         ball = cls(scene, **NERF_SIZES)
-        ball.grid = cls.Identity()
+        ball.grid = Identity()
         ball.occupied.fill_(True)
         ball.bounds.copy_(torch.tensor([[-1.0] * 3, [1.0] * 3]) * ball.extent)
         ball.step = 1 / 256
@@ -365,14 +368,10 @@ class Cells(NeRF):
     """A field in closed form: sigma 100 in one cell of the occupancy, a haze of 3 in another, nothing elsewhere."""
     SOLID, HAZE = (40, 30, 20), (10, 30, 20)
 
-    class Identity(torch.nn.Module):
-        def forward(self, x, known=None):
-            return x
-
     @classmethod
     def of(cls, scene):
         cells = cls(scene, **NERF_SIZES)
-        cells.grid = cls.Identity()
+        cells.grid = Identity()
         cells.seen.fill_(True)
         return cells
 
