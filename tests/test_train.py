@@ -175,3 +175,35 @@ def test_a_saved_model_has_the_names_that_transformers_4_reads(train, tmp_path):
         assert index.read_text() == '{"tokenizer": ["transformers", "CLIPTokenizerFast"]}'
     shipped = train.load_file(ROOT / "models" / "emoji" / "text_encoder" / "model.safetensors")
     assert all(key.startswith("text_model.") for key in shipped)
+
+
+class Answers(torch.nn.Module):
+    """In the place of a UNet: what it says of x at t."""
+
+    def __init__(self, says):
+        super().__init__()
+        self.says = says
+
+    def forward(self, x, t, states):
+        return types.SimpleNamespace(sample=self.says(x, t.view(-1, 1, 1, 1)))
+
+
+def test_a_student_of_the_velocity_learns_what_its_teacher_means(train):
+    """No error for the student that says (eps - x) / (1 - sigma); noisier than the teacher knows, that of the picture."""
+    import diffusers
+    scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    text = Answers(None)
+    text.forward = lambda ids: (ids,)
+    student = Answers(lambda x, t: (0.3 * x / ((t / 1000) ** 2 + (1 - t / 1000) ** 2).sqrt() - x) / (1 - t / 1000))
+    velocity = train.Velocity(Answers(lambda x, t: 0.3 * x), text, scheduler)
+    x0, noise = (torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    t = torch.linspace(10, 990, 20).long()
+    errors = velocity.errors_of(student, text, x0, torch.zeros(20), noise, t, beyond=0.2)
+    assert_close(errors[4:], torch.zeros(16), atol=1e-8, rtol=0)
+    last = (1 - scheduler.alphas_cumprod[-1]).sqrt() / (scheduler.alphas_cumprod[-1].sqrt()
+                                                        + (1 - scheduler.alphas_cumprod[-1]).sqrt())
+    for i in range(4):
+        sigma = last + (1 - last) * (i + 0.5) / 4
+        x = (1 - sigma) * x0[i] + sigma * noise[i]
+        wrong = student(x[None], 1000 * sigma.view(1), None).sample[0] - (noise[i] - x0[i])
+        assert_close(errors[i], wrong.square().mean(), rtol=1e-4, atol=1e-4)

@@ -575,7 +575,9 @@ def train_unet(args, device, vae, log):
         half.to(dtype=torch.float16)
         half.save_pretrained(args.out, safe_serialization=True)
         readable_by_transformers_4(args.out)
-        (args.out / "pds.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n")
+        # a flow is edited at the noise that the model of diffusion is edited at
+        ends = {"t_min": round(flow.sigmas[100].item(), 3), "t_max": round(flow.sigmas[980].item(), 3)} if flow else {}
+        (args.out / "pds.json").write_text(json.dumps(DEFAULTS | ends, indent=1) + "\n")
         (args.out / "captions.txt").write_text((HERE / "captions.txt").read_text())
 
     weights, names = shares(captions), sorted({c[0] for c in captions})
