@@ -58,6 +58,7 @@ def latent(scene, prior, view, size):
 class Distillation:
     """The edit: one of the three losses, at views that are kept for HOLD steps."""
     fresh = False  # whether it begins with an optimiser that knows nothing
+    HELD = 0.3
 
     def __init__(self, scene, source, prior, name, args, editor=None, where=None):
         """
@@ -88,9 +89,10 @@ class Distillation:
                 self.state["views"][i] = self.scene.sample_view(generator)
             view = self.state["views"][i]
             x0_src.append(self.source_latent(view))
-            looks.append(self.shaken(view, generator))
+            looks.append((view, self.shaken(view, generator)))
             with torch.set_grad_enabled(not several):
-                x0_tgt.append(latent(self.scene, prior, looks[-1], args.frame))
+                latent_of, kept = self.seen(*looks[-1])
+                x0_tgt.append(latent_of)
             t.append(pds.sample_timesteps(1, T, args.t_min, args.t_max, progress, generator))
             noise.append(torch.randn(x0_tgt[-1].shape, generator=generator))
             masks += [self.where(view, x0_tgt[-1])] if self.where else []
@@ -102,11 +104,25 @@ class Distillation:
         loss = LOSSES[self.name](model, x0, x0_src, self.y_tgt, self.y_src, torch.cat(t), torch.cat(noise),
                                  mask=torch.cat(masks) if masks else None, **self.options)
         # the released loss is divided by C H W, which only the eps of Adam notices
-        loss = loss / x0[0].numel() if args.rates == "released" else loss
-        loss.backward()
+        scale = 1 / x0[0].numel() if args.rates == "released" else 1
+        (scale * (loss if several else loss + kept)).backward()
         for look, grad in zip(looks, x0.grad.split(1) if several else ()):
-            (latent(self.scene, prior, look, args.frame) * grad).sum().backward()
-        return loss.detach()
+            latent_of, kept = self.seen(*look)
+            ((latent_of * grad).sum() + scale * kept / len(looks)).backward()
+        return scale * loss.detach()
+
+    def seen(self, view, look):
+        """The latent [1,C,h,w] of what a scene shows, and HELD times its squared error [] outside of the masks.
+
+        The push does not act there, but the field or the Gaussians that it changes reach there, and the pull on the few
+        pixels of a latent is too weak to undo that. An object by itself has no surroundings to hold.
+        """
+        if not self.where or self.args.mode not in SCENES or self.scene.scene.bounded:
+            return latent(self.scene, self.prior, look, self.args.frame), 0
+        picture = self.scene.render(look, self.args.frame)
+        outside = (1 - 2 * self.where(view, picture)).clamp_min(0)  # a soft mask of one half belongs to the edit
+        error = picture - self.source.render(view, self.args.frame).to(picture)
+        return self.prior.encode(picture), self.HELD * (outside * error.square()).sum()
 
     @torch.no_grad()
     def source_latent(self, view):

@@ -194,6 +194,8 @@ def complete(args, prior, name=None):
         args.smooth = own.get("width", prior.size / 8)
     if args.smooth:
         own = laid_over(own, own.get("smooth", {}))  # smooth steps may be larger, and fewer
+    if args.mode == "nerf" and (args.local or args.mask):  # what all of the field shares would carry an edit out of place
+        own = own | {"mlps": own["mlps"] / 10}
     for key in (*COMMON, "points"):
         if getattr(args, key, None) is None:
             setattr(args, key, own.get(key))

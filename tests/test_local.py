@@ -1,5 +1,6 @@
 """run.py's --smooth, --steady, --identity, --local, --mask and --only: the paper's steps, and edits that stay in place."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from torch.testing import assert_close
 import pds
 import run
 from conftest import ROOT, nerf_scene
-from edit import edit, stages_of
+from edit import Distillation, edit, stages_of
 from front import PAPER
+from masks import Where
 from prior import Prior
 
 
@@ -129,6 +131,57 @@ def test_an_edit_of_a_masked_place_in_a_scene(small_pictures, pipelines, tmp_pat
         assert run.main([*flags, *own, "--out", str(tmp_path / "out" / name)]) == 0
     results = {(tmp_path / "out" / name / "result.png").read_bytes() for name in ("local", "mask", "free")}
     assert len(results) == 3
+    rates = [config(tmp_path / "out" / name)["mlps"] for name in ("local", "mask", "free")]
+    assert rates == [1e-3, 1e-3, 1e-2] or mode == "splat"  # a tenth
     (tmp_path / "masks" / f"{names[0].split('/')[-1]}.png").unlink()
     assert run.main([*flags, "--mask", str(tmp_path / "masks"), "--out", str(tmp_path / "out" / "none")]) == 2
     assert "1 of 6 masks are missing" in capsys.readouterr().err and not (tmp_path / "out" / "none").exists()
+
+
+class Sheet(torch.nn.Module):
+    """A scene of one picture, which every view shows."""
+
+    def __init__(self, picture):
+        super().__init__()
+        self.picture = torch.nn.Parameter(picture)
+        self.camera = lambda view, size: SimpleNamespace(shifted=lambda dx, dy: view)
+        self.scene = SimpleNamespace(bounded=False)
+
+    def sample_view(self, generator):
+        return 0
+
+    def render(self, view=None, size=None):
+        return self.picture
+
+
+@pytest.mark.parametrize("rates", ["settle", "released"])
+def test_a_scene_is_held_to_its_photographs_outside_of_the_masks(pipelines, rates):
+    prior = Prior.from_pretrained(pipelines["sd"])
+    flags = ["--mode", "nerf", "--scene", ".", "--source", "a cat", "--target", "a dog", "--guidance", "3", "--rates", rates]
+    draw = lambda seed: torch.Generator().manual_seed(seed)
+    before, after = (torch.rand(1, 3, 16, 16, generator=draw(seed)) for seed in (0, 1))
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :8] = 1
+
+    def gradient(*seeds, bounded=False):
+        args = run.complete(run.parse([*flags, "--batch", str(len(seeds))]), prior)
+        scene, source = Sheet(after.clone()), Sheet(before)
+        scene.scene.bounded = bounded
+        stage = Distillation(scene, source, prior, "pds", args, where=Where([mask]))
+        prior.guidance = 3.0
+        loss = stage.backward(0, [draw(seed) for seed in seeds])
+        return loss, scene.picture.grad
+
+    loss, found = gradient(5)
+    generator, theta = draw(5), after.clone().requires_grad_()
+    torch.rand(2, generator=generator)  # the shift of the pixels
+    t = pds.sample_timesteps(1, 1000, 0.02, 0.98, generator=generator)
+    x0_tgt, x0_src = prior.encode(theta), prior.encode(before).detach()
+    scale = 1 / x0_src.numel() if rates == "released" else 1
+    wanted = scale * pds.pds_loss(prior, x0_tgt, x0_src, prior.embed("a dog"), prior.embed("a cat"), t, generator=generator,
+                                  mask=torch.nn.functional.interpolate(mask, size=x0_src.shape[2:], mode="area"))
+    wanted.backward()
+    assert_close(loss, wanted.detach())
+    assert_close(found, theta.grad + 0.6 * scale * (1 - mask) * (after - before), atol=1e-6, rtol=1e-5)
+    assert_close(gradient(5, bounded=True)[1], theta.grad, atol=1e-6, rtol=1e-5)  # nothing around it
+    assert_close(gradient(5, 6)[1], (found + gradient(6)[1]) / 2, atol=1e-6, rtol=1e-5)

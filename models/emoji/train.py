@@ -32,7 +32,7 @@ from diffusers import (AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteSched
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 HERE = Path(__file__).resolve().parent
@@ -771,8 +771,7 @@ def train_instruct(args, device, log):
     run.train(batch_loss, lambda *ema: loss_of(*ema, held, held_ids, held_noise, held_t), export, log)
 
     pipe = StableDiffusionInstructPix2PixPipeline(vae=vae, text_encoder=run.ema["text"], tokenizer=tokenizer,
-                                                  unet=run.ema["unet"], safety_checker=None,
-                                       scheduler=FlowMatchEulerDiscreteScheduler() if flow else scheduler,
+                                                  unet=run.ema["unet"], scheduler=scheduler, safety_checker=None,
                                                   feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     plain = lambda x: augment(x[:32], torch.Generator(), white=1.0, strength=0.0)
