@@ -1,4 +1,5 @@
 """Writing a file in one piece or not at all, one run at a time in a folder, and one line for every error."""
+import argparse
 import contextlib
 import hashlib
 import json
@@ -18,6 +19,13 @@ def one_line(error, longest=500):
     """The text of an error or a message, whose lines are joined and whose middle is left out where it is long."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[:longest // 2]} ... {text[-longest // 2:]}"
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line of which a wrong one gets one line, not the usage of fifty options before it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 @contextlib.contextmanager

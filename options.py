@@ -18,7 +18,7 @@ import torch
 import parallel
 import pds
 from edit import COEFFICIENTS, EDITABLE, EDITORS, LOSSES, MODES, RATES, SCENES, guidance_of
-from files import digest
+from files import Parser, digest
 from pictures import Frame
 from report import device, number
 from scene import SceneError, scene_files
@@ -40,7 +40,7 @@ DREAMCATALYST = {"guidance": {"pds": 7.5}, "identity": 1.0, "t_min": 0.2, "t_max
 
 def parse(argv=None, about=None):
     """The options of a command line, a Namespace; what depends on the model is None until `complete`."""
-    p = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
     positive, share = number(int, 1, 10 ** 6), number(float, 0, 1)
     rate = number(float, 0, 1e6)

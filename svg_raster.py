@@ -11,7 +11,6 @@ From the command line: python svg_raster.py a.svg b.svg --out DIR --size 256
 The way of the data: document (svg_document.py) -> line segments (svg_segments.py) -> coverage -> paint -> composite.
 Colours are blended in sRGB without gamma, as browsers do. Coordinates are x right, y down.
 """
-import argparse
 import io
 import math
 import sys
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from files import Parser
 from optimiser import SmoothField
 from pictures import frame_of
 from svg_document import Document, write_file
@@ -736,7 +736,7 @@ class SVG(torch.nn.Module):
 # ------------------------------------------------------------------ command line
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Render SVG files to square PNG files on white.")
+    parser = Parser(description="Render SVG files to square PNG files on white.")
     parser.add_argument("files", nargs="+", help="SVG files")
     parser.add_argument("--out", required=True, help="folder for NAME.png of every NAME.svg; made if missing")
     parser.add_argument("--size", type=int, default=256, help="side of the picture in pixels (default 256)")

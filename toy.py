@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import pds
+from files import Parser
 from flow import Flow, sigmas_of
 
 BETAS = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion's
@@ -158,7 +159,7 @@ def save(drawn, panels, stem):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of toy.png and toy.svg (default: out)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

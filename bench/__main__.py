@@ -29,6 +29,7 @@ import argparse
 import importlib
 import sys
 
+from files import Parser
 from report import exit_code, number
 
 # The modules of the commands that are not in that of their first word.
@@ -43,8 +44,7 @@ def measure(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = lambda name, help_line: commands.add_parser(name, help=help_line).add_argument
     for name, help_line in (("svg-fidelity", "PSNR of renders against resvg"),

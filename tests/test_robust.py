@@ -19,7 +19,10 @@ from PIL import Image
 import edit
 import report
 import run
+import svg_raster
+import toy
 from bench import fuzz_scenes, kills
+from bench.__main__ import main as bench_main
 from checkpoint import CheckpointError, read_checkpoint, read_run
 from conftest import ROOT, nerf_scene, outputs
 from files import check_writable, locked, one_line, replacing
@@ -251,7 +254,22 @@ def test_a_folder_that_cannot_be_written_is_said_before_a_fit(pipelines, tmp_pat
 def test_numbers_that_are_out_of_bounds(flags, capsys):
     with pytest.raises(SystemExit) as e:
         run.parse(flags)
-    assert e.value.code == 2 and flags[0] in capsys.readouterr().err.splitlines()[-1]
+    assert e.value.code == 2 and flags[0] in one_line_of(capsys)
+
+
+def one_line_of(capsys):
+    """All that stands on standard error, which is one line."""
+    line, = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("main, flags", [
+    (toy.main, ["--seed", "x"]), (svg_raster.main, ["a.svg", "--size", "x", "--out", "b"]), (bench_main, ["no-such"]),
+    (bench_main, ["svg-batch", "--seed", "x"]), (run.main, ["--no-such"]), (run.main, ["--mode", "svg", "--loss", "drfs"])])
+def test_every_command_line_that_is_wrong_gets_one_line(main, flags, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(flags)
+    assert e.value.code == 2 and "error: " in one_line_of(capsys)
 
 
 @pytest.mark.parametrize("flags, mode", [([], "svg"), (["--svg", "a"], "svg"), (["--image", "a"], "image"),
