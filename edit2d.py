@@ -125,7 +125,11 @@ def drfs(prior, x0, y_tgt, y_src, steps=50, guidance_src=6.0, guidance_tgt=16.5,
     Args:
         x0: [B,C,h,w] latent of the picture; start: [B,C,h,w] where x begins, None: x0.
         shift: c of each step, [steps]; None: k / steps at step k. rates: [steps]; None: drfs_rates.
+    Raises:
+        ValueError: fewer than two steps, or more than the prior has timesteps.
     """
+    if not 2 <= steps <= len(prior.abar):
+        raise ValueError(f"steps must be in 2 .. {len(prior.abar)}, got {steps}")
     timesteps = torch.linspace(len(prior.abar) - 1, 0, steps).round().long()
     signal, noise = (part.sqrt() for part in (prior.abar.cpu()[timesteps], 1 - prior.abar.cpu()[timesteps]))
     sigmas = noise / (signal + noise)

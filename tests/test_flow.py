@@ -120,6 +120,9 @@ def test_drfs_takes_the_released_steps(planes):
     assert not drfs_rates(sigmas)[0] and (drfs_rates(sigmas)[1:] > 0).all()
     same = drfs(prior, x0, y_src, y_src, guidance_src=3.0, guidance_tgt=3.0, generator=torch.Generator().manual_seed(0))
     assert_close(same, x0, atol=1e-9, rtol=0)
+    for wrong in (1, 1000):
+        with pytest.raises(ValueError, match="steps must be in 2 .. 999"):
+            drfs(prior, x0, y_tgt, y_src, wrong)
 
 
 def test_drfs_is_flowedit_with_its_whole_shift_and_dds_without(planes):
