@@ -58,7 +58,7 @@ def latent(scene, prior, view, size):
 class Distillation:
     """The edit: one of the three losses, at views that are kept for HOLD steps."""
     fresh = False  # whether it begins with an optimiser that knows nothing
-    HELD = 0.3
+    HELD = 0.3  # weight of the surroundings of a scene, see `seen`
 
     def __init__(self, scene, source, prior, name, args, editor=None, where=None):
         """
@@ -91,8 +91,8 @@ class Distillation:
             x0_src.append(self.source_latent(view))
             looks.append((view, self.shaken(view, generator)))
             with torch.set_grad_enabled(not several):
-                latent_of, kept = self.seen(*looks[-1])
-                x0_tgt.append(latent_of)
+                drawn, strayed = self.seen(*looks[-1])
+                x0_tgt.append(drawn)
             t.append(pds.sample_timesteps(1, T, args.t_min, args.t_max, progress, generator))
             noise.append(torch.randn(x0_tgt[-1].shape, generator=generator))
             masks += [self.where(view, x0_tgt[-1])] if self.where else []
@@ -105,10 +105,10 @@ class Distillation:
                                  mask=torch.cat(masks) if masks else None, **self.options)
         # the released loss is divided by C H W, which only the eps of Adam notices
         scale = 1 / x0[0].numel() if args.rates == "released" else 1
-        (scale * (loss if several else loss + kept)).backward()
+        (scale * (loss if several else loss + strayed)).backward()
         for look, grad in zip(looks, x0.grad.split(1) if several else ()):
-            latent_of, kept = self.seen(*look)
-            ((latent_of * grad).sum() + scale * kept / len(looks)).backward()
+            drawn, strayed = self.seen(*look)
+            ((drawn * grad).sum() + scale * strayed / len(looks)).backward()
         return scale * loss.detach()
 
     def seen(self, view, look):
@@ -146,7 +146,7 @@ class DatasetUpdate:
     is replaced by its edit, while the scene keeps being fitted to all of them.
 
     name: the editor. "sdedit" (the paper's second stage, --refine) edits what the scene showed when the stage began;
-    "inv2n" and "in2n" edit what it shows now, guided by the photograph, and their dataset begins with the photographs.
+    "inv2n", "in2n" and "drfs" edit what it shows now, guided by the photograph, and their dataset begins with these.
     With a single picture, `edited` is the whole edit.
     """
     EVERY, STEPS, PATCH = 10, 20, 32
@@ -167,7 +167,8 @@ class DatasetUpdate:
     def edited(self, render, photograph, strength, generator):
         """The picture [1,3,H,W] that the editor makes of a render and its photograph, both [1,3,H,W].
 
-        strength: in2n: the share of T that the render is noised to; the others: the share of their steps that is skipped.
+        strength: in2n: the share of T that the render is noised to; sdedit and inv2n: the share of their steps that is
+            skipped; drfs takes all of its steps.
         """
         model = self.editor if self.name == "in2n" else self.prior
         x0 = model.encode(render)
@@ -178,8 +179,8 @@ class DatasetUpdate:
                                 steps=self.args.own.get("inversion_steps", 100), guidance_tgt=self.guidance,
                                 generator=generator)
         elif self.name == "drfs":
-            x0 = drfs(model, model.encode(photograph), self.y_tgt, self.y_src, start=x0, guidance_tgt=self.guidance,
-                      guidance_src=self.guidance * 6 / 16.5, generator=generator)
+            x0 = drfs(model, model.encode(photograph), self.y_tgt, self.y_src, guidance_tgt=self.guidance, start=x0,
+                      generator=generator)
         else:
             x0 = instruct_pix2pix(model, photograph, self.y_edit, x0, self.STEPS, strength, generator)
         return model.decode(x0)

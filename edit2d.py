@@ -113,7 +113,7 @@ def instruct_pix2pix(editor, picture, y, x0=None, steps=20, level=1.0, generator
 
 
 @torch.no_grad()
-def drfs(prior, x0, y_tgt, y_src, steps=50, guidance_src=6.0, guidance_tgt=16.5, shift=None, rates=None, start=None,
+def drfs(prior, x0, y_tgt, y_src, steps=50, guidance_src=None, guidance_tgt=16.5, shift=None, rates=None, start=None,
          generator=None):
     """Delta Rectified Flow Sampling (Beaudouin et al., arXiv 2509.05342), with the released settings.
 
@@ -124,6 +124,7 @@ def drfs(prior, x0, y_tgt, y_src, steps=50, guidance_src=6.0, guidance_tgt=16.5,
 
     Args:
         x0: [B,C,h,w] latent of the picture; start: [B,C,h,w] where x begins, None: x0.
+        guidance_src: None: 6 where that of the target is 16.5, as released, and as much of any other.
         shift: c of each step, [steps]; None: k / steps at step k. rates: [steps]; None: drfs_rates.
     Raises:
         ValueError: fewer than two steps, or more than the prior has timesteps.
@@ -136,7 +137,8 @@ def drfs(prior, x0, y_tgt, y_src, steps=50, guidance_src=6.0, guidance_tgt=16.5,
     shift = torch.arange(steps) / steps if shift is None else shift
     rates = drfs_rates(sigmas) if rates is None else rates
     x, source, target = x0 if start is None else start, copy.copy(prior), copy.copy(prior)
-    source.guidance, target.guidance = guidance_src, guidance_tgt
+    source.guidance = guidance_tgt * 6 / 16.5 if guidance_src is None else guidance_src
+    target.guidance = guidance_tgt
     for t, scale, sigma, c, rate in zip(timesteps, *(part.tolist() for part in (signal + noise, sigmas, shift, rates))):
         if rate == 0:  # the first of the released ones
             continue

@@ -18,9 +18,7 @@ COLOURS = ("#d9480f", "#2f5fd0", "#2b8a3e", "#c2255c", "#0b7285", "#111111")
 
 
 def methods():
-    """{title: [(label, name of the loss, flags)]}: a line of the chart for each title, a point for each label.
-
-    """
+    """{title: [(label, name of the loss, flags)]}: a line of the chart for each title, a point for each label."""
     series = lambda *flags: [(f"{k:g}", "pds", ["--identity", f"{k:g}", *flags]) for k in IDENTITIES]
     return {"PDS, smooth field, by K": series(), "PDS, free points, by K": series(*PAPER),
             "SDS": [("", "sds", [])], "DDS": [("", "dds", [])],

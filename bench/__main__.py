@@ -33,7 +33,8 @@ from files import Parser
 from report import exit_code, number
 
 # The modules of the commands that are not in that of their first word.
-PLACES = dict.fromkeys(("svg-geometry", "svg-field", "svg-batch", "svg-flow"), "geometry") | {"fuzz-scenes": "fuzz_scenes"}
+PLACES = {"svg-geometry": "geometry", "svg-field": "geometry", "svg-batch": "drawings", "svg-flow": "drawings",
+          "fuzz-scenes": "fuzz_scenes"}
 
 
 def measure(args):

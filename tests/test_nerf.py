@@ -37,6 +37,17 @@ def capture(tmp_path_factory):
     return NeRF.fit(load_scene(folder), steps=250, progress=False, **NERF_SIZES)
 
 
+def learn(nerf, wanted, steps):
+    """Steps of Adam towards pictures [1,3,24,24], one for each training view."""
+    optimiser, generator = torch.optim.Adam(nerf.param_groups(1e-2)), torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        view = nerf.sample_view(generator)
+        optimiser.zero_grad()
+        (nerf.render(view, 24) - wanted[view]).square().mean().backward()
+        optimiser.step()
+        nerf.project_()
+
+
 class Identity(torch.nn.Module):
     """In the place of a hash grid: a field of the coordinates themselves."""
 
@@ -302,13 +313,7 @@ def test_an_edit_can_grow_geometry(nerf_fitted):
     with torch.no_grad():
         wanted = [larger.render(view, 24) for view in range(len(scene.train))]
         error = [(nerf.render(v, 24) - w).square().mean() for v, w in enumerate(wanted)]
-    optimiser, generator = torch.optim.Adam(nerf.param_groups(1e-2)), torch.Generator().manual_seed(0)
-    for _ in range(120):
-        view = nerf.sample_view(generator)
-        optimiser.zero_grad()
-        (nerf.render(view, 24) - wanted[view]).square().mean().backward()
-        optimiser.step()
-        nerf.project_()
+    learn(nerf, wanted, 120)
     with torch.no_grad():
         now = [(nerf.render(v, 24) - w).square().mean() for v, w in enumerate(wanted)]
     assert sum(now) < 0.1 * sum(error)
@@ -409,13 +414,8 @@ def test_an_edit_of_a_capture_changes_its_geometry(capture):
     def error():
         with torch.no_grad():
             return sum((nerf.render(v, 24) - w).square().mean() for v, w in enumerate(wanted))
-    before, optimiser, generator = error(), torch.optim.Adam(nerf.param_groups(1e-2)), torch.Generator().manual_seed(0)
-    for _ in range(40):
-        view = nerf.sample_view(generator)
-        optimiser.zero_grad()
-        (nerf.render(view, 24) - wanted[view]).square().mean().backward()
-        optimiser.step()
-        nerf.project_()
+    before = error()
+    learn(nerf, wanted, 40)
     assert error() < 0.35 * before
 
 
