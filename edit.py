@@ -105,11 +105,27 @@ class Distillation:
                                  mask=torch.cat(masks) if masks else None, **self.options)
         # the released loss is divided by C H W, which only the eps of Adam notices
         scale = 1 / x0[0].numel() if args.rates == "released" else 1
-        (scale * (loss if several else loss + strayed)).backward()
-        for look, grad in zip(looks, x0.grad.split(1) if several else ()):
+        (scale * (loss if several else loss + strayed)).backward(inputs=None if several else self.taught(t[0]))
+        for look, row, grad in zip(looks, t, x0.grad.split(1) if several else ()):
             drawn, strayed = self.seen(*look)
-            ((drawn * grad).sum() + scale * strayed / len(looks)).backward()
+            ((drawn * grad).sum() + scale * strayed / len(looks)).backward(inputs=self.taught(row))
         return scale * loss.detach()
+
+    def taught(self, t):
+        """The parameters that a timestep [1] gives a gradient to; None: all of them.
+
+        Below args.colours_t_min the colours of a drawing get 0. With little noise the prior takes a colour as it sees it,
+        while the pull is at its largest there: a blue umbrella that should be red comes to rest at brown.
+        """
+        if self.args.mode != "svg" or t.item() >= self.args.colours_t_min * len(self.prior.abar):
+            return None
+        others = []
+        for name, parameter in self.scene.named_parameters():
+            if name not in self.scene.COLOURS:
+                others.append(parameter)
+            elif parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return others
 
     def seen(self, view, look):
         """The latent [1,C,h,w] of what a scene shows, and HELD times its squared error [] outside of the masks.

@@ -32,8 +32,9 @@ PATHS = ("turntable", "input")  # of the camera in turntable.gif
 
 # What a model with a pds.json of its own need not say. One without gets the paper's settings, prior.PAPER.
 COMMON = {"steps": 1000, "identity": 1.0, "t_min": 0.1, "t_max": 0.98, "schedule": "uniform", "rates": "settle",
-          "suffix": "", "refine": 0, "colours": 0.01, "steady": True, "opacities": False, "jitter": 3.0, "latent": 0.02,
-          "decay": 0.0, "table": 0.01, "mlps": 1e-3, "means": 3e-5, "scales": 1e-3, "rotations": 2e-4, "opacity": 1e-2}
+          "suffix": "", "refine": 0, "colours": 0.01, "colours_t_min": 0.0, "steady": True, "opacities": False,
+          "jitter": 3.0, "latent": 0.02, "decay": 0.0, "table": 0.01, "mlps": 1e-3, "means": 3e-5, "scales": 1e-3,
+          "rotations": 2e-4, "opacity": 1e-2}
 # DreamCatalyst is made for its own guidance and its own course of the timesteps (released code, dc.py).
 DREAMCATALYST = {"guidance": {"pds": 7.5}, "identity": 1.0, "t_min": 0.2, "t_max": 0.9, "schedule": "decreasing"}
 
@@ -98,6 +99,8 @@ def parse(argv=None, about=None):
       help="svg: let opaque shapes become transparent (default: the model's own)")
     a("--only", nargs="+", metavar="ID", help="svg: change these elements alone")
     a("--colours", type=rate, help="rate of colours and pixels (default: the model's own)")
+    a("--colours-t-min", type=share, help="svg: the timestep, as a share of T, below which no colour learns; 0: every step "
+      "is for all, as in the paper (default: the model's own)")
     a("--colours-only", action="store_true", help="svg: keep the geometry")
     a("--jitter", type=rate, help="svg: random shift at each step, pixels (default: the model's own)")
     a("--ss", type=int, choices=[1, 2, 4], default=1, help="svg: supersampling (default: 1)")
@@ -135,8 +138,8 @@ def parse(argv=None, about=None):
     gaussians = args.fitted.suffix.lower() != ".safetensors" if args.fitted else _is_gaussians(args.input)
     args.mode = args.mode or ("splat" if gaussians else mode_of(sys.argv[1:] if argv is None else argv))
     only_with = dict(fit_only=SCENES, refine=EDITABLE, export=SCENES, list=["bench"], modes=["bench"], front=["bench"],
-                     only=["svg"], opacities=["svg"], local=MODES, mask=MODES, fitted=SCENES, images=SCENES,
-                     up=["splat"])
+                     only=["svg"], opacities=["svg"], colours_t_min=["svg", "bench"], local=MODES, mask=MODES,
+                     fitted=SCENES, images=SCENES, up=["splat"])
     for flag, modes in only_with.items():
         if getattr(args, flag) and args.mode not in modes:
             p.error(f"--{flag.replace('_', '-')}: only with --mode {' and '.join(modes)}")

@@ -381,6 +381,8 @@ class SVG(torch.nn.Module):
         """
         return cls(Document.load(path, skip_unsupported, size), ss)
 
+    COLOURS = ("colours", "stop_colours", "opacities")  # the parameters that say what a place looks like, not where it is
+
     def __init__(self, document, ss=1):
         super().__init__()
         self.document, self.size, self.sides, self.ss = document, document.size, document.sides, ss

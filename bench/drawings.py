@@ -59,7 +59,8 @@ def flow(args):
         told = copy.copy(prior)
         told.network = AsFlow(prior.network, shift)
         told.abar = told.network.abar
-        ends = (f"--t-{end}={told.network.share_of(t)}" for end, t in (("min", own.t_min), ("max", own.t_max)))
+        known = {"t-min": own.t_min, "t-max": own.t_max, "colours-t-min": own.colours_t_min}
+        ends = (f"--{end}={told.network.share_of(t)}" for end, t in known.items())
         flags = [*ends, "--seed", str(args.seed)]
         for kind in ("official", "consistent"):
             found = [measured(told, *drawing, [*flags, "--coefficients", kind])[0] for drawing in drawings]

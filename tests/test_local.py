@@ -67,11 +67,35 @@ def test_without_its_helps_an_edit_takes_the_steps_of_the_paper(smiling):
 
 def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
     _, scene, _, options = smiling("--steps", "12")
-    assert options.smooth == 8 and options.steady and 0 < options.identity <= 1
+    assert options.smooth == 6 and options.steady and 0 < options.identity <= 1
     assert (scene.opacities[scene.loaded["opacities"] == 1] == 1).all()
     moved = scene.points.detach() - scene.loaded["points"]
     near = torch.cdist(scene.loaded["points"], scene.loaded["points"]) < 1
     assert (torch.cdist(moved, moved)[near] < 0.3 * moved.norm(dim=1).max()).all() and moved.abs().max() > 0.1
+
+
+def test_below_a_timestep_no_colour_learns(smiling, monkeypatch):
+    """The gradients of a step on given timesteps; of a batch the mean over its rows, in which some count as 0."""
+    def gradients(low, *timesteps):
+        prior, scene, source, options = smiling("--steps", "1", "--batch", str(len(timesteps)), "--colours-t-min", str(low))
+        drawn = iter(timesteps)
+        monkeypatch.setattr(pds, "sample_timesteps", lambda *_: torch.tensor([next(drawn)]))
+        stage, = stages_of(scene, source, prior, "pds", options)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(timesteps))]
+        prior.guidance = stage.guidance
+        scene.load_state_dict(scene.loaded)
+        scene.zero_grad()
+        stage.backward(0, generators)
+        monkeypatch.undo()
+        return {name: p.grad for name, p in scene.named_parameters() if p.numel()}
+    for low, t in ((0.3, 299), (0.3, 300)):
+        found, full = gradients(low, t), gradients(0, t)
+        for name in found:
+            assert_close(found[name], full[name] * (t >= 300 or name not in ("colours", "opacities")))
+        assert full["colours"].abs().max() > 0 and found["points"].abs().max() > 0
+    found, taught, full = gradients(0.3, 500, 200), gradients(0, 500), gradients(0, 500, 200)
+    assert_close(found["colours"], taught["colours"] / 2, atol=1e-6, rtol=1e-4)
+    assert_close(found["points"], full["points"])
 
 
 def test_identity_holds_the_source(smiling):

@@ -23,7 +23,7 @@ from prior import PAPER, InstructPix2Pix, Prior
 STYLE = ". minimal flat 2d vector image. lineal color. trending on artstation"
 TABLE = {  # of the released code, by mode
     "svg": dict(steps=1000, guidance=100, t_min=0.1, t_max=0.98, colours=0.01, smooth=0, steady=False, opacities=True,
-                identity=1, jitter=0, suffix=STYLE, refine=0),
+                identity=1, colours_t_min=0, jitter=0, suffix=STYLE, refine=0),
     "image": dict(steps=500, guidance=50, t_min=0.02, t_max=0.98, latent=0.1, decay=0.01, refine=50, suffix=""),
     "nerf": dict(steps=30000, guidance=100, t_min=0.02, t_max=0.98, table=0.01, mlps=0.01),
     "splat": dict(steps=30000, guidance=100, t_min=0.02, t_max=0.98, means=1.6e-4, scales=5e-3, rotations=1e-3,
@@ -67,8 +67,8 @@ def test_a_model_without_settings_gets_the_papers(mode, pipelines, tmp_path, mon
 def test_every_setting_of_the_paper_has_a_flag_that_wins(pipelines):
     prior = types.SimpleNamespace(size=16, multiple=8, abar=ABAR, defaults=Prior.from_pretrained(pipelines["sd"]).defaults)
     flags = {"steps": 3, "guidance": 4, "t_min": 0.3, "t_max": 0.9, "schedule": "decreasing", "rates": "settle",
-             "identity": 0.2, "suffix": "!", "points": 0.1, "colours": 0.2, "smooth": 5, "jitter": 1, "latent": 0.3,
-             "decay": 0.4, "table": 0.5, "mlps": 0.6, "means": 0.7, "scales": 0.8, "rotations": 0.9, "opacity": 0.11}
+             "identity": 0.2, "suffix": "!", "points": 0.1, "colours": 0.2, "colours_t_min": 0.4, "smooth": 5, "jitter": 1,
+             "latent": 0.3, "decay": 0.4, "table": 0.5, "mlps": 0.6, "means": 0.7, "scales": 0.8, "rotations": 0.9, "opacity": 0.11}
     words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     args = options.complete(run.parse(["--mode", "svg", *words, "--steady", "--no-opacities"]), prior, "pds")
     assert {key: getattr(args, key) for key in flags} == flags and args.steady and not args.opacities

@@ -575,9 +575,12 @@ def train_unet(args, device, vae, log):
         half.to(dtype=torch.float16)
         half.save_pretrained(args.out, safe_serialization=True)
         readable_by_transformers_4(args.out)
-        # a flow is edited at the noise that the model of diffusion is edited at
-        ends = {"t_min": round(flow.sigmas[100].item(), 3), "t_max": round(flow.sigmas[980].item(), 3)} if flow else {}
-        (args.out / "pds.json").write_text(json.dumps(DEFAULTS | ends, indent=1) + "\n")
+        own = copy.deepcopy(DEFAULTS)
+        if flow:  # which is edited at the noise that the model of diffusion is edited at
+            share = lambda t: round(flow.sigmas[round(1000 * t)].item(), 3)
+            own |= {"t_min": share(0.1), "t_max": share(0.98)}
+            own["svg"]["smooth"]["colours_t_min"] = share(own["svg"]["smooth"]["colours_t_min"])
+        (args.out / "pds.json").write_text(json.dumps(own, indent=1) + "\n")
         (args.out / "captions.txt").write_text((HERE / "captions.txt").read_text())
 
     weights, names = shares(captions), sorted({c[0] for c in captions})
@@ -867,7 +870,8 @@ def measure(args, log):
 # steps of a DDPM inversion; of a mode what is different there
 EDITORS = {"sdedit": 5, "inv2n": 6, "in2n": 7.5, "drfs": 3}
 DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, **EDITORS}, "steps": 300, "points": 0.08, "inversion_steps": 25,
-            "svg": {"identity": 0.5, "smooth": {"steps": 150, "points": 0.24, "colours": 0.02}},
+            "svg": {"identity": 0.5, "width": 6,
+                    "smooth": {"steps": 150, "points": 0.24, "colours": 0.02, "colours_t_min": 0.3}},
             "image": {"guidance": {"pds": 10, "dds": 3, "sds": 5, **EDITORS}},
             "nerf": {"guidance": {"pds": 10, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 500},
             "splat": {"guidance": {"pds": 15, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 600},
