@@ -234,11 +234,14 @@ def check_prompts(args):
 
 
 def check_timesteps(args, abar):
-    """Raise ValueError where --stride, --t-min or --t-max lead out of the schedule abar [T] of the model."""
+    """Raise ValueError where --stride, --t-min or --t-max lead out of the schedule abar [T] of the model, or where
+    --colours-t-min leaves no timestep to the colours of a drawing."""
     lowest, highest = (pds.sample_timesteps(1, len(abar), args.t_min, args.t_max, progress=share).item()
                        for share in (1.0, 0.0))
     if lowest < args.stride:
         raise ValueError(f"--stride {args.stride} is longer than the lowest timestep, {lowest}: raise --t-min")
+    if args.mode == "svg" and args.colours_t_min > args.t_max:
+        raise ValueError(f"--colours-t-min {args.colours_t_min:g} is above --t-max {args.t_max:g}: no colour would change")
     if abar[highest] < 1e-9:
         raise ValueError(f"--t-max {args.t_max:g}: the model's schedule ends in zero there, pure noise: lower it, as to "
                          "0.98")

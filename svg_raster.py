@@ -369,6 +369,7 @@ class SVG(torch.nn.Module):
     """
 
     jitter = 3.0                          # pixels, how far sample_view moves the picture
+    COLOURS = ("colours", "stop_colours", "opacities")  # the parameters that say what is seen, not where
 
     @classmethod
     def load(cls, path, skip_unsupported=False, size=64, ss=1):
@@ -380,8 +381,6 @@ class SVG(torch.nn.Module):
         Raises SVGError for what cannot be read or drawn; skip_unsupported leaves unsupported features out.
         """
         return cls(Document.load(path, skip_unsupported, size), ss)
-
-    COLOURS = ("colours", "stop_colours", "opacities")  # the parameters that say what a place looks like, not where it is
 
     def __init__(self, document, ss=1):
         super().__init__()

@@ -104,7 +104,8 @@ def test_the_modes_of_the_loop_are_those_of_the_loaders():
     (["--model", "no/such/model"], "no/such/model: no such model directory"),
     (["--svg", "broken.svg"], "broken.svg"), (["--svg", "empty.svg"], "empty.svg: nothing to edit"),
     (["--mode", "image", "--image", "broken.svg"], "broken.svg: no readable picture"),
-    (["--t-min", "0.9", "--t-max", "0.1"], "t_min <= t_max"), (["--stride", "2000"], "stride")])
+    (["--t-min", "0.9", "--t-max", "0.1"], "t_min <= t_max"), (["--stride", "2000"], "stride"),
+    (["--t-max", "0.2", "--colours-t-min", "0.3"], "--colours-t-min 0.3 is above --t-max 0.2: no colour would change")])
 def test_bad_input_gets_one_line_and_overwrites_nothing(command, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.svg").write_text("<svg><path d='M0 0")
