@@ -138,7 +138,7 @@ def parse(argv=None, about=None):
     gaussians = args.fitted.suffix.lower() != ".safetensors" if args.fitted else _is_gaussians(args.input)
     args.mode = args.mode or ("splat" if gaussians else mode_of(sys.argv[1:] if argv is None else argv))
     only_with = dict(fit_only=SCENES, refine=EDITABLE, export=SCENES, list=["bench"], modes=["bench"], front=["bench"],
-                     only=["svg"], opacities=["svg"], colours_t_min=["svg", "bench"], local=MODES, mask=MODES,
+                     only=["svg"], opacities=["svg"], colours_t_min=["svg"], local=MODES, mask=MODES,
                      fitted=SCENES, images=SCENES, up=["splat"])
     for flag, modes in only_with.items():
         if getattr(args, flag) and args.mode not in modes:
