@@ -59,6 +59,7 @@ class Distillation:
     """The edit: one of the three losses, at views that are kept for HOLD steps."""
     fresh = False  # whether it begins with an optimiser that knows nothing
     HELD = 0.3  # weight of the surroundings of a scene, see `seen`
+    PIXELS = 2 ** 16  # of drawings that are drawn and encoded in one go
 
     def __init__(self, scene, source, prior, name, args, editor=None, where=None):
         """
@@ -81,73 +82,86 @@ class Distillation:
 
     def backward(self, step, generators):
         prior, args, T = self.prior, self.args, len(self.prior.abar)
-        several = len(generators) > 1  # then only latents and their gradients are kept of all, and drawn again one by one
         progress = step / self.steps if args.schedule == "decreasing" else None
-        looks, x0_tgt, x0_src, t, noise, masks = [], [], [], [], [], []
+        looks, t = [], []
         for i, generator in enumerate(generators):
             if step % HOLD[args.mode] == 0:
                 self.state["views"][i] = self.scene.sample_view(generator)
             view = self.state["views"][i]
-            x0_src.append(self.source_latent(view))
             looks.append((view, self.shaken(view, generator)))
-            with torch.set_grad_enabled(not several):
-                drawn, strayed = self.seen(*looks[-1])
-                x0_tgt.append(drawn)
             t.append(pds.sample_timesteps(1, T, args.t_min, args.t_max, progress, generator))
-            noise.append(torch.randn(x0_tgt[-1].shape, generator=generator))
-            masks += [self.where(view, x0_tgt[-1])] if self.where else []
-        x0_src, model = torch.cat(x0_src), prior
+        x0_src, model = self.source_latents([view for view, _ in looks]), prior
+        noise = torch.cat([torch.randn(x0_src[:1].shape, generator=generator) for generator in generators])
+        masks = torch.cat([self.where(view, x0_src) for view, _ in looks]) if self.where else None
         if self.editor:
             prior.guidance = self.guidance
             model = prior.of(x0=x0_src.repeat(2, 1, 1, 1))
-        x0 = torch.cat(x0_tgt).detach().requires_grad_() if several else x0_tgt[0]
-        loss = LOSSES[self.name](model, x0, x0_src, self.y_tgt, self.y_src, torch.cat(t), torch.cat(noise),
-                                 mask=torch.cat(masks) if masks else None, **self.options)
+        parts = self.parts(len(looks))
+        several = len(parts) > 1  # then only latents and their gradients are kept of all, and drawn again part by part
+        with torch.set_grad_enabled(not several):
+            drawn, strayed = zip(*(self.seen(looks[part], t[part]) for part in parts))
+        x0 = torch.cat(drawn).detach().requires_grad_() if several else drawn[0]
+        loss = LOSSES[self.name](model, x0, x0_src, self.y_tgt, self.y_src, torch.cat(t), noise, mask=masks,
+                                 **self.options)
         # the released loss is divided by C H W, which only the eps of Adam notices
         scale = 1 / x0[0].numel() if args.rates == "released" else 1
-        (scale * (loss if several else loss + strayed)).backward(inputs=None if several else self.taught(t[0]))
-        for look, row, grad in zip(looks, t, x0.grad.split(1) if several else ()):
-            drawn, strayed = self.seen(*look)
-            ((drawn * grad).sum() + scale * strayed / len(looks)).backward(inputs=self.taught(row))
+        (scale * (loss if several else loss + strayed[0])).backward()
+        for part in parts if several else ():
+            drawn, strayed = self.seen(looks[part], t[part])
+            ((drawn * x0.grad[part]).sum() + scale * strayed / len(looks)).backward()
+        for name in self.scene.COLOURS if args.mode == "svg" else ():  # what nothing was taught goes on as with 0
+            parameter = getattr(self.scene, name)
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         return scale * loss.detach()
 
-    def taught(self, t):
-        """The parameters that a timestep [1] gives a gradient to; None: all of them.
+    def seen(self, looks, t):
+        """What is drawn of a scene at some (view, look), with as many timesteps t: [n,C,h,w], and how far it strayed.
 
-        Below args.colours_t_min the colours of a drawing get 0. With little noise the prior takes a colour as it sees it,
-        while the pull is at its largest there: a blue umbrella that should be red comes to rest at brown.
+        That is HELD times the squared error [] outside of the masks, of one look at a scene. The push does not act there, but
+        the field or the Gaussians that it changes reach there, and the pull on the few pixels of a latent is too weak to
+        undo that.
         """
-        if self.args.mode != "svg" or t.item() >= self.args.colours_t_min * len(self.prior.abar):
-            return None
-        others = []
-        for name, parameter in self.scene.named_parameters():
-            if name not in self.scene.COLOURS:
-                others.append(parameter)
-            elif parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return others
-
-    def seen(self, view, look):
-        """The latent [1,C,h,w] of what a scene shows, and HELD times its squared error [] outside of the masks.
-
-        The push does not act there, but the field or the Gaussians that it changes reach there, and the pull on the few
-        pixels of a latent is too weak to undo that. An object by itself has no surroundings to hold.
-        """
-        if not self.where or self.args.mode not in SCENES or self.scene.scene.bounded:
+        if self.args.mode == "svg":
+            return self.prior.encode(torch.cat([self.drawn(look, *row) for (_, look), row in zip(looks, t)])), 0
+        (view, look), = looks
+        if not self.where or self.args.mode not in SCENES:
             return latent(self.scene, self.prior, look, self.args.frame), 0
         picture = self.scene.render(look, self.args.frame)
         outside = (1 - 2 * self.where(view, picture)).clamp_min(0)  # a soft mask of one half belongs to the edit
         error = picture - self.source.render(view, self.args.frame).to(picture)
         return self.prior.encode(picture), self.HELD * (outside * error.square()).sum()
 
+    def drawn(self, look, t):
+        """[1,3,H,W] of a drawing; its colours learn nothing from a timestep below args.colours_t_min.
+
+        With little noise the prior takes a colour as it sees it, while the pull is at its largest there: a blue umbrella
+        that should be red comes to rest at brown.
+        """
+        idle = [getattr(self.scene, name) for name in self.scene.COLOURS]
+        idle = [] if t >= self.args.colours_t_min * len(self.prior.abar) else [p for p in idle if p.requires_grad]
+        for parameter in idle:
+            parameter.requires_grad_(False)
+        picture = self.scene.render(look, self.args.frame)
+        for parameter in idle:
+            parameter.requires_grad_(True)
+        return picture
+
     @torch.no_grad()
-    def source_latent(self, view):
-        """[1,C,h,w] of the source; of a picture or photograph it is made once."""
-        if isinstance(view, tuple):  # of a drawing that is shifted in each step
-            return latent(self.source, self.prior, view, self.args.frame)
-        if view not in self.x0_src:
-            self.x0_src[view] = latent(self.source, self.prior, view, self.args.frame).cpu()
-        return self.x0_src[view].to(self.prior.device)
+    def source_latents(self, views):
+        """[N,C,h,w] of the source at N views; of a picture or photograph it is made once."""
+        if isinstance(views[0], tuple):  # of a drawing that is shifted in each step
+            return torch.cat([self.prior.encode(torch.cat([self.source.render(view, self.args.frame) for view in views[part]]))
+                              for part in self.parts(len(views))])
+        for view in views:
+            if view not in self.x0_src:
+                self.x0_src[view] = latent(self.source, self.prior, view, self.args.frame).cpu()
+        return torch.cat([self.x0_src[view] for view in views]).to(self.prior.device)
+
+    def parts(self, count):
+        """`count` views as slices of those that are drawn and encoded in one go: all those of a small drawing, else single
+        ones, whose graphs take much more memory."""
+        at_once = max(1, self.PIXELS // self.prior.size ** 2) if self.args.mode == "svg" else 1
+        return [slice(at, at + at_once) for at in range(0, count, at_once)]
 
     def shaken(self, view, generator):
         """What is drawn at a view: of a scene pixels whose centres are shifted by up to half a pixel, as over many steps
@@ -332,7 +346,7 @@ def edit(scene, groups, stages, prior, args, out, config=None):
         FloatingPointError: the loss is no longer finite.
         ValueError: the checkpoint is damaged or another run's. OSError: it cannot be written.
     """
-    optimiser = SteadyAdam(groups)
+    optimiser = SteadyAdam([{"start": 10 / (args.batch * parallel.world())} | group for group in groups])
     rates, share = [group["lr"] for group in groups], RATES[args.rates]
     generators = parallel.streams(args.seed, args.batch)
     start, frames, checkpoint = 0, [snapshot(scene)], out / "checkpoint.pt"

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from pds import add_noise, posterior, stochastic_latent
+from pds import add_noise, posterior, predict, stochastic_latent
 from pictures import frame_of
 from report import to_pil, write
 
@@ -165,13 +165,14 @@ def diffedit_map(prior, x0, y_tgt, y_src, noises=16, level=0.5, generator=None):
     """How much the two prompts disagree about the picture, [B,1,h,w] from 0 up: DiffEdit, step 1.
 
     The difference of the two noise predictions at `level` T, averaged over several noises and channels, is
-    scaled so that its 98th percentile is 1 (a single extreme must not decide).
+    scaled so that its 98th percentile is 1 (a single extreme must not decide). y_tgt, y_src: a row each.
     """
-    t = torch.full((len(x0),), int(level * len(prior.abar)), device=x0.device)
-    total = 0
-    for _ in range(noises):
-        x_t = add_noise(x0, _draw(x0, generator), prior.abar, t)
-        total = total + (prior.eps(x_t, t, y_tgt) - prior.eps(x_t, t, y_src)).abs().mean(1, keepdim=True)
+    total, together = 0, 4  # noises in a network call
+    for noise in torch.cat([_draw(x0, generator) for _ in range(noises)]).split(together * len(x0)):
+        of = x0.repeat(len(noise) // len(x0), 1, 1, 1)
+        t = torch.full((len(of),), int(level * len(prior.abar)), device=x0.device)
+        eps_tgt, eps_src = predict(prior, t, noise, (of, y_tgt), (of, y_src))
+        total = total + (eps_tgt - eps_src).abs().mean(1, keepdim=True).unflatten(0, (-1, len(x0))).sum(0)
     return total / total.flatten(1).quantile(0.98, dim=1).clamp_min(1e-12).reshape(-1, 1, 1, 1)
 
 

@@ -109,9 +109,9 @@ class SteadyAdam(torch.optim.Adam):
 # ---- the course of the rates --------------------------------------------------------------------------
 
 def settling_share(step, steps, group):
-    """Share of a group's rate at a step of `steps`: a start of 10 steps, as Adam's first ones know little, and down to
-    0 in the second half, which averages the noise."""
-    return min(1.0, (step + 1) / 10, 2 - 2 * step / steps)
+    """Share of a group's rate at a step of `steps`: a start of group["start"] of them, else 10, as Adam's first ones know
+    little, and down to 0 in the second half, which averages the noise."""
+    return min(1.0, (step + 1) / group.get("start", 10), 2 - 2 * step / steps)
 
 
 def released_share(step, steps, group):

@@ -31,7 +31,7 @@ OUTPUTS = {"source.png", "sheet.png", "progress.gif", "turntable.gif", "depth.pn
 PATHS = ("turntable", "input")  # of the camera in turntable.gif
 
 # What a model with a pds.json of its own need not say. One without gets the paper's settings, prior.PAPER.
-COMMON = {"steps": 1000, "identity": 1.0, "t_min": 0.1, "t_max": 0.98, "schedule": "uniform", "rates": "settle",
+COMMON = {"steps": 1000, "batch": 1, "identity": 1.0, "t_min": 0.1, "t_max": 0.98, "schedule": "uniform", "rates": "settle",
           "suffix": "", "refine": 0, "colours": 0.01, "colours_t_min": 0.0, "steady": True, "opacities": False,
           "jitter": 3.0, "latent": 0.02, "decay": 0.0, "table": 0.01, "mlps": 1e-3, "means": 3e-5, "scales": 1e-3,
           "rotations": 2e-4, "opacity": 1e-2}
@@ -69,8 +69,8 @@ def parse(argv=None, about=None):
     a("--steps", type=positive, help="optimiser steps (default: the model's own)")
     a("--guidance", type=rate, help="classifier-free guidance (default: the model's own for each loss)")
     a("--seed", type=number(int, 0, 2 ** 62), default=0, help="seed of views, timesteps and noise (default: 0)")
-    a("--batch", type=number(int, 1, 1024), default=1, metavar="N",
-      help="views, timesteps and noises of a step, one network call for all (default: 1)")
+    a("--batch", type=number(int, 1, 1024), metavar="N",
+      help="views, timesteps and noises of a step, one network call for all (default: the model's own, mostly 1)")
     a("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
       help="default: cuda where there is one")
     a("--out", type=Path, help="output folder (default: out/<file>-<target>-<loss>)")
@@ -198,7 +198,7 @@ def complete(args, prior, name=None):
     if args.smooth:
         own = laid_over(own, own.get("smooth", {}))  # smooth steps may be larger, and fewer
     if args.mode == "nerf" and (args.local or args.mask):  # what all of the field shares would carry an edit out of place
-        own = own | {"mlps": own["mlps"] / 10}
+        own = own | {"mlps": own["mlps"] / 10, "table": own["table"] * 2}
     for key in (*COMMON, "points"):
         if getattr(args, key, None) is None:
             setattr(args, key, own.get(key))

@@ -49,7 +49,7 @@ def pds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, stride=2, 
     """
     x0_tgt, x0_src, t, noise = _prepare(prior, x0_tgt, x0_src, t, noise, stride, generator)
     psi, chi = pds_coefficients(prior.abar, t, t - stride, coefficients)
-    eps_tgt, eps_src = _predict(prior, t, noise, (x0_tgt, y_tgt), (x0_src, y_src))
+    eps_tgt, eps_src = predict(prior, t, noise, (x0_tgt, y_tgt), (x0_src, y_src))
     pull = identity * _rows(psi, x0_tgt) * (x0_tgt - x0_src).detach()
     push = _rows(chi, x0_tgt) * (eps_tgt - eps_src)
     return as_loss(x0_tgt, pull + _masked(push, mask))
@@ -62,7 +62,7 @@ def dds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, weight=1.0
     The source's prediction takes away the bias that both share, but nothing pulls x0_tgt back to x0_src.
     """
     x0_tgt, x0_src, t, noise = _prepare(prior, x0_tgt, x0_src, t, noise, 0, generator)
-    eps_tgt, eps_src = _predict(prior, t, noise, (x0_tgt, y_tgt), (x0_src, y_src))
+    eps_tgt, eps_src = predict(prior, t, noise, (x0_tgt, y_tgt), (x0_src, y_src))
     return as_loss(x0_tgt, _masked(_weights(weight, prior.abar, t, x0_tgt) * (eps_tgt - eps_src), mask))
 
 
@@ -76,7 +76,7 @@ def sds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, weight=noi
 
     SDS does not look at x0_src and y_src, which stand in the signature so that the three can be exchanged."""
     x0_tgt, x0_src, t, noise = _prepare(prior, x0_tgt, x0_src, t, noise, 0, generator)
-    eps_tgt, = _predict(prior, t, noise, (x0_tgt, y_tgt))
+    eps_tgt, = predict(prior, t, noise, (x0_tgt, y_tgt))
     return as_loss(x0_tgt, _masked(_weights(weight, prior.abar, t, x0_tgt) * (eps_tgt - noise), mask))
 
 
@@ -215,7 +215,7 @@ def _prepare(prior, x0_tgt, x0_src, t, noise, stride, generator):
 
 
 @torch.no_grad()
-def _predict(prior, t, noise, *pairs):
+def predict(prior, t, noise, *pairs):
     """The noise prediction [B,C,H,W] for each (x0, y), all in one network call, with the same t and noise."""
     x_t = torch.cat([add_noise(x0, noise, prior.abar, t) for x0, _ in pairs])
     y = _stack([y for _, y in pairs], len(t))

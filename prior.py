@@ -417,7 +417,7 @@ def _finite(weights):
 
 
 # What a pds.json may hold: the kind of a setting, of a number its least value besides.
-SETTINGS = {"steps": (1, int), "refine": (0, int), "inversion_steps": (1, int)} | dict.fromkeys(
+SETTINGS = {"steps": (1, int), "batch": (1, int), "refine": (0, int), "inversion_steps": (1, int)} | dict.fromkeys(
     ("schedule", "rates", "suffix"), str) | dict.fromkeys(("steady", "opacities"), bool) | dict.fromkeys(
     ("identity", "t_min", "t_max", "points", "canvas_points", "width", "colours", "colours_t_min", "jitter", "latent",
      "decay", "table", "mlps", "means", "scales", "rotations", "opacity"), (0, (int, float)))

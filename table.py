@@ -116,7 +116,7 @@ def log_odds(prior, x0, y_tgt, y_src, noises=8):
     noise = torch.randn(noises, *x0.shape[1:], generator=generator).to(x0)
     many = x0.expand(noises, -1, -1, -1)
     guidance, prior.guidance = prior.guidance, 1.0
-    eps_tgt, eps_src = pds._predict(prior, t, noise, (many, y_tgt), (many, y_src))
+    eps_tgt, eps_src = pds.predict(prior, t, noise, (many, y_tgt), (many, y_src))
     prior.guidance = guidance
     return ((noise - eps_src).square() - (noise - eps_tgt).square()).sum((1, 2, 3)).mean().item()
 

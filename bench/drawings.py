@@ -10,7 +10,7 @@ from flow import Flow, sigmas_of
 from prior import Prior
 from table import read_edits
 
-BATCHES = [(1, 1), (2, 1), (2, 2 ** 0.5), (2, 2), (4, 2), (4, 4)]  # --batch, and how much larger the rates are
+BATCHES = [(1, 0.5), (2, 0.5), (2, 1), (2, 1.5), (4, 1), (4, 2)]  # --batch, and how much larger than its own the rates are
 
 
 def batch(args):
@@ -19,7 +19,7 @@ def batch(args):
     drawings = [edit[1:4] for edit in read_edits(run.HERE / "examples" / "edits.txt", ["svg"])]
     own = run.complete(run.parse(["--mode", "svg"]), prior)
     for count, factor in BATCHES:
-        steps = round(own.steps * args.share / count)
+        steps = round(own.steps * own.batch * args.share / count)
         flags = ["--batch", str(count), "--steps", str(steps), "--points", str(own.points * factor),
                  "--colours", str(own.colours * factor), "--seed", str(args.seed)]
         found = [measured(prior, *drawing, flags)[0] for drawing in drawings]
