@@ -117,9 +117,9 @@ class Distillation:
     def seen(self, looks, t):
         """What is drawn of a scene at some (view, look), with as many timesteps t: [n,C,h,w], and how far it strayed.
 
-        That is HELD times the squared error [] outside of the masks, of one look at a scene. The push does not act there, but
-        the field or the Gaussians that it changes reach there, and the pull on the few pixels of a latent is too weak to
-        undo that.
+        That is HELD times the squared error [] outside of the masks, of one look at a scene. The push does not act there,
+        but the field or the Gaussians that it changes reach there, and the pull on the few pixels of a latent is too weak
+        to undo that.
         """
         if self.args.mode == "svg":
             return self.prior.encode(torch.cat([self.drawn(look, *row) for (_, look), row in zip(looks, t)])), 0
@@ -150,16 +150,16 @@ class Distillation:
     def source_latents(self, views):
         """[N,C,h,w] of the source at N views; of a picture or photograph it is made once."""
         if isinstance(views[0], tuple):  # of a drawing that is shifted in each step
-            return torch.cat([self.prior.encode(torch.cat([self.source.render(view, self.args.frame) for view in views[part]]))
-                              for part in self.parts(len(views))])
+            drawn = [[self.source.render(view, self.args.frame) for view in views[part]] for part in self.parts(len(views))]
+            return torch.cat([self.prior.encode(torch.cat(pictures)) for pictures in drawn])
         for view in views:
             if view not in self.x0_src:
                 self.x0_src[view] = latent(self.source, self.prior, view, self.args.frame).cpu()
         return torch.cat([self.x0_src[view] for view in views]).to(self.prior.device)
 
     def parts(self, count):
-        """`count` views as slices of those that are drawn and encoded in one go: all those of a small drawing, else single
-        ones, whose graphs take much more memory."""
+        """`count` views as slices of those that are drawn and encoded in one go: of a drawing as many as have PIXELS; of all
+        else single ones, whose graphs take more memory."""
         at_once = max(1, self.PIXELS // self.prior.size ** 2) if self.args.mode == "svg" else 1
         return [slice(at, at + at_once) for at in range(0, count, at_once)]
 
