@@ -67,7 +67,8 @@ def test_without_its_helps_an_edit_takes_the_steps_of_the_paper(smiling):
 
 def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
     _, scene, _, options = smiling("--steps", "12")
-    assert options.smooth == 6 and options.steady and 0 < options.identity <= 1 and options.batch == 2
+    assert options.smooth == 6 and options.steady and options.identity == 0.3 and options.batch == 2
+    assert options.guidance == 8
     assert (scene.opacities[scene.loaded["opacities"] == 1] == 1).all()
     moved = scene.points.detach() - scene.loaded["points"]
     near = torch.cdist(scene.loaded["points"], scene.loaded["points"]) < 1

@@ -871,7 +871,8 @@ def measure(args, log):
 EDITORS = {"sdedit": 5, "inv2n": 6, "in2n": 7.5, "drfs": 3}
 DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, **EDITORS}, "steps": 300, "points": 0.08, "inversion_steps": 25,
             "svg": {"identity": 0.5, "width": 6,
-                    "smooth": {"steps": 75, "batch": 2, "points": 0.48, "colours": 0.04, "colours_t_min": 0.3}},
+                    "smooth": {"steps": 75, "batch": 2, "points": 0.48, "colours": 0.04, "colours_t_min": 0.35,
+                               "guidance": {"pds": 8}, "identity": 0.3}},
             "image": {"guidance": {"pds": 10, "dds": 3, "sds": 5, **EDITORS}},
             "nerf": {"guidance": {"pds": 10, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 500},
             "splat": {"guidance": {"pds": 15, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 600},
