@@ -179,8 +179,9 @@ def laid_over(own, part):
 def complete(args, prior, name=None):
     """A copy of the options in which nothing that the model decides is open any more.
 
-    What the user gave stands. The rest is, in this order, what the coefficients, the method `name`, and the mode bring
-    of the model's settings, then its settings for all modes, then COMMON. `own` of the copy holds the model's settings.
+    What the user gave stands. The rest is, in this order, what the coefficients, smooth points, the method `name`, and the
+    mode bring of the model's settings, then its settings for all modes, then COMMON. `own` of the copy holds the model's
+    settings.
 
     Raises:
         ValueError: timesteps that lead out of the model's schedule.
@@ -189,14 +190,14 @@ def complete(args, prior, name=None):
     own = COMMON | prior.defaults
     for key in (args.mode, name):
         own = laid_over(own, own.get(key, {}))
-    if args.coefficients == "dreamcatalyst" and name == "pds":
-        own = laid_over(laid_over(own, DREAMCATALYST), own.get("dreamcatalyst", {}))
     if args.mode != "svg":
         args.smooth = 0
     elif args.smooth is None:
         args.smooth = own.get("width", prior.size / 8)
     if args.smooth:
         own = laid_over(own, own.get("smooth", {}))  # smooth steps may be larger, and fewer
+    if args.coefficients == "dreamcatalyst" and name == "pds":
+        own = laid_over(laid_over(own, DREAMCATALYST), own.get("dreamcatalyst", {}))
     if args.mode == "nerf" and (args.local or args.mask):  # what all of the field shares would carry an edit out of place
         own = own | {"mlps": own["mlps"] / 10, "table": own["table"] * 2}
     for key in (*COMMON, "points"):

@@ -69,6 +69,8 @@ def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
     _, scene, _, options = smiling("--steps", "12")
     assert options.smooth == 6 and options.steady and options.identity == 0.3 and options.batch == 2
     assert options.guidance == 8
+    _, _, _, options = smiling("--steps", "1", "--coefficients", "dreamcatalyst")  # which has a guidance and a K of its own
+    assert options.guidance == 3 and options.identity == 1 and options.batch == 2 and options.t_max == 0.9
     assert (scene.opacities[scene.loaded["opacities"] == 1] == 1).all()
     moved = scene.points.detach() - scene.loaded["points"]
     near = torch.cdist(scene.loaded["points"], scene.loaded["points"]) < 1
