@@ -69,12 +69,15 @@ def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
     _, scene, _, options = smiling("--steps", "12")
     assert options.smooth == 6 and options.steady and options.identity == 0.3 and options.batch == 2
     assert options.guidance == 8
-    _, _, _, options = smiling("--steps", "1", "--coefficients", "dreamcatalyst")  # which has a guidance and a K of its own
-    assert options.guidance == 3 and options.identity == 1 and options.batch == 2 and options.t_max == 0.9
     assert (scene.opacities[scene.loaded["opacities"] == 1] == 1).all()
     moved = scene.points.detach() - scene.loaded["points"]
     near = torch.cdist(scene.loaded["points"], scene.loaded["points"]) < 1
     assert (torch.cdist(moved, moved)[near] < 0.3 * moved.norm(dim=1).max()).all() and moved.abs().max() > 0.1
+
+
+def test_dreamcatalyst_keeps_its_own_guidance_and_identity_over_those_of_smooth_points(smiling):
+    _, _, _, options = smiling("--steps", "1", "--coefficients", "dreamcatalyst")
+    assert options.guidance == 3 and options.identity == 1 and options.batch == 2 and options.t_max == 0.9
 
 
 @pytest.mark.parametrize("pixels", [2 ** 16, 64 * 64])  # drawn and encoded in one go, or one after the other
