@@ -9,20 +9,24 @@ can be kept, with sample_view(generator), render(view, size) -> [1,3,H,W] in [0,
 options of options.py, completed.
 """
 import json
-import signal
 from collections import namedtuple
 
 import torch
 from PIL import Image
 
-import parallel
 import pds
-import report
-from checkpoint import CheckpointError, read_run, restore, restore_generators, restore_optimiser, restore_stages
-from edit2d import Picture, ddpm_inversion, drfs, instruct_pix2pix, sdedit
-from optimiser import SteadyAdam, released_share, settling_share
-from progress import progress as progress_bar
-from report import snapshot, to_pil, write
+from files import sheets
+from files.checkpoint import CheckpointError, read_run, restore, restore_generators, restore_optimiser, restore_stages
+from files.pictures import to_pil
+from files.sheets import snapshot, thumbnail
+from files.writing import write
+from image.editors import ddpm_inversion, drfs, instruct_pix2pix, sdedit
+from image.figures import perceptual
+from image.picture import Picture
+from loop import parallel
+from loop.interrupt import DelayedInterrupt
+from loop.optimiser import SteadyAdam, released_share, settling_share
+from loop.progress import progress as progress_bar
 
 MODES = ("svg", "image", "nerf", "splat")
 SCENES = ("nerf", "splat")  # modes with many views
@@ -50,8 +54,6 @@ def latent(scene, prior, view, size):
         return scene.theta
     return prior.encode(scene.render(view, size))
 
-
-# ---- the stages ---------------------------------------------------------------------------------------
 # A stage adds the gradient of a step to the scene's parameters. Each of its generators stands for a view, a timestep and
 # a noise of their own; the gradient is the mean over them, and over `world` processes that have as many each.
 
@@ -189,7 +191,7 @@ class DatasetUpdate:
         self.dataset, self.lpips = None, None
         self.state = {"pixels": None, "first": None, "edited": [], "order": [], "rounds": 0}
         if name == "in2n":
-            self.editor, self.lpips = editor, report.perceptual(prior.device)
+            self.editor, self.lpips = editor, perceptual(prior.device)
             editor.guidance, editor.image_guidance = self.guidance, args.image_guidance
             self.y_edit = editor.embed(instruction(args))
 
@@ -277,8 +279,8 @@ class DatasetUpdate:
 
     def pictures(self):
         """The views edited last, as the rows of a sheet: the photographs, their 2D edits, the scene."""
-        views, size = sorted(self.state["edited"][-report.SIDES:]), self.args.frame
-        look = lambda render: [report.thumbnail(to_pil(render(view)), report.SIDE_SIZE) for view in views]
+        views, size = sorted(self.state["edited"][-sheets.SIDES:]), self.args.frame
+        look = lambda render: [thumbnail(to_pil(render(view)), sheets.SIDE_SIZE) for view in views]
         with torch.no_grad():
             return [("photographs", self.args.source, look(lambda view: self.source.render(view, size))),
                     (f"{TITLES[self.name]} of each", self.args.target, look(self.open().picture)),
@@ -328,8 +330,6 @@ def guidance_of(own, name, wanted=None):
     suits = own["guidance"].get(name)
     return wanted if wanted is not None else EDITORS[name].guidance if suits is None else suits
 
-
-# ---- the one loop -------------------------------------------------------------------------------------
 
 def edit(scene, groups, stages, prior, args, out, config=None):
     """Optimise the scene with Adam, one stage after the other.
@@ -392,7 +392,7 @@ def edit(scene, groups, stages, prior, args, out, config=None):
             bar.update()
             bar.set_description(stage.name, refresh=False)
             bar.set_postfix(loss=f"{loss.item():.4g}", refresh=False)
-            if (step + 1) * report.FRAMES // len(plan) > step * report.FRAMES // len(plan):
+            if (step + 1) * sheets.FRAMES // len(plan) > step * sheets.FRAMES // len(plan):
                 frames.append(snapshot(scene))
             stopped = parallel.largest(interrupt.seen, loss.device)
             if (step + 1) % args.every == 0 or step + 1 == len(plan) or stopped:
@@ -402,23 +402,3 @@ def edit(scene, groups, stages, prior, args, out, config=None):
         else:
             stopped = False
     return frames, bool(stopped)
-
-
-class DelayedInterrupt:
-    """Within it Ctrl-C only sets .seen, so that no step is left half done; a second Ctrl-C stops at once."""
-
-    def __enter__(self):
-        self.seen, self.before = False, None
-        # A job in the background ignores Ctrl-C, and a host program may handle it itself: both stay as they are.
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self.before = signal.signal(signal.SIGINT, self.note)
-        return self
-
-    def note(self, *_):
-        self.seen = True
-        if parallel.world() == 1:  # torchrun passes on what the terminal has sent to all processes already
-            signal.signal(signal.SIGINT, self.before)
-
-    def __exit__(self, *_):
-        if self.before:
-            signal.signal(signal.SIGINT, self.before)

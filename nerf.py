@@ -19,15 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch.nn.functional import huber_loss, l1_loss, leaky_relu, max_pool3d
 
-import parallel
-from checkpoint import count, dictionary, restore
-from files import one_line, replacing
-from fit import Fit
-from scene import (Pixels, Representation, SceneError, cell_points, contract, over, spherical_harmonics,
-                   visual_hull)
+from files.checkpoint import count, dictionary, restore
+from files.messages import one_line
+from files.writing import replacing
+from loop import parallel
+from loop.fit import Fit
+from scene.box import cell_points, contract, visual_hull
+from scene.captures import SceneError
+from scene.photographs import Pixels, over
+from scene.representation import Representation, spherical_harmonics
 
-
-# ---- hash grid ----------------------------------------------------------------------------------------
 
 class HashGrid(torch.nn.Module):
     """Trilinear features at several resolutions from one flat table (Mueller et al., eq. 1 to 4).
@@ -123,8 +124,6 @@ class _Interpolate(torch.autograd.Function):
         return out, None, None, None
 
 
-# ---- the field ----------------------------------------------------------------------------------------
-
 LEAK = 0.05  # of the ReLUs: at rates that suit the table, a layer of 32 plain ones can die as a whole
 
 
@@ -192,8 +191,6 @@ class Field(Representation):
         pixels = 2 * self.camera(None, size).lens[0] / self.distance  # across the box
         self.grid.learning = max(1, sum(cells <= pixels for cells in self.grid.cells))
 
-
-# ---- where samples are taken --------------------------------------------------------------------------
 
 class SampledField(Field):
     """A field that knows where it is empty, and takes its samples elsewhere.
@@ -337,8 +334,6 @@ class Samples(NamedTuple):
     marched: int = 0
 
 
-# ---- volume rendering ---------------------------------------------------------------------------------
-
 def volume_weights(tau, ray, count):
     """weights [N] = T (1 - exp(-tau)) with the transmittance T = exp(-sum of tau before it on its ray).
 
@@ -392,8 +387,6 @@ def joined(tau, weights, ray, count, groups=12):
     at = torch.searchsorted(light, middle, right=True) - 1
     return at, torch.zeros_like(tau[at]).index_add(0, number, tau)
 
-
-# ---- the NeRF -----------------------------------------------------------------------------------------
 
 class NeRF(SampledField):
     """A neural radiance field of a scene, and how to draw, edit, save and fit it."""

@@ -15,13 +15,15 @@ from pathlib import Path
 
 import torch
 
-import parallel
 import pds
 from edit import COEFFICIENTS, EDITABLE, EDITORS, LOSSES, MODES, RATES, SCENES, guidance_of
-from files import Parser, digest
-from pictures import Frame
-from report import device, number
-from scene import SceneError, scene_files
+from files.messages import Parser, device, number
+from files.pictures import Frame
+from files.reading import digest
+from loop import parallel
+from pipelines.settings import COMMON, DREAMCATALYST, laid_over
+from scene.captures import SceneError
+from scene.reading import scene_files
 
 HERE = Path(__file__).resolve().parent
 MEANT = {"--svg": "svg", "--image": "image", "--scene": "nerf", "--splats": "nerf", "--fitted": "nerf"}  # as a mode
@@ -29,14 +31,6 @@ UP = ("x", "y", "z", "-x", "-y", "-z")
 OUTPUTS = {"source.png", "sheet.png", "progress.gif", "turntable.gif", "depth.png", "config.json",
            "checkpoint.pt"}  # of a run
 PATHS = ("turntable", "input")  # of the camera in turntable.gif
-
-# What a model with a pds.json of its own need not say. One without gets the paper's settings, prior.PAPER.
-COMMON = {"steps": 1000, "batch": 1, "identity": 1.0, "t_min": 0.1, "t_max": 0.98, "schedule": "uniform", "rates": "settle",
-          "suffix": "", "refine": 0, "colours": 0.01, "colours_t_min": 0.0, "steady": True, "opacities": False,
-          "jitter": 3.0, "latent": 0.02, "decay": 0.0, "table": 0.01, "mlps": 1e-3, "means": 3e-5, "scales": 1e-3,
-          "rotations": 2e-4, "opacity": 1e-2}
-# DreamCatalyst is made for its own guidance and its own course of the timesteps (released code, dc.py).
-DREAMCATALYST = {"guidance": {"pds": 7.5}, "identity": 1.0, "t_min": 0.2, "t_max": 0.9, "schedule": "decreasing"}
 
 
 def parse(argv=None, about=None):
@@ -171,11 +165,6 @@ def mode_of(words):
     return next((MEANT[flag] for flag in reversed(flags) if flag in MEANT), "svg")
 
 
-def laid_over(own, part):
-    """Settings with others laid over them; of the guidance, each loss by itself."""
-    return own | part | {"guidance": own["guidance"] | part.get("guidance", {})}
-
-
 def complete(args, prior, name=None):
     """A copy of the options in which nothing that the model decides is open any more.
 
@@ -223,8 +212,6 @@ def settings(args, prior, name):
     return config
 
 
-# ---- what cannot be meant -----------------------------------------------------------------------------
-
 def check_prompts(args):
     """Raise ValueError where --source or --target is missing; warn where they are the same."""
     for prompt in ("source", "target"):
@@ -247,8 +234,6 @@ def check_timesteps(args, abar):
         raise ValueError(f"--t-max {args.t_max:g}: the model's schedule ends in zero there, pure noise: lower it, as to "
                          "0.98")
 
-
-# ---- the user's files ---------------------------------------------------------------------------------
 
 def slug(text, longest=40):
     """A prompt as a part of a file's name: small letters, digits and hyphens.

@@ -17,31 +17,15 @@ import sys
 import warnings
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-import flow
-from files import is_number, one_line, read_json
-from loading import (DROPPED, PriorError, add_embedding, add_lora, as_stable_diffusion, check_channels, find_lora,
-                     load_pipeline, read_embedding)
+from files.messages import one_line
+from pipelines.captions import plain, read_captions
+from pipelines.flow import Flow
+from pipelines.loading import (DROPPED, PriorError, add_embedding, add_lora, as_stable_diffusion, find_lora,
+                               load_pipeline, read_embedding)
+from pipelines.networks import FlowUNet, Texts, UNet, network_of, spare_memory
+from pipelines.settings import PAPER, fitted, read_defaults
 
-# The guidance of the paper's code for PDS and DreamFusion's for SDS; DDS as in its own.
-GUIDANCE = {"pds": 100.0, "dds": 7.5, "sds": 100.0}
-# The settings of the paper's released code by mode (its 2D experiment is a notebook in the history); options.py says what
-# each is. They are those of every model that has no file pds.json of its own beside its model_index.json.
-RELEASED = {"identity": 1.0, "t_min": 0.02, "t_max": 0.98, "schedule": "uniform", "rates": "released"}
-PAPER = {
-    "guidance": GUIDANCE,
-    "svg": RELEASED | {"steps": 1000, "t_min": 0.1, "canvas_points": 0.8, "colours": 0.01, "width": 0, "steady": False,
-                       "opacities": True, "jitter": 0.0,
-                       "suffix": ". minimal flat 2d vector image. lineal color. trending on artstation"},
-    "image": RELEASED | {"steps": 500, "guidance": GUIDANCE | {"pds": 50.0}, "latent": 0.1, "decay": 0.01, "refine": 50},
-    "nerf": RELEASED | {"steps": 30000, "table": 1e-2, "mlps": 1e-2},
-    "splat": RELEASED | {"steps": 30000, "means": 1.6e-4, "scales": 5e-3, "rotations": 1e-3, "opacity": 5e-2,
-                         "colours": 2.5e-3},
-    "in2n": {"steps": 15000}}
-
-
-LARGE = 256 * 256  # pixels of a feature map from which on the autoencoder computes it again for the backward
 LETTERS = 200  # of a prompt that are compared with the captions: the time grows with their square
 
 
@@ -67,7 +51,7 @@ class Prior:
                    if isinstance(module, torch.nn.Module) and part not in DROPPED}
         try:
             unet = FlowUNet if "FlowMatch" in type(getattr(pipe, "scheduler", None)).__name__ else UNet
-            self.network = flow.network_of(pipe) or unet(pipe, self.LATENTS)
+            self.network = network_of(pipe) or unet(pipe, self.LATENTS)
         except ValueError as e:
             raise PriorError(e) from e
         self.vae = pipe.vae
@@ -116,7 +100,7 @@ class Prior:
         defaults = read_defaults(folder / "pds.json") if brought else PAPER
         try:
             prior = cls(cls._complete(pipe, folder), guidance, defaults, device)
-            if isinstance(prior.network, flow.Flow) and not brought:
+            if isinstance(prior.network, Flow) and not brought:
                 prior.defaults = fitted(defaults, prior.network)
             prior._try()
         except PriorError as e:
@@ -223,108 +207,6 @@ class Prior:
         return self.network.eps(x_t.repeat(n, 1, 1, 1), t.repeat(n), y, *beside, **options).chunk(n)
 
 
-class UNet:
-    """The plain noise prediction of a pipeline of Stable Diffusion 1.x, 2.x or XL, without guidance.
-
-    What Prior asks of a network stands here, and in flow.py with the same names: module, abar, size, multiple,
-    guidance, embedded, zeros, embed, length, check, eps.
-    """
-    guidance, embedded = 7.5, 0
-
-    def __init__(self, pipe, latents=1):
-        """latents: how many of them the UNet takes at once. Raises PriorError."""
-        missing = [k for k in ("unet", "vae", "scheduler", "tokenizer") if getattr(pipe, k, None) is None]
-        if missing or not hasattr(pipe, "encode_prompt"):
-            raise PriorError(f"{type(pipe).__name__} is not shaped like Stable Diffusion: no {', '.join(missing)}")
-        self.pipe, self.module = pipe, pipe.unet
-        config = self.module.config
-        check_channels(config.in_channels, pipe.vae.config.latent_channels, latents)
-        if not is_number(config.sample_size, 1, 4096):
-            raise PriorError(f"the sample_size of its UNet, {config.sample_size}, is no number of pixels")
-        self.size = int(config.sample_size * pipe.vae_scale_factor)
-        self.multiple = pipe.vae_scale_factor  # latents of an odd side are the UNet's own care
-        self.zeros = pipe.config.get("force_zeros_for_empty_prompt", False)
-        self.read_schedule(pipe.scheduler)
-
-    def read_schedule(self, scheduler):
-        """Set abar, and what the network predicts. Raises PriorError where that cannot be used."""
-        if not hasattr(scheduler, "betas"):
-            raise PriorError(f"{type(scheduler).__name__} has no noise schedule of the DDPM kind")
-        self.prediction_type = scheduler.config.get("prediction_type", "epsilon")
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise PriorError(f"prediction type {self.prediction_type!r} is neither epsilon nor v_prediction")
-        # In float64 from the betas: the one-step beta is a difference of neighbours in abar.
-        self.abar = (1 - scheduler.betas.double().cpu()).cumprod(0)
-        first, last = self.abar[0], self.abar[-1]
-        if not (torch.isfinite(self.abar).all() and (self.abar.diff() <= 0).all() and 0 <= last < first <= 1):
-            raise PriorError("its noise schedule does not fall from 1 to 0")
-
-    def embed(self, prompt, device):
-        """Prompt -> (embeddings [1,L,D],), of SDXL (embeddings [1,L,D], pooled [1,P])."""
-        out = self.pipe.encode_prompt(prompt=prompt, device=device, num_images_per_prompt=1,
-                                      do_classifier_free_guidance=False)
-        # Stable Diffusion returns (cond, uncond); SDXL (cond, uncond, pooled cond, pooled uncond)
-        return (out[0],) if len(out) == 2 else (out[0], out[2])
-
-    def length(self, prompt):
-        """How many tokens a prompt has, and how many are read."""
-        return len(self.pipe.tokenizer(prompt).input_ids), self.pipe.tokenizer.model_max_length
-
-    def check(self, y):
-        """Raise PriorError where the texts y do not fit the network."""
-        given, taken = y[0].shape[-1], self.module.config.cross_attention_dim
-        if isinstance(taken, int) and given != taken:
-            raise PriorError(f"its texts have {given} features, its UNet takes {taken}")
-
-    def eps(self, x_t, t, y, beside=None):
-        """[B,C,h,w] float32; beside: [B,C,h,w] latents that the UNet takes beside x_t."""
-        x = x_t if beside is None else torch.cat([x_t, beside.to(x_t)], 1)
-        out = self.predict(x, t, y)
-        if self.prediction_type == "v_prediction":  # v = sqrt(abar) eps - sqrt(1 - abar) x0
-            abar = self.abar[t.cpu()].to(out).reshape(-1, 1, 1, 1)
-            out = abar.sqrt() * out + (1 - abar).sqrt() * x_t.to(out)
-        return out
-
-    def predict(self, x, t, y):
-        """What the UNet says, float32."""
-        dtype, device, added = self.module.dtype, self.module.device, None
-        embeddings, *pooled = (part.to(device, dtype) for part in y)
-        if pooled:  # SDXL is also told the picture's size and crop: the full picture, uncropped
-            h, w = (side * self.multiple for side in x.shape[-2:])
-            ids = torch.tensor([[h, w, 0, 0, h, w]], device=device, dtype=dtype).expand(len(x), -1)
-            added = {"text_embeds": pooled[0], "time_ids": ids}
-        return self.module(x.to(device, dtype), t.to(device), embeddings, added_cond_kwargs=added).sample.float()
-
-
-class FlowUNet(UNet, flow.Flow):
-    """A UNet that predicts the velocity eps - x0: a pipeline of Stable Diffusion's shape with a FlowMatch... scheduler."""
-    one_scale, eps = False, flow.Flow.eps
-
-    def read_schedule(self, scheduler):
-        """Raises ValueError where the noise levels cannot be used."""
-        if self.module.config.in_channels != self.pipe.vae.config.latent_channels:
-            raise PriorError("an InstructPix2Pix with a scheduler of flow matching cannot be used")
-        flow.Flow.__init__(self, flow.sigmas_of_scheduler(scheduler, self.module.config.sample_size ** 2))
-
-    def velocity(self, x, sigma, y):
-        return self.predict(x, 1000 * sigma, y)
-
-
-class Texts:
-    """The text encoders of a pipeline: on the device while prompts are embedded, on the CPU while the network runs."""
-
-    def __init__(self, encoders):
-        self.encoders, self.device = [*encoders], None
-
-    def to(self, device):
-        """Move them, unless they are there."""
-        device = torch.device(device)
-        if device != self.device:
-            for encoder in self.encoders:
-                encoder.to(device)
-            self.device = device
-
-
 class InstructPix2Pix(Prior):
     """A model that edits a picture as an instruction says (Brooks et al., arXiv 2211.09800): `of` names the picture.
 
@@ -378,37 +260,6 @@ class InstructPix2Pix(Prior):
         return guided(predictions, self.image_guidance, self.guidance)
 
 
-def fitted(defaults, network):
-    """PAPER's settings for a model of flow matching: t_min and t_max, shares of the schedule of Stable Diffusion,
-    become those of its own schedule with the same noise; where it was trained for one guidance, that is every one."""
-    usual = (1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
-    scales = dict.fromkeys(("pds", "dds", "sds", "sdedit", "inv2n", "drfs"), network.guidance)
-
-    def change(key, value):
-        if key == "guidance":
-            return scales if network.one_scale else value
-        if key in ("t_min", "t_max"):
-            return (network.abar - usual[round(value * 1000)]).abs().argmin().item() / len(network.abar)
-        return {k: change(k, v) for k, v in value.items()} if isinstance(value, dict) else value
-    return change(None, defaults)
-
-
-def spare_memory(block):
-    """Let a block of the autoencoder keep no more than its input for the backward where that is large.
-
-    A gradient through the encoder of Stable Diffusion at 512 px then takes 1.4 GB, not 3.2, and a tenth more time.
-    """
-    plain = block.forward
-    if "forward" in vars(block):  # another Prior has the same pipeline
-        return
-
-    def forward(x, *others, **named):
-        if torch.is_grad_enabled() and x.requires_grad and x.shape[-2] * x.shape[-1] >= LARGE:
-            return checkpoint(plain, x, *others, use_reentrant=False, **named)
-        return plain(x, *others, **named)
-    block.forward = forward
-
-
 def _finite(weights):
     """Whether a tensor holds neither NaN nor infinity."""
     # float64, which MPS lacks, holds the sum of whatever float32 holds
@@ -416,55 +267,7 @@ def _finite(weights):
     return weights.numel() == 0 or bool(torch.isfinite(weights.detach().sum(dtype=kind)))
 
 
-# What a pds.json may hold: the kind of a setting, of a number its least value besides.
-SETTINGS = {"steps": (1, int), "batch": (1, int), "refine": (0, int), "inversion_steps": (1, int)} | dict.fromkeys(
-    ("schedule", "rates", "suffix"), str) | dict.fromkeys(("steady", "opacities"), bool) | dict.fromkeys(
-    ("identity", "t_min", "t_max", "points", "canvas_points", "width", "colours", "colours_t_min", "jitter", "latent",
-     "decay", "table", "mlps", "means", "scales", "rotations", "opacity"), (0, (int, float)))
-
-
-def read_defaults(path):
-    """The settings that a model brings, pds.json; raises PriorError where one of them cannot be used."""
-    try:
-        found = read_json(path)
-    except ValueError as e:
-        raise PriorError(e) from e
-    parts = ("svg", "image", "nerf", "splat", "in2n", "dreamcatalyst", "smooth")  # settings of their own
-    owns = [("", found), *((part, found[part]) for part in parts if part in found)]
-    owns += [(f"{mode} smooth", own["smooth"]) for mode, own in owns if isinstance(own, dict) and "smooth" in own]
-    for mode, own in owns:
-        if not isinstance(own, dict):
-            raise PriorError(f"{path}: {mode} is no list of settings")
-        guidance = own.get("guidance", {})
-        wrong = [] if isinstance(guidance, dict) and all(is_number(scale, 0, 1e6) for scale in guidance.values()) else [
-            "guidance"]
-        wrong += [key for key, value in own.items() if key not in ("guidance", *parts) and not (
-            isinstance(value, SETTINGS[key]) if SETTINGS.get(key) in (bool, str) else key in SETTINGS and is_number(
-                value, SETTINGS[key][0], 1e6) and isinstance(value, SETTINGS[key][1]))]
-        if wrong:
-            raise PriorError(f"{path}: {', '.join(f'{mode} {key}'.strip() for key in wrong)} cannot be used")
-    return found | {"guidance": GUIDANCE | found.get("guidance", {})}
-
-
 def guided(predictions, *scales):
     """Classifier-free guidance: the first prediction, and `scales` times the way from each one to the next."""
     first, *_ = predictions
     return first + sum(scale * (b - a) for scale, a, b in zip(scales, predictions, predictions[1:]))
-
-
-def read_captions(text):
-    """captions.txt -> list of captions: a line an object, its synonyms behind |, "COLOUR car" once for each colour."""
-    colours = re.search(r"^# COLOUR is one of (.*)$", text, re.M)
-    captions = []
-    for line in text.splitlines():
-        for caption in line.split("|") if line[:1] not in "#" else []:
-            each = colours[1].split() if "COLOUR" in caption and colours else [""]
-            captions += [caption.strip().replace("COLOUR", colour) for colour in each]
-    return list(dict.fromkeys(captions))
-
-
-def plain(prompt):
-    """A prompt without capitals, articles and phrases such as "a picture of"."""
-    words = re.sub(r"[\W_]+", " ", prompt.lower())  # letters of every script are kept: they make another prompt
-    words = re.sub(r"^ *((an?|the) +)?((picture|drawing|emoji|photo|image|icon) +of +)?((an?|the) +)?", "", words)
-    return " ".join(words.split())

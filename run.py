@@ -29,27 +29,32 @@ from pathlib import Path
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # the imports take seconds, and Ctrl-C in one of them would end in a traceback of a library
     signal.signal(signal.SIGINT, lambda *_: os.write(2, b"run.py: interrupted\n") and os._exit(130))
+
 import torch
 from PIL import Image
 
 import options
-import parallel
-import report
-import table
 import toy
-from checkpoint import fingerprint, read_run
+from bench.edits import Maker, make_table, read_edits
+from bench.front import make_front
 from edit import EDITORS, LOSSES, SCENES, TITLES, edit, prompts, stages_of
-from edit2d import Picture, subject_masks
-from files import check_writable, locked, one_line
-from fit import kept_in
-from front import make_front
-from masks import Where, agree, local_masks, read_mask, read_masks
+from files import sheets
+from files.checkpoint import fingerprint, read_run
+from files.messages import exit_code, one_line
+from files.pictures import read_picture, to_pil, to_tensor
+from files.sheets import beside, sheet, snapshot
+from files.writing import check_writable, locked, write
+from image.figures import outside
+from image.masks import Where, agree, local_masks, read_mask, read_masks, subject_masks
+from image.picture import Picture
+from loop import parallel
+from loop.fit import kept_in
 from nerf import NeRF
 from options import HERE, check_prompts, complete, kept_apart, settings, slug
-from pictures import read_picture
 from prior import InstructPix2Pix, Prior
-from report import beside, exit_code, outside, sheet, snapshot, to_pil, to_tensor, write
-from scene import depth_picture, evaluate, export, input_path, load_scene, sides, turntable
+from scene.cameras import input_path, sides, turntable
+from scene.reading import load_scene
+from scene.representation import depth_picture, evaluate, export
 from splat import Splats
 from svg_raster import SVG
 
@@ -57,8 +62,6 @@ EXAMPLE = {"svg": ("smiling-face.svg", "slightly smiling face", "smiling face wi
            "image": ("red-apple.png", "red apple", "green apple"),
            "nerf": ("apple", "red apple", "green apple"), "splat": ("apple", "red apple", "green apple")}
 
-
-# ---- what can be edited -------------------------------------------------------------------------------
 # A loader returns the scene (what edit.py asks of it stands there; it also has save(path)), its parameter groups for
 # Adam, and the source, whose render(view) is the picture before.
 
@@ -172,8 +175,6 @@ def load_prior(args):
                                  embedding=args.embedding)
 
 
-# ---- one run ------------------------------------------------------------------------------------------
-
 def run_one(prior, name, args, out):
     """One edit by a loss or an editor, and its files in the folder `out`.
 
@@ -192,9 +193,9 @@ def _run_one(prior, name, args, out, held):
     args, editor = complete(args, prior, name), editor_of(name, args, prior)
     scene, groups, source = LOAD[args.mode](args, editor if editor and name in LOSSES else prior)
     around = args.mode in SCENES
-    turn = AROUND[args.path](scene, report.VIEWS, report.FRAME_SIZE) if around else []
-    views = sides(scene, report.SIDES, report.SIDE_SIZE) if around else [None]
-    size = report.SIDE_SIZE if around else report.SHEET_SIZE
+    turn = AROUND[args.path](scene, sheets.VIEWS, sheets.FRAME_SIZE) if around else []
+    views = sides(scene, sheets.SIDES, sheets.SIDE_SIZE) if around else [None]
+    size = sheets.SIDE_SIZE if around else sheets.SHEET_SIZE
     look = lambda: [snapshot(scene, size, view) for view in views]
     before, turned = look(), [snapshot(scene, view=camera) for camera in turn]
     where = where_of(scene, source, prior, args) if name in LOSSES else None
@@ -212,7 +213,7 @@ def _run_one(prior, name, args, out, held):
     if name in EDITORS and not around:
         prior.guidance, picture = stages[0].guidance, source.render(None, args.frame)
         scene.put(stages[0].edited(picture, picture, EDITORS[name].strength, torch.Generator().manual_seed(args.seed)))
-        frames, interrupted = [to_pil(source.render(None, report.FRAME_SIZE)), snapshot(scene)], False
+        frames, interrupted = [to_pil(source.render(None, sheets.FRAME_SIZE)), snapshot(scene)], False
     else:
         frames, interrupted = edit(scene, groups, stages, prior, args, out, config)
     after = look()
@@ -241,8 +242,6 @@ def _run_one(prior, name, args, out, held):
         raise KeyboardInterrupt(f"what is there is in {out}; the same command with --resume goes on")
     return before, after
 
-
-# ---- every mode --------------------------------------------------------------------------------------
 
 def parse(argv=None):
     """The options of a command line: see options.py."""
@@ -289,7 +288,7 @@ def work(args):
 def bench(args):
     """--mode bench: every edit of a list with the model's own settings, one table; processes share the edits out."""
     args.device = parallel.start(args.device)
-    edits = table.read_edits(args.list, ["svg"] if args.front else args.modes)
+    edits = read_edits(args.list, ["svg"] if args.front else args.modes)
     prior = load_prior(args)
 
     def options_of(mode, file, source, target, fit, *flags):
@@ -299,10 +298,10 @@ def bench(args):
         own.fit, own.steps, own.square, own.dtype = fit, args.steps, args.square, args.dtype
         own.lora, own.lora_scale, own.embedding = args.lora, args.lora_scale, args.embedding
         return own
-    maker = table.Maker(options_of, complete, settings, fit, run_one)
+    maker = Maker(options_of, complete, settings, fit, run_one)
     if args.front:
         return make_front(edits, prior, maker, args.out or Path("out/front"))
-    table.make_table(edits, args.losses, prior, maker, args.out or Path("out/edits"), args.clip)
+    make_table(edits, args.losses, prior, maker, args.out or Path("out/edits"), args.clip)
 
 
 def main(argv=None):

@@ -13,28 +13,28 @@ import math
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.functional import avg_pool3d, logsigmoid, threshold_
 
-import parallel
-from checkpoint import CheckpointError, dictionary, finite, restore
-from files import one_line, replacing
-from fit import Fit
-from ply import FARTHEST, read_vertices
-from scene import (Camera, Representation, Scene, SceneError, View, cell_points, look_at, over, spherical_harmonics,
-                   uncontract, undistorted, visual_hull)
+from files.checkpoint import CheckpointError, dictionary, finite, restore
+from files.messages import one_line
+from files.writing import replacing
+from loop import parallel
+from loop.fit import Fit
+from scene.box import cell_points, uncontract, visual_hull
+from scene.cameras import around
+from scene.captures import SceneError
+from scene.gaussians import FILES, _origin_of, _suffix, _up_of
+from scene.photographs import Scene, View, over, undistorted
+from scene.representation import SH_DC, Representation, spherical_harmonics
 
 ATTRIBUTES = ("means", "log_scales", "quaternions", "opacities", "sh_dc", "sh_rest")
 LARGEST = (1e8, 40, 1e8, 1e4, 1e6, 1e6)  # of these: squares and products of what is larger overflow, or mean nothing
 SEEN = 1 / 255  # an alpha below this is not drawn
 OPAQUE = 0.99  # none is above this: each layer lets some gradient through
 SPENT = 1e-4  # of the light left in a tile: what lies behind is not drawn
-SH_DC = 0.28209479  # the harmonic of degree 0
 MOST_POINTS = 20000  # of a cloud that Gaussians start on: to find the neighbours of more takes longer than it helps
 
-
-# ---- projection ---------------------------------------------------------------------------------------
 
 def project(means, log_scales, quaternions, camera, near):
     """Gaussians seen by a pinhole camera: the EWA approximation (Kerbl et al., eq. 5).
@@ -88,8 +88,6 @@ def quadratics(uv, cov, opacity_logits):
     peak = logsigmoid(opacity_logits.double())
     return torch.stack((peak - (p * u + q * v) / 2, p, q, -a / 2, -b, -c / 2), 1)
 
-
-# ---- tiles --------------------------------------------------------------------------------------------
 
 class Tiles:
     """Which Gaussians each tile of a picture draws, from front to back.
@@ -237,8 +235,6 @@ def _transmittance(alpha, before):
     torch.sub(1, alpha, out=light[:, 1:])
     return light.cumprod_(1)
 
-
-# ---- the splats ---------------------------------------------------------------------------------------
 
 class Splats(Representation):
     """N Gaussians, and how to draw, fit and edit them.
@@ -589,131 +585,3 @@ def _spacing(points, neighbours=3):
     distance = torch.cat(nearest).square().mean(1).sqrt()
     # equal points have no distance at all, and a lonely one must not fill the picture
     return distance.clamp(1e-3 * distance.median().item() + 1e-9, 10 * distance.median().item() + 1e-9)
-
-
-# ---- cameras for a model that comes without --------------------------------------------------------------
-
-ELEVATIONS, TURN, ANGLE = (0, 20, 45), 8, 50  # degrees of the rings, cameras on each, degrees of their angle of view
-
-
-def around(means, opacities, up, size):
-    """Square cameras of `size` pixels on three rings around Gaussians: centre [3], radius, and a list of Camera.
-
-    The centre is the median of the means [N,3] by their opacities [N] (logits), in each axis. The radius holds 95 % of
-    what is no further than three times the median distance: what is still further is taken for background.
-    up: [3], the direction that is up in the pictures.
-    """
-    weight = opacities.double().sigmoid()
-
-    def quantile(values, share):
-        order = values.argsort()
-        total = weight[order].cumsum(0)
-        return values[order[int((total < share * total[-1]).sum().clamp(max=len(order) - 1))]]
-    centre = torch.stack([quantile(axis, 0.5) for axis in means.T])
-    distance = (means - centre).norm(dim=1)
-    weight = weight * (distance <= 3 * quantile(distance, 0.5))
-    radius = max(quantile(distance, 0.95).item(), 1e-6)
-    up = torch.tensor(up, dtype=torch.float32)
-    right = torch.linalg.cross(up, up.roll(1))
-    forward = torch.linalg.cross(right, up)
-    focal = size / 2 / math.tan(math.radians(ANGLE) / 2)
-    lens, cameras = (focal, focal, size / 2, size / 2, *[0.0] * 6), []
-    reach = 1.3 * radius / math.sin(math.radians(ANGLE) / 2)  # with room around it
-    for ring, elevation in enumerate(map(math.radians, ELEVATIONS)):
-        for i in range(TURN):
-            turn = 2 * math.pi * (i + ring / len(ELEVATIONS)) / TURN
-            back = math.cos(elevation) * (math.cos(turn) * forward + math.sin(turn) * right) + math.sin(elevation) * up
-            cameras.append(Camera(look_at(centre + reach * back, back, up), lens, size, size))
-    return centre, radius, cameras
-
-
-def _up_of(path, comments):
-    """The direction that is up in a file of Gaussians, as "z": by its header, else as most captures of COLMAP's."""
-    said = [text.split(":")[1].strip().lower() for text in comments if text.lower().startswith("vertical axis:")]
-    if said and said[0] in ("x", "y", "z"):  # nerfstudio's
-        return said[0]
-    warnings.warn(one_line(f"{path}: does not say where up is: -y is taken, as in captures by COLMAP; --up z turns it, "
-                           "and with --scene DIR it has the cameras of its photographs"), stacklevel=3)
-    return "-y"
-
-
-def _origin_of(path, comments):
-    """[3] float64: where the zero of the positions lies, as `save` has written it, else zero."""
-    words = next((text.split()[1:] for text in comments if text.split()[:1] == ["origin"]), None)
-    try:
-        origin = torch.tensor([float(word) for word in words or "000"], dtype=torch.float64)
-    except ValueError:
-        origin = torch.zeros(0)
-    if len(origin) != 3 or not (origin.abs() <= FARTHEST).all():
-        raise SceneError(f"{path}: the origin in its header is no place")
-    return origin
-
-
-# ---- files --------------------------------------------------------------------------------------------
-
-def _ply_names(rest):
-    """The file's names of means, log_scales, quaternions, opacities, sh_dc and sh_rest; rest: numbers of the last."""
-    return (("x", "y", "z"), ("scale_0", "scale_1", "scale_2"), ("rot_0", "rot_1", "rot_2", "rot_3"), ("opacity",),
-            ("f_dc_0", "f_dc_1", "f_dc_2"), tuple(f"f_rest_{i}" for i in range(rest)))
-
-
-def _ply_bytes(means, log_scales, quaternions, opacities, sh_dc, sh_rest, origin):
-    # the order of the paper's code, which some viewers rely on; theirs is channel-major
-    rest = sh_rest.transpose(1, 2).flatten(1)
-    xyz, scale, rot, opacity, dc, others = _ply_names(rest.shape[1])
-    names = (*xyz, "nx", "ny", "nz", *dc, *others, *opacity, *scale, *rot)
-    table = torch.cat((means, torch.zeros_like(means), sh_dc, rest, opacities[:, None], log_scales, quaternions), 1)
-    comment = [f"comment origin {' '.join(map(repr, origin))}"] if any(origin) else []
-    header = ["ply", "format binary_little_endian 1.0", *comment, f"element vertex {len(means)}",
-              *(f"property float {name}" for name in names), "end_header", ""]
-    return "\n".join(header).encode() + table.numpy().astype("<f4").tobytes()
-
-
-def _read_ply(path, data):
-    table, comments = read_vertices(path, data)
-    rest = sum(name.startswith("f_rest_") for name in table)
-    names = _ply_names(rest)
-    missing = [name for group in names for name in group if name not in table]
-    if missing:
-        raise SceneError(f"{path}: no .ply of Gaussians: it has no {', '.join(missing)}")
-    if rest not in (0, 9, 24, 45):
-        raise SceneError(f"{path}: {rest} f_rest are no harmonics of degree 0 to 3")
-    count = len(table["x"])
-    columns = [np.array([table[name] for name in group], np.float64).reshape(len(group), count) for group in names]
-    mean, scale, rot, opacity, dc, others = (torch.from_numpy(c).T for c in columns)
-    return (mean, scale, rot, opacity[:, 0], dc, others.reshape(count, 3, rest // 3).transpose(1, 2)), comments
-
-
-SPLAT = np.dtype([("mean", "<f4", 3), ("scale", "<f4", 3), ("rgba", "u1", 4), ("rotation", "u1", 4)])
-
-
-def _splat_bytes(means, log_scales, quaternions, opacities, sh_dc, sh_rest, origin):
-    alpha = opacities.sigmoid()
-    # most important first: viewers draw a file while it loads
-    order = (log_scales.sum(1).exp() * alpha).argsort(descending=True, stable=True)
-    table = np.empty(len(means), SPLAT)
-    table["mean"], table["scale"] = means[order], log_scales[order].exp()
-    rgba = torch.cat((0.5 + SH_DC * sh_dc, alpha[:, None]), 1)
-    table["rgba"] = (rgba[order] * 255).round().clamp(0, 255)
-    rotation = quaternions / quaternions.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    table["rotation"] = (rotation[order] * 128 + 128).round().clamp(0, 255)
-    return table.tobytes()
-
-
-def _read_splat(path, data):
-    if len(data) % SPLAT.itemsize:
-        raise SceneError(f"{path}: is cut short: {len(data)} bytes are no multiple of {SPLAT.itemsize}")
-    table = np.frombuffer(data, SPLAT)
-    mean, scale, rgba, rotation = (torch.from_numpy(table[name].astype(np.float32)) for name in SPLAT.names)
-    alpha = (rgba[:, 3] / 255).clamp(1e-3, 1 - 1e-3)  # 0 and 255 stand for what rounds to them
-    return (mean, scale.clamp_min(1e-12).log(), (rotation - 128) / 128, alpha.logit(),
-            (rgba[:, :3] / 255 - 0.5) / SH_DC, torch.zeros(len(mean), 0, 3)), []
-
-
-FILES = {".ply": (_read_ply, _ply_bytes), ".splat": (_read_splat, _splat_bytes)}
-
-
-def _suffix(path):
-    if path.suffix.lower() not in FILES:
-        raise SceneError(f"{path}: the name of a file of Gaussians ends in .ply or .splat")
-    return path.suffix.lower()

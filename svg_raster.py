@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from files import Parser
-from optimiser import SmoothField
-from pictures import frame_of
-from svg_document import Document, write_file
-from svg_outline import SVGError
-from svg_segments import (BEVEL, BUTT, MITER, ROUND, SQUARE, TOLERANCE, dash, expand, flatten, scatter_sum, stroke,
-                          take)
+from files.messages import Parser
+from files.pictures import frame_of
+from loop.optimiser import SmoothField
+from svg.document import Document
+from svg.outline import SVGError
+from svg.segments import BEVEL, BUTT, MITER, ROUND, SQUARE, TOLERANCE, dash, expand, flatten, scatter_sum, stroke, take
+from svg.source import write_file
 
 MAX_FLOATS = 1 << 28                  # of one render, 1 GiB: what its layers, gradients and groups keep
 MANY_STOPS = 16                       # of a gradient; beyond it, every pixel looks up its own two

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 import pds
 import toy
-from edit2d import ddim, ddim_timesteps, ddpm_inversion, diffedit_mask, sdedit
+from image.editors import ddim, ddim_timesteps, ddpm_inversion, sdedit
+from image.masks import diffedit_mask
 
 torch.set_num_threads(1)
 BETAS = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion's

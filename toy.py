@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import pds
-from files import Parser
-from flow import Flow, sigmas_of
+from files.messages import Parser
+from pipelines.flow import Flow, sigmas_of
 
 BETAS = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion's
 STEPS, POINTS, RATE, GUIDANCE = 1000, 60, 0.05, 3.0
@@ -109,8 +109,6 @@ def figures(prior, way):
     target, source = (prior.log_density(end, m.expand(len(end), -1, -1))[0] for m in prior.means.flip(0))
     return (end - way[0]).norm(dim=1).mean().item(), target.mean().item(), (target - source).mean().item()
 
-
-# ---- the picture --------------------------------------------------------------------------------------
 
 SIDE, EDGE = 360, 4.4  # a panel's side in pixels, half of it in units of the plane
 PANELS = {"SDS": (pds.sds_loss, {}), "DDS": (pds.dds_loss, {}), "PDS": (pds.pds_loss, {}),

@@ -29,8 +29,7 @@ import argparse
 import importlib
 import sys
 
-from files import Parser
-from report import exit_code, number
+from files.messages import Parser, exit_code, number
 
 # The modules of the commands that are not in that of their first word.
 PLACES = {"svg-geometry": "geometry", "svg-field": "geometry", "svg-batch": "drawings", "svg-flow": "drawings",

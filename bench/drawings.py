@@ -4,11 +4,11 @@ import copy
 import torch
 
 import run
-from bench import table
+from bench.edits import read_edits
 from bench.geometry import measured
-from flow import Flow, sigmas_of
+from bench.measure import table
+from pipelines.flow import Flow, sigmas_of
 from prior import Prior
-from table import read_edits
 
 BATCHES = [(1, 0.5), (2, 0.5), (2, 1), (2, 1.5), (4, 1), (4, 2)]  # --batch, and how much larger than its own the rates are
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from bench import peak_memory, table
+from bench.measure import peak_memory, table
 from bench.svg import drawing_text
-from report import psnr
-from svg_raster import SVG, SVGError
+from image.figures import psnr
+from svg.outline import SVGError
+from svg_raster import SVG
 
 MAX_SECONDS, MAX_MIB = 5.0, 1024.0
 SAME = 40.0                               # dB between the pictures before and after saving

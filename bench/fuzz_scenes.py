@@ -25,16 +25,18 @@ import numpy as np
 import torch
 from PIL import Image, features
 
-from checkpoint import read_checkpoint
+from bench.edits import read_row
+from bench.measure import memory_status
 from edit import edit
-from files import read_json
+from files.checkpoint import read_checkpoint
+from files.pictures import read_picture
+from files.reading import read_json
 from nerf import NeRF
-from pictures import read_picture
-from prior import Prior, read_captions, read_defaults
-from report import memory_status
-from scene import load_scene
+from pipelines.captions import read_captions
+from pipelines.settings import read_defaults
+from prior import Prior
+from scene.reading import load_scene
 from splat import Splats
-from table import read_row
 
 SECONDS, MEGABYTES = 5, 1000
 COUNTS = {"scenes": 500, "colmap": 300, "ply": 300, "pictures": 300, "settings": 200}

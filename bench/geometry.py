@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 
 import run
-import table as edits_table
-from bench import peak_memory, svg, table
+from bench import svg
+from bench.edits import read_edits
+from bench.figures import figures
+from bench.front import PAPER
+from bench.measure import peak_memory, table
 from edit import edit, stages_of
-from front import PAPER
-from optimiser import SteadyAdam
+from files.sheets import snapshot
+from loop.optimiser import SteadyAdam
 from prior import Prior
-from report import snapshot
 
 
 def outlines(svg, points):
@@ -69,7 +71,7 @@ def measured(prior, file, source, target, flags):
         edit(scene, groups, stages_of(scene, original, prior, "pds", options), prior, options, Path(folder))
     now = scene.points.detach()
     before, after = snapshot(original, 512), snapshot(scene, 512)
-    row = edits_table.figures(prior, [before], [after], options)
+    row = figures(prior, [before], [after], options)
     broken = (joint_angles(scene, rest) < 5) & (joint_angles(scene, now) > 30)
     return dict(odds=row["log-odds"], PSNR=row["PSNR"], kinks=int(broken.sum()),
                 crossings=self_intersections(scene, now) - self_intersections(scene, rest)), after
@@ -78,7 +80,7 @@ def measured(prior, file, source, target, flags):
 def geometry(args):
     """The defaults against every point for itself, over the drawings of examples/edits.txt."""
     prior = Prior.from_pretrained(args.model)
-    drawings = [edit[1:4] for edit in edits_table.read_edits(run.HERE / "examples" / "edits.txt", ["svg"])]
+    drawings = [edit[1:4] for edit in read_edits(run.HERE / "examples" / "edits.txt", ["svg"])]
     ways = {"smooth": args.flags, "free": [*args.flags, *PAPER]}
     found = {way: [] for way in ways}
     for file, source, target in drawings:

@@ -17,8 +17,8 @@ from bench.fuzz_scenes import write_scene
 ROOT = Path(__file__).resolve().parent.parent
 SCENE = ["--source", "red apple", "--target", "green apple", "--fit-seconds", "0.5", "--steps", "6"]
 SMALL = """import sys
-import report
-report.FRAMES, report.FRAME_SIZE, report.SIDE_SIZE, report.VIEWS = 2, 24, 24, 4
+from files import sheets
+sheets.FRAMES, sheets.FRAME_SIZE, sheets.SIDE_SIZE, sheets.VIEWS = 2, 24, 24, 4
 import run
 sys.exit(run.main())"""  # few and small pictures in what a run reports
 RUNS = {  # every kind of run, with tiny settings
@@ -56,8 +56,9 @@ def start(kind, out, *flags):
     code = out.parent / "code"
     if not code.exists():
         code.mkdir(parents=True)
-        for file in ROOT.glob("*.py"):
-            shutil.copy(file, code)
+        for file in [*ROOT.glob("*.py"), *ROOT.glob("[!em]*/*.py")]:  # no examples, no models
+            (code / file.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+            shutil.copy(file, code / file.relative_to(ROOT))
         for name in ("models", "examples"):
             (code / name).symlink_to(ROOT / name)
     scene = ["--scene", str(out.parent / "scene")] if SCENE[0] in RUNS[kind] else []

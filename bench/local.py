@@ -8,12 +8,14 @@ import torch
 from PIL import Image
 
 import run
-from bench import table
-from edit2d import subject_masks
+from bench.edits import pictures_of
+from bench.figures import figures
+from bench.measure import table
+from files.pictures import to_tensor
+from image.figures import outside
+from image.masks import subject_masks
 from prior import Prior
-from report import outside, to_tensor
-from scene import load_scene
-from table import figures, pictures_of
+from scene.reading import load_scene
 
 PROMPTS = ["--source", "grinning face", "--target", "smiling face with sunglasses"]
 

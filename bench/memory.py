@@ -4,11 +4,10 @@ from pathlib import Path
 
 import torch
 
-from bench import table
-from loading import number_format, quiet
+from bench.measure import memory_status, table
 from pds import pds_loss
+from pipelines.loading import number_format, quiet
 from prior import Prior
-from report import memory_status
 
 BARS = {torch.float32: 8.7e9, torch.float16: 6e9, torch.bfloat16: 6e9}  # bytes; of Stable Diffusion 1.5 at 512 px
 

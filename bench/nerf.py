@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
+from bench.measure import cpu_time, peak_memory, table
+from files.pictures import Frame
 import nerf as nerf_module
-from bench import cpu_time, peak_memory, table
-from nerf import HashGrid, NeRF
-from pictures import Frame
-from scene import evaluate, load_scene
+from nerf import Field, HashGrid, NeRF, SampledField, _Interpolate
+from scene.reading import load_scene
+from scene.representation import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 CHUNK = NeRF.chunk
@@ -220,9 +221,9 @@ def edit(args):
                            error <= 1e-4), ("cosine of the two gradients", f"{cosine:.3f}", "", None)]
     nerf.lean, spent = lean, {}
     with contextlib.ExitStack() as clocks:
-        for owner, name in ((nerf_module.SampledField, "march"), (HashGrid, "forward"), (nerf_module.Field, "density"),
-                            (nerf_module.Field, "colour"), (nerf_module, "joined"),
-                            (nerf_module._Interpolate, "backward")):
+        for owner, name in ((SampledField, "march"), (HashGrid, "forward"), (Field, "density"),
+                            (Field, "colour"), (nerf_module, "joined"),
+                            (_Interpolate, "backward")):
             def note(_, __, seconds, name=name):
                 spent[name] = spent.get(name, 0.0) + seconds
             clocks.enter_context(watched(owner, name, note))

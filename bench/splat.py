@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from bench import table
+from bench.measure import table
 from bench.nerf import ROOT, fits
-from scene import Camera, Scene, View
+from scene.cameras import Camera
+from scene.photographs import Scene, View
 from splat import Splats, project
 
 

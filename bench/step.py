@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 import run
-from bench import table
+from bench.measure import table
 from edit import edit, stages_of
 from prior import Prior
 

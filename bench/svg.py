@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 import svg_raster
-from bench import peak_memory, table
-from report import psnr
-from svg_raster import SVG, SVGError
+from bench.measure import peak_memory, table
+from image.figures import psnr
+from svg.outline import SVGError
+from svg_raster import SVG
 
 
 def drawing_text(body, viewbox="0 0 32 32"):

@@ -12,9 +12,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-from scene import load_scene  # noqa: E402
-from svg_raster import SVG  # noqa: E402
+from scene.reading import load_scene
+from svg_raster import SVG
 
 torch.set_num_threads(1)
 
@@ -231,9 +230,9 @@ DRAWING = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><g id="
 @pytest.fixture
 def small_pictures(monkeypatch):
     """Few and small pictures in what a run reports."""
-    import report
+    from files import sheets
     for name, value in {"FRAMES": 2, "FRAME_SIZE": 24, "SIDE_SIZE": 24, "VIEWS": 4}.items():
-        monkeypatch.setattr(report, name, value)
+        monkeypatch.setattr(sheets, name, value)
 
 
 @pytest.fixture

@@ -7,13 +7,16 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import nerf_scene
 from PIL import Image
+from conftest import nerf_scene
 from torch.testing import assert_close
 
 import run
-from colmap import MODELS, read_points
-from scene import SceneError, export, load_scene, scene_files, turntable
+from scene.cameras import turntable
+from scene.captures import SceneError
+from scene.colmap import MODELS, read_points
+from scene.reading import load_scene, scene_files
+from scene.representation import export
 from splat import Splats
 
 LENS = {"PINHOLE": (30.0, 31, 12.5, 11), "SIMPLE_PINHOLE": (30.0, 12.5, 11), "SIMPLE_RADIAL": (30.0, 12.5, 11, 0.1),

@@ -7,31 +7,30 @@ import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import pretend
 import pytest
 import torch
 from PIL import Image
+from conftest import DRAWING, nerf_scene, outputs, svg_text
 from torch.utils._pytree import tree_map
 
-import pretend
+import run
+import splat
+import svg_raster
+from edit import DatasetUpdate
+from files import sheets
+from image import editors, masks
+from image.masks import diffedit_map
+from nerf import NeRF
+from pipelines.networks import Flux
+from prior import Prior
+from scene.cameras import Camera
+from scene.reading import load_scene
+from splat import Splats
+from svg_raster import SVG
 
 if pretend.why_not():
     pytest.skip(pretend.why_not(), allow_module_level=True)
-
-import edit2d  # noqa: E402
-import flow  # noqa: E402
-import masks  # noqa: E402
-import report  # noqa: E402
-import run  # noqa: E402
-import scene  # noqa: E402
-import splat  # noqa: E402
-import svg_raster  # noqa: E402
-from conftest import DRAWING, nerf_scene, outputs, svg_text  # noqa: E402
-from edit import DatasetUpdate  # noqa: E402
-from nerf import NeRF  # noqa: E402
-from prior import Prior  # noqa: E402
-from scene import load_scene  # noqa: E402
-from splat import Splats  # noqa: E402
-from svg_raster import SVG  # noqa: E402
 
 SIZES = {NeRF: dict(levels=4, table=2 ** 12, width=16), Splats: dict(count=200, limit=400, degree=3)}
 # Strokes with dashes, round and mitred joins, gradients of few and of many stops, masks, clips, groups, even-odd.
@@ -72,12 +71,12 @@ def device(place, flows):
     """The name of the device, while everything is small: pictures, sheets, fits, steps of the editors."""
     with pretend.device() as name, pytest.MonkeyPatch.context() as patch:
         for key in ("FRAMES", "SIDES", "VIEWS", "FRAME_SIZE", "SIDE_SIZE", "SHEET_SIZE"):
-            patch.setattr(report, key, 16 if key.endswith("SIZE") else 1)
+            patch.setattr(sheets, key, 16 if key.endswith("SIZE") else 1)
         patch.setattr(DatasetUpdate, "EVERY", 2)
-        patch.setattr(flow.Flux, "SIDE", 8)
+        patch.setattr(Flux, "SIDE", 8)
         patch.setattr(run, "Prior", SimpleNamespace(from_pretrained=functools.cache(Prior.from_pretrained)))
-        noisy = edit2d.diffedit_map
-        for module in (edit2d, masks):  # one noise
+        noisy = diffedit_map
+        for module in (masks,):  # one noise
             patch.setattr(module, "diffedit_map", lambda *args: noisy(*args[:4], 1, *args[5:]))
         for kind, sizes in SIZES.items():
             patch.setattr(kind, "fit", functools.partial(kind.fit, **sizes))
@@ -267,8 +266,8 @@ def test_what_cuda_allows(device, what):
 
 
 @pytest.mark.parametrize("mode, file, flags, where, name", [
-    ("image", "red.png", ["--loss", "sdedit"], edit2d, "_draw"), ("svg", "rich.svg", [], svg_raster, "flatten"),
-    ("nerf", "object", [], scene.Camera, "rays"), ("splat", "object", [], splat, "quadratics")])
+    ("image", "red.png", ["--loss", "sdedit"], editors, "_draw"), ("svg", "rich.svg", [], svg_raster, "flatten"),
+    ("nerf", "object", [], Camera, "rays"), ("splat", "object", [], splat, "quadratics")])
 def test_a_mix_in_the_product_is_caught(call, monkeypatch, mode, file, flags, where, name):
     """What a function of the product gives lies on the CPU, as if it had forgotten the device."""
     plain = getattr(where, name)

@@ -4,13 +4,13 @@ import signal
 import pytest
 import torch
 from PIL import Image
+from conftest import nerf_scene, outputs
 
 import pds
 import run
-from conftest import nerf_scene, outputs
 from edit import LOSSES, DatasetUpdate
 from nerf import NeRF
-from scene import load_scene
+from scene.reading import load_scene
 
 
 def load(path):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from conftest import nerf_scene, outputs
 
 import run
-from conftest import nerf_scene, outputs
-from fit import kept_in
+from loop.fit import kept_in
 from nerf import NeRF
 from options import files_of, slug
-from scene import load_scene
+from scene.reading import load_scene
 from splat import Splats
 
 

@@ -7,22 +7,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ABAR, nerf_scene, outputs, rand
 from torch.testing import assert_close
 
-import flow
 import pds
 import toy
-from conftest import ABAR, nerf_scene, outputs, rand
-from edit2d import ddim, ddpm_inversion, drfs, drfs_rates, sdedit
-from flow import Flow, sigmas_of, sigmas_of_scheduler
-from prior import PAPER, InstructPix2Pix, Prior, PriorError
+from image.editors import ddim, ddpm_inversion, drfs, drfs_rates, sdedit
+from pipelines.flow import Flow, sigmas_of
+from pipelines.loading import PriorError
+from pipelines.networks import Flux, sigmas_of_scheduler
+from pipelines.settings import PAPER
+from prior import InstructPix2Pix, Prior
 
 KINDS = ["sd3", "flux", "schnell"]
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(flow.Flux, "SIDE", 8)  # the configuration of FLUX does not hold it
+    monkeypatch.setattr(Flux, "SIDE", 8)  # the configuration of FLUX does not hold it
 
 
 # ---- the mathematics ----------------------------------------------------------------------------------

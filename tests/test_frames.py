@@ -4,13 +4,14 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from conftest import nerf_scene
 from torch.testing import assert_close
 
 import run
-from conftest import nerf_scene
-from pictures import Frame
+from files.pictures import Frame
 from prior import Prior
-from scene import Representation, load_scene
+from scene.reading import load_scene
+from scene.representation import Representation
 
 FLAGS = ["--source", "a", "--target", "b", "--device", "cpu", "--steps", "2", "--refine", "0", "--fit-seconds", "0.5"]
 
@@ -44,8 +45,8 @@ def wide_capture(folder, shape=(36, 24)):
 
 
 def test_a_drawing_that_is_not_square(pipelines, tmp_path, seen, monkeypatch):
-    import report
-    monkeypatch.setattr(report, "SHEET_SIZE", 64)
+    from files import sheets
+    monkeypatch.setattr(sheets, "SHEET_SIZE", 64)
     text = ("<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 40 20' preserveAspectRatio='none'><rect width='40' "
             "height='20' fill='#c22'/><circle cx='20' cy='10' r='6' fill='#fc0'/></svg>")
     (tmp_path / "flag.svg").write_text(text)

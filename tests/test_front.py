@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import front
 import run
+from bench import front
+from bench.front import IDENTITIES, PAPER, make_front, methods
 
 
 def test_every_method_is_run_at_its_own_settings_and_drawn(tmp_path, monkeypatch, capsys):
@@ -24,25 +25,25 @@ def test_every_method_is_run_at_its_own_settings_and_drawn(tmp_path, monkeypatch
     maker = types.SimpleNamespace(options=lambda mode, file, source, target, fit, *flags: [file.name, *flags])
     edits = [("svg", Path(f"{name}.svg"), "a", "b", f"svg/{name}") for name in ("face", "heart")]
     prior = types.SimpleNamespace(defaults={"guidance": {"dds": 3}})
-    front.make_front(edits, prior, maker, tmp_path)
+    make_front(edits, prior, maker, tmp_path)
     rows = list(csv.DictReader((tmp_path / "front.csv").open()))
-    assert len(rows) == 2 * len(front.IDENTITIES) + 4 and {row["edits"] for row in rows} == {"2"}
+    assert len(rows) == 2 * len(IDENTITIES) + 4 and {row["edits"] for row in rows} == {"2"}
     first = rows[0]
     assert (first["method"], first["K"], float(first["PSNR"]), float(first["log-odds"])) == (
         "PDS, smooth field, by K", "1", 13, pytest.approx(2)) and first["read"] == "1"
     free = [flags for name, flags in asked if "--smooth" in flags]
-    assert len(free) == 2 * len(front.IDENTITIES) and all(set(front.PAPER) <= set(flags) for flags in free)
+    assert len(free) == 2 * len(IDENTITIES) and all(set(PAPER) <= set(flags) for flags in free)
     assert sum("dreamcatalyst" in flags for _, flags in asked) == 2
     assert [name for name, _ in asked].count("sds") == 2 and f"done: {tmp_path / 'front.png'}" in capsys.readouterr().out
     chart = Image.open(tmp_path / "front.png")
     colours = {colour for _, colour in chart.convert("RGB").getcolors(1 << 20)}
     assert chart.size == (900, 560) and {(0xd9, 0x48, 0x0f), (0x2f, 0x5f, 0xd0)} <= colours
     along = Image.open(tmp_path / "along.png")
-    assert along.width > 64 * (1 + len(front.IDENTITIES)) and along.getpixel((20, 20)) == (10, 10, 10)
+    assert along.width > 64 * (1 + len(IDENTITIES)) and along.getpixel((20, 20)) == (10, 10, 10)
 
 
 def test_the_flags_of_the_chart_are_those_of_the_command_line():
-    for points in front.methods().values():
+    for points in methods().values():
         for _, name, flags in points:
             assert run.parse(["--mode", "svg", "--loss", name, *flags]).loss == name
     with pytest.raises(SystemExit):

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import rand
 from torch.testing import assert_close
 
-import loading
-from conftest import rand
-from loading import PriorError
+from pipelines import loading
+from pipelines.loading import DROPPED, PriorError, check_channels, number_format, variant_of
 from prior import InstructPix2Pix, Prior
 
 
@@ -68,7 +68,7 @@ def test_a_folder_of_half_precision_files_alone(pipelines, tmp_path, capsys, mon
     (["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.bin"], None),
     (["vae/model.fp16.safetensors", "unet/config.json"], None)])
 def test_which_files_hold_the_weights_of_a_part(names, variant):
-    assert loading.variant_of("unet", names) == variant
+    assert variant_of("unet", names) == variant
 
 
 @pytest.mark.parametrize("device, dtype, kind, expected", [
@@ -76,7 +76,7 @@ def test_which_files_hold_the_weights_of_a_part(names, variant):
     ("cuda", None, "FluxPipeline", torch.bfloat16), ("cuda", "float32", "FluxPipeline", torch.float32),
     ("cpu", torch.float16, "", torch.float16)])
 def test_number_formats(device, dtype, kind, expected):
-    assert loading.number_format(device, dtype, {"_class_name": kind}) == expected
+    assert number_format(device, dtype, {"_class_name": kind}) == expected
 
 
 def test_a_folder_in_several_files_a_part(pipelines, tmp_path):
@@ -327,8 +327,8 @@ def test_an_inpainting_unet_in_an_ordinary_pipeline(pipelines, tmp_path):
     with pytest.raises(PriorError, match="takes 9 channels, a latent has 4: an inpainting model, and no text-to-image"):
         Prior.from_pretrained(folder)
     with pytest.raises(PriorError, match="takes 8 channels, a latent has 4: an InstructPix2Pix model, and no text-to"):
-        loading.check_channels(8, 4)
-    loading.check_channels(8, 4, 2)
+        check_channels(8, 4)
+    check_channels(8, 4, 2)
 
 
 # ---- the hub ------------------------------------------------------------------------------------------
@@ -364,12 +364,12 @@ def test_a_model_on_the_hub_that_has_half_precision_files_alone(pipelines, tmp_p
     pipe = Prior.from_pretrained(pipelines["sd"]).pipe
     pipe.to(torch.float16).save_pretrained(tmp_path / "owner" / "half", variant="fp16")
     prior = Prior.from_pretrained("owner/half")
-    assert hub[-1] == ("owner/half", "fp16", sorted(loading.DROPPED))
+    assert hub[-1] == ("owner/half", "fp16", sorted(DROPPED))
     assert prior.network.module.dtype == torch.float32
     assert capsys.readouterr().err == "loading owner/half: StableDiffusionPipeline as float32 on cpu, its fp16 files\n"
     shutil.copytree(pipelines["sd"], tmp_path / "owner" / "plain")
     Prior.from_pretrained("owner/plain")
-    assert hub[-1] == ("owner/plain", None, sorted(loading.DROPPED))
+    assert hub[-1] == ("owner/plain", None, sorted(DROPPED))
     assert "files" not in capsys.readouterr().err
 
 
@@ -442,7 +442,7 @@ def test_the_edits_of_a_list_are_made_with_what_lies_over_the_model(monkeypatch,
     import run
     kept = []
     monkeypatch.setattr(run.Prior, "from_pretrained", lambda *args, **options: kept.append((args, options)))
-    monkeypatch.setattr(run.table, "make_table", lambda edits, names, prior, maker, *_: kept.append(maker))
+    monkeypatch.setattr(run, "make_table", lambda edits, names, prior, maker, *_: kept.append(maker))
     args = run.parse(["--mode", "bench", "--lora", "style", "--lora-scale", "0.5", "--embedding", "word",
                       "--dtype", "float16"])
     run.bench(args)

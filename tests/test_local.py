@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from conftest import ROOT, nerf_scene
 from torch.testing import assert_close
 
 import pds
 import run
-from conftest import ROOT, nerf_scene
+from bench.front import PAPER
 from edit import Distillation, edit, stages_of
-from front import PAPER
-from masks import Where
+from image.masks import Where
 from prior import Prior
 
 

@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from conftest import rand
 from torch.testing import assert_close
 
-from conftest import rand
-from masks import Where, agree, local_masks, read_mask, read_masks
-from scene import Representation
+from image.masks import Where, agree, local_masks, read_mask, read_masks
+from scene.representation import Representation
 
 
 class Disagrees:

@@ -9,9 +9,11 @@ from PIL import Image
 from conftest import NERF_SIZES, nerf_scene
 from torch.testing import assert_close
 
-import nerf as nerf_module
-from nerf import HashGrid, NeRF, joined, volume_weights
-from scene import SceneError, cell_points, depth_picture, evaluate, load_scene
+from nerf import HashGrid, NeRF, _Interpolate, joined, volume_weights
+from scene.box import cell_points
+from scene.captures import SceneError
+from scene.reading import load_scene
+from scene.representation import depth_picture, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ def test_grid_gradcheck_and_known_features():
     grid = HashGrid(2, 2 ** 5, 2, 6).double()
     x = torch.rand(3, 11, dtype=torch.float64)
     table = torch.randn_like(grid.table).requires_grad_()
-    assert torch.autograd.gradcheck(lambda t: nerf_module._Interpolate.apply(t, x, grid, None), table)
+    assert torch.autograd.gradcheck(lambda t: _Interpolate.apply(t, x, grid, None), table)
     grid.table.data.copy_(table)
     grid(x).square().sum().backward()
     once = grid.table.grad.clone()

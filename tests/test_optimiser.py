@@ -3,10 +3,10 @@ import math
 
 import pytest
 import torch
+from conftest import rand
 from torch.testing import assert_close
 
-from conftest import rand
-from optimiser import SmoothField, SteadyAdam
+from loop.optimiser import SmoothField, SteadyAdam
 
 
 def dense(field, n):

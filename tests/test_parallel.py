@@ -7,22 +7,24 @@ import sys
 import textwrap
 
 import pytest
+import tiny
 import torch
+from conftest import ROOT, nerf_scene, outputs
 from torch.testing import assert_close
 
-import report
 import run
-import tiny
-from conftest import ROOT, nerf_scene, outputs
+from files import sheets
 
 SCRIPT = """
     import sys
     sys.path[:0] = [ROOT, ROOT + "/tests"]
     import torch
-    import edit, parallel, pds, report, run, tiny
+    import edit, pds, run, tiny
+    from files import sheets
+    from loop import parallel
     torch.set_num_threads(1)
     for name, value in tiny.SIZES.items():
-        setattr(report, name, value)
+        setattr(sheets, name, value)
     run.load_prior, parallel.stop = lambda args: tiny.Tiny(), lambda: None
 """
 SVG = ["--mode", "svg", "--svg", "face.svg", "--source", "a face", "--target", "a cat", "--steps", "6", "--every", "2"]
@@ -64,7 +66,7 @@ def test_processes_take_the_steps_of_a_batch_survive_a_kill_and_share_a_table_ou
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "load_prior", lambda args: tiny.Tiny())
     for name, value in tiny.SIZES.items():
-        monkeypatch.setattr(report, name, value)
+        monkeypatch.setattr(sheets, name, value)
     assert run.main([*SVG, "--out", "killed", "--resume"]) == 2
     assert "it was made with another processes" in capsys.readouterr().err
 

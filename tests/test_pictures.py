@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pictures import TURN, PictureError, picture_size, read_picture
+from files.pictures import TURN, PictureError, picture_size, read_picture
 
 
 @pytest.fixture(scope="module")

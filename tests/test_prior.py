@@ -6,12 +6,14 @@ import warnings
 
 import pytest
 import torch
+from conftest import ABAR, ROOT, rand
 from torch.testing import assert_close
 
 import pds
-from conftest import ABAR, ROOT, rand
-from edit2d import ddim, ddim_timesteps, instruct_pix2pix
-from prior import InstructPix2Pix, Prior, PriorError, plain, read_captions
+from image.editors import ddim, ddim_timesteps, instruct_pix2pix
+from pipelines.captions import plain, read_captions
+from pipelines.loading import PriorError
+from prior import InstructPix2Pix, Prior
 from svg_raster import SVG
 
 
@@ -123,7 +125,7 @@ def test_a_gradient_through_the_autoencoder_keeps_little_where_it_is_large(pipel
     picture, x0 = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), rand(1, 4, 16, 16)
     found = []
     for large in (10 ** 9, 32 * 32):
-        monkeypatch.setattr("prior.LARGE", large)
+        monkeypatch.setattr("pipelines.networks.LARGE", large)
         prior, kept = Prior.from_pretrained(pipelines["sd"]), []
         assert Prior(prior.pipe).vae is prior.vae  # a second Prior of one pipeline
         inputs = picture.clone().requires_grad_(), x0.float().requires_grad_()

@@ -7,18 +7,20 @@ import types
 import pytest
 import torch
 from PIL import Image
+from conftest import ABAR, nerf_scene, rand
 from torch.testing import assert_close
 
-import edit
 import options
 import pds
-import report
 import run
-from conftest import ABAR, nerf_scene, rand
-from edit2d import Picture, ddim_timesteps
-from optimiser import SteadyAdam, released_share
-from pictures import Frame
-from prior import PAPER, InstructPix2Pix, Prior
+from edit import DatasetUpdate, Distillation, edit, stages_of
+from files.pictures import Frame
+from files.sheets import snapshot
+from image.editors import ddim_timesteps
+from image.picture import Picture
+from loop.optimiser import SteadyAdam, released_share
+from pipelines.settings import PAPER
+from prior import InstructPix2Pix, Prior
 
 STYLE = ". minimal flat 2d vector image. lineal color. trending on artstation"
 TABLE = {  # of the released code, by mode
@@ -41,7 +43,7 @@ def test_a_model_without_settings_gets_the_papers(mode, pipelines, tmp_path, mon
 
     def no_steps(scene, groups, stages, prior, args, out, config):
         seen.update(groups={g["name"]: g for g in groups}, stages=stages)
-        return [report.snapshot(scene)], False
+        return [snapshot(scene)], False
     monkeypatch.setattr(run, "edit", no_steps)
     flags = ["--mode", mode, "--svg", str(file), "--source", "a", "--target", "b", "--model", str(pipelines["sd"]),
              "--device", "cpu", "--fit-seconds", "0.5", "--out", str(tmp_path / "out" / "edit")]
@@ -137,8 +139,8 @@ def picture_run(tmp_path, steps, refine):
     start = scene.theta.detach().clone()
     args = options.complete(run.parse(["--mode", "image", "--source", "a dog", "--target", "a cat", "--steps", str(steps),
                                        "--refine", str(refine)]), prior, "pds")
-    stages = edit.stages_of(scene, source, prior, "pds", args)
-    edit.edit(scene, scene.param_groups(args.latent, args.decay), stages[-1 if steps == 1 else 0:], prior, args, tmp_path)
+    stages = stages_of(scene, source, prior, "pds", args)
+    edit(scene, scene.param_groups(args.latent, args.decay), stages[-1 if steps == 1 else 0:], prior, args, tmp_path)
     return prior, start, scene.theta.detach()
 
 
@@ -211,11 +213,11 @@ def scene_stage(prior, name, editor=None):
     args = options.complete(run.parse(["--mode", "nerf", "--source", "a dog", "--target", "a cat"]), prior, "pds")
     scene, source = Views(), Views()
     source.render = lambda view, size=None: torch.full((1, 3, 16, 16), 0.9)
-    return scene, source, edit.DatasetUpdate(scene, source, prior, name, 30, 15.0, args, editor)
+    return scene, source, DatasetUpdate(scene, source, prior, name, 30, 15.0, args, editor)
 
 
 def test_the_refining_stage_edits_the_first_renders_and_not_its_own_output(pipelines, monkeypatch):
-    monkeypatch.setattr(edit.DatasetUpdate, "EVERY", 1)
+    monkeypatch.setattr(DatasetUpdate, "EVERY", 1)
     prior = Prior.from_pretrained(pipelines["sd"])
     prior.guidance = 15
     scene, source, stage = scene_stage(prior, "sdedit")
@@ -280,7 +282,7 @@ def test_in2n_adds_lpips_on_patches_where_it_is_installed(pipelines, tmp_path, m
             sizes.append(a.shape[2:])
             return (a - b).square().mean().view(1, 1, 1, 1)
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))
-    monkeypatch.setattr(edit.DatasetUpdate, "PATCH", 8)
+    monkeypatch.setattr(DatasetUpdate, "PATCH", 8)
     nerf_scene(tmp_path / "scene")
     flags = ["--mode", "nerf", "--scene", str(tmp_path / "scene"), "--source", "a", "--target", "b", "--device", "cpu",
              "--model", str(pipelines["sd"]), "--instruct", str(pipelines["instruct"]), "--loss", "in2n",
@@ -298,7 +300,7 @@ def test_dreamcatalyst_with_an_editor_has_no_text_on_the_side_of_the_source(pipe
     scene, source = Picture(pixels, editor), Picture(pixels, editor)
     with torch.no_grad():
         scene.theta += 0.3
-    stage = edit.Distillation(scene, source, prior, "pds", args, editor)
+    stage = Distillation(scene, source, prior, "pds", args, editor)
     stage.backward(10, [torch.Generator().manual_seed(7)])
     t = round(900 + (200 - 900) * 10 / args.steps)  # falls from 0.9 to 0.2
     generator = torch.Generator().manual_seed(7)

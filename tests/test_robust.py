@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from conftest import ROOT, nerf_scene, outputs
 
-import edit
-import report
 import run
 import svg_raster
 import toy
 from bench import fuzz_scenes, kills
 from bench.__main__ import main as bench_main
-from checkpoint import CheckpointError, read_checkpoint, read_run
-from conftest import ROOT, nerf_scene, outputs
-from files import check_writable, locked, one_line, replacing
-from progress import progress
+from edit import LOSSES
+from files.checkpoint import CheckpointError, read_checkpoint, read_run
+from files.messages import exit_code, one_line
+from files.writing import check_writable, locked, replacing
+from loop.progress import progress
 
 
 def one_error(capsys, *parts):
@@ -216,7 +216,7 @@ def test_the_second_fit_waits_for_the_first(tmp_path):
 def test_a_run_that_fails_leaves_the_old_result_whole(command, tmp_path, monkeypatch):
     assert command() == 0
     before, config = outputs(tmp_path / "out"), (tmp_path / "out" / "config.json").read_bytes()
-    monkeypatch.setitem(edit.LOSSES, "pds", lambda prior, x0, *args, **kwargs: x0.sum() * float("nan"))
+    monkeypatch.setitem(LOSSES, "pds", lambda prior, x0, *args, **kwargs: x0.sum() * float("nan"))
     assert command("--seed", 3) == 1
     assert outputs(tmp_path / "out") == before and (tmp_path / "out" / "config.json").read_bytes() == config
 
@@ -294,14 +294,14 @@ def test_messages_of_libraries_are_one_line(capsys):
         def call():
             raise error
         return call
-    assert report.exit_code("x", raises(ValueError("first\nsecond\n"))) == 2
-    assert report.exit_code("x", raises(OSError())) == 2
-    assert report.exit_code("x", raises(MemoryError())) == 2
-    assert report.exit_code("x", lambda: torch.zeros(1 << 50)) == 2
+    assert exit_code("x", raises(ValueError("first\nsecond\n"))) == 2
+    assert exit_code("x", raises(OSError())) == 2
+    assert exit_code("x", raises(MemoryError())) == 2
+    assert exit_code("x", lambda: torch.zeros(1 << 50)) == 2
     with pytest.raises(RuntimeError, match="a fault"):
-        report.exit_code("x", raises(RuntimeError("a fault of the program")))
-    assert report.exit_code("x", raises(KeyboardInterrupt())) == 130
-    assert report.exit_code("x", raises(KeyboardInterrupt("told"))) == 130
+        exit_code("x", raises(RuntimeError("a fault of the program")))
+    assert exit_code("x", raises(KeyboardInterrupt())) == 130
+    assert exit_code("x", raises(KeyboardInterrupt("told"))) == 130
     first, second, third, fourth, *rest = capsys.readouterr().err.splitlines()
     assert [first, second, third] == ["x: error: first second", "x: error: OSError", "x: error: MemoryError"]
     assert fourth.startswith("x: error: ") and "allocate memory" in fourth

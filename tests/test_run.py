@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-import edit
-import run
 from conftest import ROOT, nerf_scene, outputs
-from report import outside
-from scene import load_scene, sides
+
+import run
+from edit import MODES, SCENES
+from image.figures import outside
+from scene.cameras import sides
+from scene.reading import load_scene
 from splat import Splats
 
 
@@ -96,7 +97,7 @@ def test_splats_are_fitted_edited_refined_and_exported(small_pictures, pipelines
 
 
 def test_the_modes_of_the_loop_are_those_of_the_loaders():
-    assert tuple(run.LOAD) == tuple(run.SUFFIX) == tuple(run.EXAMPLE) == edit.MODES and tuple(run.FITTED) == edit.SCENES
+    assert tuple(run.LOAD) == tuple(run.SUFFIX) == tuple(run.EXAMPLE) == MODES and tuple(run.FITTED) == SCENES
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -8,14 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import nerf_pose as sphere_pose
-from conftest import nerf_scene
 from PIL import Image
+from conftest import nerf_pose as sphere_pose, nerf_scene
 from torch.testing import assert_close
 
-from fit import Fit
-from scene import (Camera, Pixels, Representation, SceneError, View, contract, directions, evaluate, export, input_path,
-                   load_scene, scene_files, sides, turntable, uncontract, undistorted, visual_hull)
+from loop.fit import Fit
+from scene.box import contract, uncontract, visual_hull
+from scene.cameras import Camera, directions, input_path, sides, turntable
+from scene.captures import SceneError
+from scene.photographs import Pixels, View, undistorted
+from scene.reading import load_scene, scene_files
+from scene.representation import Representation, evaluate, export
 
 
 class Ball(Representation):
@@ -209,7 +212,7 @@ def test_names_with_line_feeds_are_missing_in_one_line(tmp_path):
 
 def test_the_sum_of_the_pictures_is_bounded(tmp_path, monkeypatch):
     folder = nerf_scene(tmp_path, views=4, split=False)
-    monkeypatch.setattr("scene.MOST", 4 * 12 * 12)
+    monkeypatch.setattr("scene.reading.MOST", 4 * 12 * 12)
     with pytest.warns(UserWarning, match="reduced by 2, as by --downscale"):
         scene = load_scene(folder)
     assert scene.train[0].pixels.shape == (12, 12, 4)

@@ -12,10 +12,13 @@ import torch
 from conftest import nerf_scene
 from torch.testing import assert_close
 
-import splat as splat_module
-from ply import read_points
-from scene import Camera, SceneError, View, evaluate, load_scene, spherical_harmonics, turntable
-from splat import Splats, Tiles, around, project, quadratics, rotations
+from scene.cameras import Camera, around, turntable
+from scene.captures import SceneError
+from scene.photographs import View
+from scene.ply import read_points
+from scene.reading import load_scene
+from scene.representation import evaluate, spherical_harmonics
+from splat import ATTRIBUTES, Splats, Tiles, _Composite, project, quadratics, rotations
 
 SIZES = dict(count=300, limit=800, degree=1)
 
@@ -118,7 +121,7 @@ def test_gradcheck_of_the_tiles(nerf_sphere):
         quadratic = quadratics(uv, cov, splats.opacities)
     colour = torch.rand(9, 3, dtype=torch.float64)
     assert len(tiles.index) > 9  # more than one tile each
-    torch.autograd.gradcheck(lambda q, c: splat_module._Composite.apply(q, c, tiles),
+    torch.autograd.gradcheck(lambda q, c: _Composite.apply(q, c, tiles),
                              (quadratic.requires_grad_(), colour.requires_grad_()), eps=1e-7, atol=1e-5)
 
 
@@ -129,8 +132,8 @@ def test_lists_end_where_the_light_is_spent(nerf_sphere, monkeypatch):
         splats.opacities += 3
     whole = splats.draw(camera)[0]
     gradient = torch.autograd.grad(whole[:3].square().sum(), splats.means)[0]
-    monkeypatch.setattr(splat_module._Composite, "DEPTH", 3)
-    monkeypatch.setattr(splat_module._Composite, "ELEMENTS", 2 ** 10)
+    monkeypatch.setattr(_Composite, "DEPTH", 3)
+    monkeypatch.setattr(_Composite, "ELEMENTS", 2 ** 10)
     parts = splats.draw(camera)[0]
     assert (whole - parts).abs().max() < 2e-4
     other = torch.autograd.grad(parts[:3].square().sum(), splats.means)[0]
@@ -187,7 +190,7 @@ def test_harmonics_are_those_of_the_nerf(nerf_sphere):
     sh = torch.cat((splats.sh_dc[:, None], splats.sh_rest), 1)  # [N,16,3]
     wanted = (0.5 + torch.einsum("kn,nkc->nc", harmonics, sh)).clamp_min(0)
     assert_close(splats.colours(camera), wanted)
-    flat = Splats(nerf_sphere, *(getattr(splats, n) for n in splat_module.ATTRIBUTES[:5]), splats.sh_rest[:, :3])
+    flat = Splats(nerf_sphere, *(getattr(splats, n) for n in ATTRIBUTES[:5]), splats.sh_rest[:, :3])
     assert_close(flat.colours(camera), (0.5 + torch.einsum("kn,nkc->nc", harmonics[:4], sh[:, :4])).clamp_min(0))
 
 
@@ -433,7 +436,7 @@ def test_splat_file_within_its_quantisation(nerf_sphere, tmp_path):
     weight = again.log_scales.sum(1).exp() * again.opacities.sigmoid()
     assert (weight.diff() <= 1e-3 * weight[:-1] + 1e-4).all()  # the most important first
     order = [(again.means - m).norm(dim=1).argmin().item() for m in splats.means]
-    again = Splats(nerf_sphere, *(getattr(again, n)[order] for n in splat_module.ATTRIBUTES))
+    again = Splats(nerf_sphere, *(getattr(again, n)[order] for n in ATTRIBUTES))
     assert torch.equal(again.means, splats.means)
     assert_close(again.log_scales, splats.log_scales, atol=1e-5, rtol=0)
     assert (again.opacities.sigmoid() - splats.opacities.sigmoid()).abs().max() < 0.5 / 255 + 1e-6

@@ -7,12 +7,14 @@ import warnings
 
 import pytest
 import torch
-from bench import peak_memory
-from bench.svg import resvg_render
 from conftest import darkness, svg_text
-from report import psnr
-from svg_document import colour
-from svg_raster import SVG, SVGError
+
+from bench.measure import peak_memory
+from bench.svg import resvg_render
+from image.figures import psnr
+from svg.outline import SVGError
+from svg.style import colour
+from svg_raster import SVG
 
 
 def test_prefixed_and_foreign_elements(tmp_path):
@@ -377,7 +379,7 @@ def test_hard_files_take_no_time(load_svg, name):
 
 
 def test_many_values_that_take_time_to_parse_are_refused(load_svg, monkeypatch):
-    monkeypatch.setattr("svg_style.MAX_INVOLVED", 20)
+    monkeypatch.setattr("svg.style.MAX_INVOLVED", 20)
     plain = "".join(f'<g fill="#{k:06}" style="stroke:rgb({k}, 2,3);stroke-width:{k}.5px" clip-path="url(#a{k})"/>'
                     for k in range(50))
     load_svg(plain + "".join(f'<g fill="hsl({k % 20} 1% 1%)"/>' for k in range(50)))

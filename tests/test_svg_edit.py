@@ -5,8 +5,9 @@ import torch
 from torch.testing import assert_close
 
 from bench.geometry import joint_angles, self_intersections
-from optimiser import SteadyAdam
-from svg_raster import SVG, SVGError
+from loop.optimiser import SteadyAdam
+from svg.outline import SVGError
+from svg_raster import SVG
 
 CIRCLES = ('<circle id="a" cx="8" cy="8" r="4" fill="#c33"/><g id="g" transform="rotate(30) scale(2 1)"><circle cx="9" '
            'cy="4" r="4" fill="#3c3" opacity=".5"/><path d="M8 8L12 9" stroke="#00f" stroke-width="2"/></g>')

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from conftest import STOPS, darkness, svg_text
 
 import svg_raster
 from bench.svg import GRADIENT_CASES, resvg_render
-from conftest import STOPS, darkness, svg_text
-from report import psnr
+from image.figures import psnr
 from svg_raster import SVG
 
 # ---- known areas

@@ -14,26 +14,30 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from conftest import ABAR, DRAWING, ROOT, rand
 
 import options
-import report
 import run
-import table
+from files import sheets
 import toy
 from bench.__main__ import main as measure
-from conftest import ABAR, DRAWING, ROOT, rand
-from prior import plain, read_captions
+from bench.edits import read_edits
+from bench.figures import Clip, log_odds, peak, restart_peak, ssim
+from files.sheets import beside
+from files.writing import write
+from image.figures import psnr
+from pipelines.captions import plain, read_captions
 
 SRC, TGT = torch.tensor([0]), torch.tensor([1])
 
 
 def test_psnr_and_ssim_have_their_known_values():
     a, b = rand(1, 3, 32, 32).sigmoid(), rand(1, 3, 32, 32, seed=1).sigmoid()
-    assert table.ssim(a, a) == pytest.approx(1, abs=1e-12) and report.psnr(a, a) == 100
+    assert ssim(a, a) == pytest.approx(1, abs=1e-12) and psnr(a, a) == 100
     # of two constants only the means are left
     dark, light = torch.full_like(a, 0.3), torch.full_like(a, 0.5)
-    assert table.ssim(dark, light) == pytest.approx((2 * 0.3 * 0.5 + 1e-4) / (0.3 ** 2 + 0.5 ** 2 + 1e-4), abs=1e-9)
-    assert report.psnr(dark, light) == pytest.approx(-20 * math.log10(0.2))
+    assert ssim(dark, light) == pytest.approx((2 * 0.3 * 0.5 + 1e-4) / (0.3 ** 2 + 0.5 ** 2 + 1e-4), abs=1e-9)
+    assert psnr(dark, light) == pytest.approx(-20 * math.log10(0.2))
     # 11 x 11 pixels hold one window: weighted means, variances and covariance by numpy
     a, b = a[..., :11, :11], b[..., :11, :11]
     line = np.exp(-np.arange(-5, 6) ** 2 / (2 * 1.5 ** 2))
@@ -42,15 +46,15 @@ def test_psnr_and_ssim_have_their_known_values():
         (vx, vxy), (_, vy) = np.cov(x, y, aweights=weights, ddof=0)
         mx, my = np.average(x, weights=weights), np.average(y, weights=weights)
         values.append((2 * mx * my + 1e-4) * (2 * vxy + 9e-4) / ((mx ** 2 + my ** 2 + 1e-4) * (vx + vy + 9e-4)))
-    assert table.ssim(a, b) == pytest.approx(np.mean(values), abs=1e-9) and table.ssim(a, b) < 0.9
+    assert ssim(a, b) == pytest.approx(np.mean(values), abs=1e-9) and ssim(a, b) < 0.9
 
 
 def test_log_odds_are_those_of_the_exact_prior():
     means = torch.tensor([[[-1.0, 0.5]], [[1.5, 0.0]]], dtype=torch.float64)
     prior = toy.Mixtures(means, guidance=3.0)
-    odds = [table.log_odds(prior, x.view(1, 2, 1, 1), TGT, SRC) for x in (means[0, 0], means.mean((0, 1)), means[1, 0])]
+    odds = [log_odds(prior, x.view(1, 2, 1, 1), TGT, SRC) for x in (means[0, 0], means.mean((0, 1)), means[1, 0])]
     assert odds[0] < odds[1] < odds[2] and odds[0] < -0.1 and odds[2] > 0.1
-    assert table.log_odds(prior, means[1].view(1, 2, 1, 1), SRC, TGT) == pytest.approx(-odds[2])
+    assert log_odds(prior, means[1].view(1, 2, 1, 1), SRC, TGT) == pytest.approx(-odds[2])
     assert prior.guidance == 3.0
     # the long form: a loop over the timesteps, the noise prediction of one Gaussian written out
     noises, terms = torch.randn(8, 2, 1, 1, generator=torch.Generator().manual_seed(0)).double(), []
@@ -66,7 +70,7 @@ def test_log_odds_are_those_of_the_exact_prior():
 @pytest.fixture
 def edits(pipelines, tmp_path, monkeypatch, capsys):
     """--mode bench on a drawing and a picture with the tiny pipeline, which brings its own steps; what it prints."""
-    monkeypatch.setattr(report, "FRAMES", 2)
+    monkeypatch.setattr(sheets, "FRAMES", 2)
     (tmp_path / "face.svg").write_text(DRAWING)
     Image.new("RGB", (20, 12), "tomato").save(tmp_path / "red.png")
     (tmp_path / "list.txt").write_text("# two edits\nsvg | face.svg | a face | a cat\n\nimage|red.png|a red|a blue\n")
@@ -96,8 +100,8 @@ def fake_edits(edits, tmp_path, monkeypatch):
         called.append((args.mode, loss))
         out.mkdir(parents=True)
         for name, tints in {"source": range(0, 100, 20), "result": range(10, 110, 20)}.items():
-            report.beside([Image.new("RGB", (32, 32), (100, 100, tint)) for tint in tints]).save(out / f"{name}.png")
-        report.write(out / "config.json", json.dumps(run.settings(run.complete(args, prior, loss), prior, loss)))
+            beside([Image.new("RGB", (32, 32), (100, 100, tint)) for tint in tints]).save(out / f"{name}.png")
+        write(out / "config.json", json.dumps(run.settings(run.complete(args, prior, loss), prior, loss)))
     monkeypatch.setattr(run, "run_one", run_one)
     monkeypatch.setattr(run, "fit", lambda args: called.append(("fit", args.fit)))
     edits.called = called
@@ -218,7 +222,7 @@ def test_clip_and_lpips_add_their_columns_to_what_stands(fake_edits, tiny_clip, 
     assert header.split()[5:] == ["PSNR", "SSIM", "LPIPS", "CLIP", "dir", "s", "MB"]
     assert float(row["LPIPS"]) == pytest.approx(2 * 10 / 255 / 3, rel=1e-4)
     # the long form: each side by itself, from the two encoders of the model
-    clip = table.Clip(str(tiny_clip), "cpu")
+    clip = Clip(str(tiny_clip), "cpu")
     def picture(tint):
         values = clip.processor.image_processor(Image.new("RGB", (32, 32), (100, 100, tint)), return_tensors="pt")
         return clip.model.visual_projection(clip.model.vision_model(**values).pooler_output)[0]
@@ -277,9 +281,9 @@ def test_a_loss_that_is_not_finite_names_its_edit(fake_edits, monkeypatch, capsy
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is counted anew on Linux alone")
 def test_the_peak_of_memory_is_counted_anew():
     """In a process of its own: one that has freed much takes what it needs from there."""
-    code = ("import torch, table; device = torch.device('cpu'); table.restart_peak(device); before = table.peak(device); "
-            "torch.ones(2 ** 25); print(table.peak(device) - before); table.restart_peak(device); "
-            "print(table.peak(device) - before)")
+    code = ("import torch; from bench.figures import peak, restart_peak; device = torch.device('cpu'); restart_peak(device); before = peak(device); "
+            "torch.ones(2 ** 25); print(peak(device) - before); restart_peak(device); "
+            "print(peak(device) - before)")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     with_it, anew = map(float, out.split())
     assert 100 < with_it < 200 and anew < 60  # 128 MB, given back at once
@@ -294,7 +298,7 @@ def test_a_step_is_taken_apart(capsys):
 
 
 def test_the_shipped_list_is_whole():
-    found = table.read_edits(ROOT / "examples" / "edits.txt")
+    found = read_edits(ROOT / "examples" / "edits.txt")
     assert [sum(mode == m for mode, *_ in found) for m in ("svg", "image", "nerf")] == [10, 10, 3]
     taught = read_captions((ROOT / "models" / "emoji" / "captions.txt").read_text())
     assert {plain(p) for _, _, *prompts, _ in found for p in prompts} <= set(taught)

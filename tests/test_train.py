@@ -8,9 +8,8 @@ import types
 import pytest
 import torch
 from PIL import Image
-from torch.testing import assert_close
-
 from conftest import ABAR, ROOT
+from torch.testing import assert_close
 
 
 @pytest.fixture(scope="module")

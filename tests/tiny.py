@@ -1,7 +1,7 @@
 """A prior in a few lines for the tests of several processes: none of them imports diffusers, which takes seconds."""
 import torch
 
-SIZES = {"FRAMES": 2, "FRAME_SIZE": 24, "SIDE_SIZE": 24, "SHEET_SIZE": 32, "VIEWS": 4}  # of report.py
+SIZES = {"FRAMES": 2, "FRAME_SIZE": 24, "SIDE_SIZE": 24, "SHEET_SIZE": 32, "VIEWS": 4}  # of files/sheets.py
 
 
 class Tiny:

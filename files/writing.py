@@ -1,31 +1,20 @@
 """Writing a file in one piece or not at all, one run at a time in a folder, and one line for every error."""
-import argparse
 import contextlib
-import hashlib
-import json
-import math
+import io
 import os
 import secrets
 import warnings
 from pathlib import Path
 
+import torch
+from PIL import Image
+
+from files.messages import one_line
+
 try:
     import fcntl
 except ImportError:  # Windows: two runs in one folder are then the user's own care
     fcntl = None
-
-
-def one_line(error, longest=500):
-    """The text of an error or a message, whose lines are joined and whose middle is left out where it is long."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split()) or type(error).__name__
-    return text if len(text) <= longest else f"{text[:longest // 2]} ... {text[-longest // 2:]}"
-
-
-class Parser(argparse.ArgumentParser):
-    """A command line of which a wrong one gets one line, not the usage of fifty options before it."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 @contextlib.contextmanager
@@ -107,33 +96,17 @@ def locked(path, wait=False):
             handle.close()
 
 
-def digest(paths):
-    """sha256 in hexadecimal of the files one after another; they are read in pieces. Raises OSError."""
-    total = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while piece := file.read(2 ** 20):
-                total.update(piece)
-    return total.hexdigest()
-
-
-def read_json(path, largest=2 ** 28, hint=""):
-    """The dict in a JSON file; raises ValueError, one line with the file's name and the hint, for anything else."""
-    path = Path(path)
-    try:
-        if path.stat().st_size > largest:
-            raise ValueError(f"it is larger than {largest >> 20} MiB")
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds a {type(value).__name__}")
-    except (OSError, ValueError, RecursionError, MemoryError) as e:
-        reason = one_line(e.strerror if isinstance(e, OSError) else e, 200)
-        raise ValueError(f"{path}: no readable JSON: {reason}{hint}") from e
-    return value
-
-
-def is_number(value, low=-math.inf, high=math.inf):
-    """Whether a value read from JSON is a finite number in [low, high]; true and false are none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return -1e300 < value < 1e300 and low <= value <= high
+def write(path, what):
+    """Write a picture, the frames of an animation, text, bytes or a checkpoint; never leaves half a file."""
+    with replacing(path) as part:
+        if isinstance(what, Image.Image):
+            what.save(part, format="PNG")
+        elif isinstance(what, list):
+            what[0].save(part, format="GIF", save_all=True, append_images=what[1:] + what[-1:] * 15, duration=80,
+                         loop=0)
+        elif isinstance(what, (str, bytes)):
+            part.write_bytes(what.encode() if isinstance(what, str) else what)
+        else:
+            whole = io.BytesIO()  # torch's own writing of files hides a full disk behind a RuntimeError
+            torch.save(what, whole)
+            part.write_bytes(whole.getbuffer())

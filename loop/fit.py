@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-import parallel
-from checkpoint import (CheckpointError, count, dictionary, random_state, read_checkpoint, restore_generator,
-                        restore_optimiser, seconds as seconds_of, text)
-from files import check_writable, replacing
-from progress import progress as progress_bar
-from scene import SceneError
+from files.checkpoint import (CheckpointError, count, dictionary, random_state, read_checkpoint, restore_generator,
+                              restore_optimiser, seconds as seconds_of, text)
+from files.writing import check_writable, replacing
+from loop import parallel
+from loop.progress import progress as progress_bar
+from scene.captures import SceneError
 
 
 def kept_in(path, scene, sizes):

@@ -106,8 +106,6 @@ class SteadyAdam(torch.optim.Adam):
         parameter -= group["lr"] * (move if field is None else field(move))
 
 
-# ---- the course of the rates --------------------------------------------------------------------------
-
 def settling_share(step, steps, group):
     """Share of a group's rate at a step of `steps`: a start of group["start"] of them, else 10, as Adam's first ones know
     little, and down to 0 in the second half, which averages the noise."""

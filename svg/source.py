@@ -14,9 +14,9 @@ import zlib
 from pathlib import Path
 from xml.parsers import expat
 
-from files import replacing
-from svg_outline import SVGError, length, numbers
-from svg_style import INHERITED, STILL, URL, Styles
+from files.writing import replacing
+from svg.outline import SVGError, length, numbers
+from svg.style import INHERITED, STILL, URL, Styles
 
 MAX_BYTES, MAX_ELEMENTS, MAX_DEPTH = 32 << 20, 100_000, 200
 MOVING = {"animate", "animateColor", "animateMotion", "animateTransform", "set", "script"}

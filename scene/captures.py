@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from files import is_number, one_line, read_json
+from files.messages import one_line
+from files.reading import is_number, read_json
 
 
 class SceneError(ValueError):
@@ -70,8 +71,6 @@ class Capture:
         pictures = [file for shot in self.shots for file in (shot.picture, shot.mask)]
         return list(dict.fromkeys(file for file in (*self.files, *pictures, self.cloud) if file))
 
-
-# ---- transforms.json ----------------------------------------------------------------------------------
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # what a name may lack: Blender leaves .png out
 NAMES = ("transforms.json", "transforms_train.json")
@@ -259,8 +258,6 @@ def _pose(path, i, frame):
         pose[:3, :3] = axes / scale  # distances are those of the positions
     return pose[:3]
 
-
-# ---- lenses -------------------------------------------------------------------------------------------
 
 LENS_KEYS = ("w", "h", "x_fov", "y_fov", "fl_x", "fl_y", "camera_angle_x", "camera_angle_y", "cx", "cy",
              "k1", "k2", "k3", "k4", "p1", "p2")

@@ -8,9 +8,10 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 
-from files import one_line
+from files.messages import one_line
 
 MOST = 2 ** 25  # pixels that are ever decoded of one picture: 134 MB; of a JPEG, once it is read at a part of its size
 LONGEST = 4096  # pixels of the longer side of what is handed out, unless a scene's file says more
@@ -175,3 +176,15 @@ def _grey_scale(image):
     if high <= 65535:
         return 1 / 257
     raise PictureError(f"its greys reach to {high:g}, neither 1, 255 nor 65535 is white")
+
+
+def to_pil(picture):
+    """[1,3,H,W] in [0,1] -> PIL picture."""
+    return Image.fromarray((picture[0].detach().permute(1, 2, 0) * 255).round().byte().cpu().numpy())
+
+
+def to_tensor(picture):
+    """PIL picture -> [1,3,H,W] float64 in [0,1]."""
+    picture = picture.convert("RGB")
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(1, picture.height, picture.width, 3).permute(0, 3, 1, 2).double() / 255

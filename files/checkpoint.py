@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from files import is_number, one_line
+from files.messages import one_line
+from files.reading import is_number
 
 
 class CheckpointError(ValueError):
@@ -131,8 +132,6 @@ def restore_generator(generator, state, path):
     except (RuntimeError, TypeError) as e:
         raise CheckpointError(path, "the state of the random numbers is none") from e
 
-
-# ---- the checkpoint of an edit ------------------------------------------------------------------------
 
 def read_run(path, config):
     """The checkpoint of a run with the settings `config`, a dict, or None: any; None where the file is not there.

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from captures import FARTHEST, Capture, SceneError, Shot, note_missing
-from files import is_number, one_line
+from files.messages import one_line
+from files.reading import is_number
+from scene.captures import FARTHEST, Capture, SceneError, Shot, note_missing
 
 ENDS = ("bin", "txt")
 FOLDERS = ("sparse/0", "sparse", "colmap/sparse/0", ".")  # of a model, in the folder of a scene
@@ -110,8 +111,6 @@ def read_points(path):
     return rows[:, :3], rows[:, 3:6].clip(0, 255) / 255
 
 
-# ---- binary files -------------------------------------------------------------------------------------
-
 class _Bytes:
     """The bytes of a file, taken from the front; SceneError where there are too few, or some are left."""
 
@@ -187,8 +186,6 @@ def _lens(path, number, model, width, height, parameters):
         keys["fl_x"] = keys["fl_y"] = keys.pop("f")
     return keys | {"w": width, "h": height}
 
-
-# ---- text files ---------------------------------------------------------------------------------------
 
 def _lines(path):
     """(number, words) of the lines that are no comment; blank ones too, as an image without features has one."""

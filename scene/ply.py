@@ -7,8 +7,8 @@ import re
 
 import numpy as np
 
-from captures import FARTHEST, SceneError
-from files import one_line
+from files.messages import one_line
+from scene.captures import FARTHEST, SceneError
 
 TYPES = {"char": "i1", "uchar": "u1", "short": "<i2", "ushort": "<u2", "int": "<i4", "uint": "<u4", "float": "<f4",
          "double": "<f8", "int8": "i1", "uint8": "u1", "int16": "<i2", "uint16": "<u2", "int32": "<i4", "uint32": "<u4",

@@ -9,8 +9,10 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from report import perceptual, sheet, write
-from table import edit_row, pictures_of
+from bench.edits import edit_row, pictures_of
+from files.sheets import sheet
+from files.writing import write
+from image.figures import perceptual
 
 IDENTITIES = (1, 0.5, 0.25, 0)
 PAPER = ("--smooth", "0", "--no-steady", "--opacities")  # every point for itself, plain Adam

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from files import one_line, read_json
+from files.messages import one_line
+from files.reading import read_json
 
 DROPPED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a pipeline that no prior needs
 NEEDED = {"StableDiffusion3Pipeline": ["transformer", "vae", "scheduler"],  # parts; of other pipelines those of a UNet
@@ -132,8 +133,6 @@ def quiet():
             gc.enable()
 
 
-# ---- what it is ---------------------------------------------------------------------------------------
-
 def read_index(folder):
     """model_index.json of a folder; raises PriorError where there is none, and says what is there instead."""
     if not (folder / "model_index.json").is_file():
@@ -211,8 +210,6 @@ def is_lora(file):
         return False
 
 
-# ---- a folder -----------------------------------------------------------------------------------------
-
 def names_in(folder):
     """The names of the files in the parts of a pipeline, relative to its folder."""
     return [file.relative_to(folder).as_posix() for file in folder.glob("*/*")]
@@ -276,8 +273,6 @@ def load_networks(folder, index, dtype):
     return networks
 
 
-# ---- the hub ------------------------------------------------------------------------------------------
-
 def listing(name):
     """The names of the files of a model on the hub; None without a network. Raises OSError where there is none."""
     from huggingface_hub import HfApi
@@ -327,8 +322,6 @@ def fetch(name, names, index, device, dtype):
     announce(name, index, device, dtype, variant)
     return Path(class_of(index).download(name, variant=variant, **dict.fromkeys(DROPPED)))
 
-
-# ---- one file -----------------------------------------------------------------------------------------
 
 def from_file(file, dtype):
     """The pipeline in one .safetensors file with the weights of a whole Stable Diffusion 1.x, 2.x or XL.
@@ -403,8 +396,6 @@ def as_stable_diffusion(pipe):
     return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
                                              requires_safety_checker=False)
 
-
-# ---- what is laid over a model ------------------------------------------------------------------------
 
 def find_lora(name):
     """Where a LoRA is: (place, what load_lora_weights takes beside it).

@@ -14,7 +14,7 @@ import cssselect2
 import tinycss2
 from tinycss2 import color4
 
-from svg_outline import DIGITS, UNITS, SVGError, css_transform, length, origin
+from svg.outline import DIGITS, UNITS, SVGError, css_transform, length, origin
 
 MAX_DEPTH = 200                       # of blocks in each other
 MAX_CSS, MAX_RULES, MAX_STEPS = 8 << 20, 1000, 10_000_000       # characters, selectors, steps of matching
@@ -578,3 +578,4 @@ class Styles:
         if "font-size" in passed:
             passed["font-size"] = str(font_size(passed["font-size"][0], float(style["font-size"][0]))), element
         return {**style, **passed}
+MASK_FRAME = {"x": "-10%", "y": "-10%", "width": "120%", "height": "120%"}        # what a mask lets through at most

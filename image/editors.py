@@ -11,14 +11,10 @@ attribute `guidance` to set on a copy of it. `editor` is an InstructPix2Pix of p
 edits; it also needs the prior's encode and decode.
 """
 import copy
-from pathlib import Path
 
 import torch
-from PIL import Image
 
-from pds import add_noise, posterior, predict, stochastic_latent
-from pictures import frame_of
-from report import to_pil, write
+from pds import add_noise, posterior, stochastic_latent
 
 
 def ddim_timesteps(T, steps, whole=None):
@@ -160,92 +156,6 @@ def drfs_rates(sigma):
     return 2.2 * last * ((1 / 1.6 - 1 / 4) * hump + k / 4)
 
 
-@torch.no_grad()
-def diffedit_map(prior, x0, y_tgt, y_src, noises=16, level=0.5, generator=None):
-    """How much the two prompts disagree about the picture, [B,1,h,w] from 0 up: DiffEdit, step 1.
-
-    The difference of the two noise predictions at `level` T, averaged over several noises and channels, is
-    scaled so that its 98th percentile is 1 (a single extreme must not decide). y_tgt, y_src: a row each.
-    """
-    total, together = 0, 4  # noises in a network call
-    for noise in torch.cat([_draw(x0, generator) for _ in range(noises)]).split(together * len(x0)):
-        of = x0.repeat(len(noise) // len(x0), 1, 1, 1)
-        t = torch.full((len(of),), int(level * len(prior.abar)), device=x0.device)
-        eps_tgt, eps_src = predict(prior, t, noise, (of, y_tgt), (of, y_src))
-        total = total + (eps_tgt - eps_src).abs().mean(1, keepdim=True).unflatten(0, (-1, len(x0))).sum(0)
-    return total / total.flatten(1).quantile(0.98, dim=1).clamp_min(1e-12).reshape(-1, 1, 1, 1)
-
-
-def diffedit_mask(prior, x0, y_tgt, y_src, noises=16, level=0.5, generator=None):
-    """Where the two prompts disagree about the picture, [B,1,h,w] bool: DiffEdit's map, cut at one half."""
-    return diffedit_map(prior, x0, y_tgt, y_src, noises, level, generator) > 0.5
-
-
-@torch.no_grad()
-def subject_masks(prior, pictures, source, target, noises=8):
-    """The subject of an edit in pictures [1,3,S,S]: a list of [1,1,h,w] bool, the DiffEdit mask of the two prompts,
-    widened by one latent pixel. It leaves the prior with a guidance of 1."""
-    prior.guidance, generator, masks = 1.0, torch.Generator().manual_seed(0), []
-    for picture in pictures:
-        x0 = prior.encode(picture)
-        mask = diffedit_mask(prior, x0, prior.embed(target), prior.embed(source), noises, generator=generator)
-        masks.append(torch.nn.functional.max_pool2d(mask.float(), 3, 1, 1) > 0)
-    return masks
-
-
 def _draw(like, generator):
     """Noise in the shape of `like`, drawn on the generator's device: a seed means the same on every machine."""
     return torch.randn(like.shape, generator=generator, device=generator.device if generator else "cpu").to(like)
-
-
-# ---- the picture that is edited -------------------------------------------------------------------------
-
-class Picture(torch.nn.Module):
-    """A picture to edit; theta is its latent, drawn by the prior's decoder, or the pixels themselves."""
-
-    def __init__(self, pixels, prior, in_pixels=False, alpha=None):
-        """pixels: [1,3,H,W] in [0,1]; in_pixels: optimise the pixels instead of the latent; alpha: a PIL picture of mode
-        L, which `save` puts back."""
-        super().__init__()
-        self.alpha, self.sides = alpha, (pixels.shape[3], pixels.shape[2])
-        with torch.no_grad():
-            theta = pixels.clone() if in_pixels else prior.encode(pixels)
-        self.theta = torch.nn.Parameter(theta.to(prior.device))
-        self.draw = (lambda theta: theta) if in_pixels else prior.decode
-        self.in_pixels = in_pixels
-
-    def __deepcopy__(self, memo):
-        twin = copy.copy(self)
-        twin._parameters = {"theta": torch.nn.Parameter(self.theta.detach().clone())}
-        return twin
-
-    def param_groups(self, rate, decay=0.0):
-        return [{"name": "theta", "params": [self.theta], "lr": rate, "decay": decay}]
-
-    def sample_view(self, generator=None):
-        return None
-
-    def render(self, view=None, size=None):
-        """[1,3,H,W] in [0,1]; size: a Frame, or the pixels of the shorter side, else as it was given."""
-        picture = self.draw(self.theta)
-        width, height = self.sides if size is None else frame_of(size).sides(*self.sides)
-        if (height, width) != picture.shape[2:]:
-            picture = torch.nn.functional.interpolate(picture, size=(height, width), mode="bicubic").clamp(0, 1)
-        return picture
-
-    @torch.no_grad()
-    def project_(self):
-        if self.in_pixels:
-            self.theta.clamp_(0, 1)
-
-    def put(self, pixels):
-        """Show these pixels [1,3,H,W] from now on."""
-        self.theta, self.draw, self.in_pixels = torch.nn.Parameter(pixels), lambda theta: theta, True
-
-    @torch.no_grad()
-    def save(self, path):
-        """Write a PNG, with the alpha that the picture came with."""
-        picture = to_pil(self.render())
-        if self.alpha is not None:
-            picture.putalpha(self.alpha.resize(picture.size, Image.BOX))
-        write(Path(path), picture)

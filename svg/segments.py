@@ -9,7 +9,7 @@ import math
 import numpy as np
 import torch
 
-from svg_outline import SVGError
+from svg.outline import SVGError
 
 MAX_PIECES = 6_000_000               # edge pieces of one render, about 1 GB
 MAX_CHORDS = 1 << 20                  # of curves, of dashes and of round corners, before they are cut into pieces

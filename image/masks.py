@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate, max_pool2d
 
-from edit2d import diffedit_map
-from pictures import read_picture
-from progress import progress
-from report import to_tensor
-from scene import contract
+from files.pictures import read_picture, to_tensor
+from image.editors import _draw
+from loop.progress import progress
+from pds import predict
+from scene.box import contract
 
 
 @torch.no_grad()
@@ -101,3 +101,36 @@ class Where:
             mask = grid_sample(mask, affine_grid(theta, mask.shape, align_corners=False), padding_mode="border",
                                align_corners=False)
         return interpolate(mask, size=like.shape[2:], mode="area")
+
+
+@torch.no_grad()
+def diffedit_map(prior, x0, y_tgt, y_src, noises=16, level=0.5, generator=None):
+    """How much the two prompts disagree about the picture, [B,1,h,w] from 0 up: DiffEdit, step 1.
+
+    The difference of the two noise predictions at `level` T, averaged over several noises and channels, is
+    scaled so that its 98th percentile is 1 (a single extreme must not decide). y_tgt, y_src: a row each.
+    """
+    total, together = 0, 4  # noises in a network call
+    for noise in torch.cat([_draw(x0, generator) for _ in range(noises)]).split(together * len(x0)):
+        of = x0.repeat(len(noise) // len(x0), 1, 1, 1)
+        t = torch.full((len(of),), int(level * len(prior.abar)), device=x0.device)
+        eps_tgt, eps_src = predict(prior, t, noise, (of, y_tgt), (of, y_src))
+        total = total + (eps_tgt - eps_src).abs().mean(1, keepdim=True).unflatten(0, (-1, len(x0))).sum(0)
+    return total / total.flatten(1).quantile(0.98, dim=1).clamp_min(1e-12).reshape(-1, 1, 1, 1)
+
+
+def diffedit_mask(prior, x0, y_tgt, y_src, noises=16, level=0.5, generator=None):
+    """Where the two prompts disagree about the picture, [B,1,h,w] bool: DiffEdit's map, cut at one half."""
+    return diffedit_map(prior, x0, y_tgt, y_src, noises, level, generator) > 0.5
+
+
+@torch.no_grad()
+def subject_masks(prior, pictures, source, target, noises=8):
+    """The subject of an edit in pictures [1,3,S,S]: a list of [1,1,h,w] bool, the DiffEdit mask of the two prompts,
+    widened by one latent pixel. It leaves the prior with a guidance of 1."""
+    prior.guidance, generator, masks = 1.0, torch.Generator().manual_seed(0), []
+    for picture in pictures:
+        x0 = prior.encode(picture)
+        mask = diffedit_mask(prior, x0, prior.embed(target), prior.embed(source), noises, generator=generator)
+        masks.append(torch.nn.functional.max_pool2d(mask.float(), 3, 1, 1) > 0)
+    return masks

@@ -6,28 +6,24 @@
 What it measures of an edit: how far it reads as the target (log-odds under the prior, CLIP), how near it stayed to the
 source (PSNR, SSIM, LPIPS), seconds, memory. run.py hands over the `maker`, which makes the edits.
 """
-import contextlib
 import csv
 import io
 import json
-import logging
 import re
-import resource
-import sys
 import time
 from collections import namedtuple
-from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
-import parallel
-import pds
+from bench.figures import SCENE_THUMB, THUMB, Clip, figures, peak, restart_peak
 from edit import EDITABLE, EDITORS, MODES, SCENES, TITLES, prompts
-from files import is_number, read_json
-from pictures import frame_of, read_picture
-from report import beside, memory_status, perceptual, psnr, sheet, to_tensor, write
+from files.pictures import read_picture
+from files.reading import is_number, read_json
+from files.sheets import beside, sheet
+from files.writing import write
+from image.figures import perceptual
+from loop import parallel
 
 Maker = namedtuple("Maker", "options complete settings fit edit")
 Maker.__doc__ = """What makes the edits of the table, five functions:
@@ -38,12 +34,8 @@ Maker.__doc__ = """What makes the edits of the table, five functions:
     fit(options): fit the scene and keep it in that file
     edit(prior, name, options, out): write the files of the edit to the folder `out`
 """
-
-SIDE, THUMB, SCENE_THUMB = 256, 192, 160  # pixels a side: of what is measured, on a sheet, on the sheet of a scene
 DECIMALS = {"log-odds": 2, "PSNR": 1, "SSIM": 3, "LPIPS": 3, "CLIP": 3, "dir": 3, "s": 1, "MB": 0}  # of the columns
 
-
-# ---- the list -----------------------------------------------------------------------------------------
 
 def read_edits(path, only=None):
     """A list of edits -> [(mode, file, source, target, folder)], the folder for its results.
@@ -77,122 +69,6 @@ def names_of(mode, names):
     """The methods that a mode allows: the editors of pictures cannot work on a drawing."""
     return [name for name in names if mode in EDITABLE or name not in EDITORS]
 
-
-# ---- the figures --------------------------------------------------------------------------------------
-
-def pixels(picture, size=SIDE):
-    """PIL picture -> [1,3,H,W] float64 in [0,1]; size: a Frame, or the pixels of the shorter side."""
-    sides = frame_of(size).sides(*picture.size)
-    return to_tensor(picture.convert("RGB").resize(sides, Image.LANCZOS))  # one of that size comes back as it is
-
-
-def ssim(a, b):
-    """Structural similarity of two pictures [1,3,H,W] in [0,1] (Wang et al. 2004), 1 where they are the same.
-
-    A Gaussian window of 11 pixels and sigma 1.5, K1 = 0.01 and K2 = 0.03; the mean over the three channels and all
-    places where the whole window fits.
-    """
-    line = (-(torch.arange(11, dtype=a.dtype, device=a.device) - 5).square() / (2 * 1.5 ** 2)).exp()
-    window, conv = (line / line.sum()).expand(3, 1, 1, 11), torch.nn.functional.conv2d
-
-    def local(x):  # along the rows, then along the columns
-        return conv(conv(x, window, groups=3), window.mT, groups=3)
-    mean_a, mean_b, c1, c2 = local(a), local(b), 0.01 ** 2, 0.03 ** 2
-    var_a, var_b, both = local(a * a) - mean_a ** 2, local(b * b) - mean_b ** 2, local(a * b) - mean_a * mean_b
-    share = (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))
-    return share.mean().item()
-
-
-@torch.no_grad()
-def log_odds(prior, x0, y_tgt, y_src, noises=8):
-    """log p(y_tgt | x0) - log p(y_src | x0) of a latent x0 [1,C,h,w] with the usual uniform weights in place of the
-    bound's: the diffusion classifier (Li et al., arXiv 2303.16203). Above 0 the picture reads as the target.
-
-    The mean of |noise - eps(x_t, y_src)|^2 - |noise - eps(x_t, y_tgt)|^2, sums over the latent at guidance 1, over
-    the same pairs of noise and timestep (0.2 T to 0.9 T) for every picture: what they share cancels.
-    """
-    T, generator = len(prior.abar), torch.Generator().manual_seed(0)
-    t = torch.linspace(0.2 * T, 0.9 * T, noises).round().long().to(x0.device)
-    noise = torch.randn(noises, *x0.shape[1:], generator=generator).to(x0)
-    many = x0.expand(noises, -1, -1, -1)
-    guidance, prior.guidance = prior.guidance, 1.0
-    eps_tgt, eps_src = pds.predict(prior, t, noise, (many, y_tgt), (many, y_src))
-    prior.guidance = guidance
-    return ((noise - eps_src).square() - (noise - eps_tgt).square()).sum((1, 2, 3)).mean().item()
-
-
-class Clip:
-    """A CLIP model loaded by transformers; name: a directory or hub id. Raises ValueError where there is none."""
-
-    def __init__(self, name, device):
-        from transformers import CLIPModel, CLIPProcessor
-        quiet = logging.getLogger("huggingface_hub")
-        level, _ = quiet.level, quiet.setLevel(logging.CRITICAL)
-        try:
-            model, info = CLIPModel.from_pretrained(name, output_loading_info=True)
-            self.processor = CLIPProcessor.from_pretrained(name)
-        except Exception as e:  # as in prior.py: the libraries below have an error each, all meaning the same
-            where = "damaged, or no CLIP" if Path(name).exists() else "no such directory, and no CLIP on the hub"
-            raise ValueError(f"{name}: {where}: {(str(e).strip() or type(e).__name__).splitlines()[0][:200]}") from e
-        finally:
-            quiet.setLevel(level)
-        if info["missing_keys"]:  # transformers would go on with random weights
-            raise ValueError(f"{name}: damaged, or no CLIP: {len(info['missing_keys'])} of its weights are missing")
-        self.name, self.device, self.model = name, device, model.eval().to(device)
-
-    @torch.no_grad()
-    def scores(self, before, after, source, target):
-        """CLIP score and directional score of an edit, means over its pictures; before, after: lists of PIL pictures.
-
-        The first is the cosine of the picture after and the target; the second that of the two changes, after - before
-        and target - source (Gal et al., StyleGAN-NADA, arXiv 2108.00946), all embeddings normalised.
-        """
-        inputs = self.processor(text=[source, target], images=[*before, *after], return_tensors="pt", padding=True,
-                                truncation=True)
-        out, cosine = self.model(**inputs.to(self.device)), torch.nn.functional.cosine_similarity
-        was, now = out.image_embeds.chunk(2)
-        y_src, y_tgt = out.text_embeds.chunk(2)
-        return cosine(now, y_tgt).mean().item(), cosine(now - was, y_tgt - y_src).mean().item()
-
-
-def figures(prior, before, after, args, lpips=None, clip=None):
-    """The figures of an edit, {column: figure}; before, after: lists of PIL pictures, over which the mean is taken; args:
-    its completed options."""
-    y_src, y_tgt = map(prior.embed, prompts(args))
-
-    def odds(picture):
-        with torch.no_grad():
-            return log_odds(prior, prior.encode(pixels(picture, args.frame)), y_tgt, y_src)
-    pairs = [(pixels(a), pixels(b)) for a, b in zip(before, after)]
-    row = {"before": np.mean([odds(p) for p in before]), "log-odds": np.mean([odds(p) for p in after]),
-           "PSNR": np.mean([psnr(a, b) for a, b in pairs]), "SSIM": np.mean([ssim(a, b) for a, b in pairs])}
-    if lpips:
-        row["LPIPS"] = np.mean([lpips(a, b).item() for a, b in pairs])
-    if clip:
-        row["CLIP"], row["dir"] = clip.scores(before, after, args.source, args.target)
-        row["clip"] = clip.name
-    return {k: v if k == "clip" else float(v) for k, v in row.items()}
-
-
-def restart_peak(device):
-    """Reset the peak of memory, where that can be done: on a CUDA device and on Linux."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak(device):
-    """Peak memory in MB since restart_peak: of the CUDA device, else of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    if Path("/proc/self/status").exists():
-        return memory_status("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
-
-
-# ---- the table ----------------------------------------------------------------------------------------
 
 def make_table(edits, names, prior, maker, out, clip=None):
     """Make every edit by every method and write table.csv and a sheet for each mode to the folder `out`. Of several

@@ -1,53 +1,12 @@
-"""Models of flow matching as what pds.py takes: Stable Diffusion 3.x and FLUX.1, or anything with a velocity.
-
-    class Mine(Flow):
-        def velocity(self, x, sigma, y):         # x [B,C,h,w] = (1 - sigma) x0 + sigma eps, sigma [B]
-            return network(x, sigma, y)          # -> eps - x0
-    prior = Mine(sigmas_of(shift=3.0))
-    loss = pds_loss(prior, x0_tgt, x0_src, y_tgt, y_src)
-
-A flow mixes picture and noise on a straight line, x_sigma = (1 - sigma) x0 + sigma eps, a diffusion model so that the
-variance is kept, x_t = sqrt(abar) x0 + sqrt(1 - abar) eps. Both are the same up to a factor: with
-n = sqrt((1 - sigma)^2 + sigma^2), x_t = x_sigma / n at abar = (1 - sigma)^2 / n^2. And with the velocity v = eps - x0
-the prediction of the noise is x_sigma + (1 - sigma) v. So everything that asks for abar and eps works on a flow
-unchanged: the losses, their coefficients, SDEdit, DDPM inversion, masks. A DDIM step is then the flow's own Euler step.
-"""
+"""TODO docstring."""
 import math
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-
-class Flow:
-    """A prior out of `velocity(x_sigma, sigma, y)`, which a subclass brings.
-
-    Attributes:
-        sigmas: [T] float64 on the CPU, ascending; abar: [T] float64, falling.
-    """
-
-    def __init__(self, sigmas):
-        """sigmas: [T] between 0 and 1, both excluded: in pure noise a velocity says nothing about the noise."""
-        self.sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
-        ends = [0.0, *self.sigmas.flatten().tolist(), 1.0]
-        if not all(a < b for a, b in zip(ends, ends[1:])):
-            raise ValueError("sigmas must rise from above 0 to below 1")
-        self.abar = (1 - self.sigmas) ** 2 / ((1 - self.sigmas) ** 2 + self.sigmas ** 2)
-
-    def eps(self, x_t, t, y, **options):
-        """The noise in x_t [B,C,h,w] at the timesteps t [B], in the number format of x_t; options go to velocity."""
-        sigma = self.sigmas[t.cpu()]
-        n, rest = (c.to(x_t.device, x_t.dtype).reshape(-1, 1, 1, 1) for c in ((1 - sigma).hypot(sigma), 1 - sigma))
-        x = n * x_t
-        return x + rest * self.velocity(x, sigma.to(x.device, x.dtype), y, **options)
-
-
-def sigmas_of(T=1000, shift=1.0):
-    """[T - 1] float64: the noise levels 1/T .. (T-1)/T, shifted to shift sigma / (1 + (shift - 1) sigma).
-
-    A shift divides every SNR = ((1 - sigma) / sigma)^2 by shift^2, and leaves the ratio of two of them as it is
-    (Esser et al., arXiv 2403.03206, section 5.3.2).
-    """
-    sigma = torch.arange(1, T, dtype=torch.float64) / T
-    return shift * sigma / (1 + (shift - 1) * sigma)
+from files.reading import is_number
+from pipelines.flow import Flow, sigmas_of
+from pipelines.loading import PriorError, check_channels
 
 
 def sigmas_of_scheduler(scheduler, tokens):
@@ -75,8 +34,6 @@ def sigmas_of_scheduler(scheduler, tokens):
         raise ValueError(f"the noise levels of its schedule cannot be shifted by {shift}")
     return sigmas_of(config.num_train_timesteps, shift)
 
-
-# ---- the pipelines of diffusers -----------------------------------------------------------------------
 
 class Transformer(Flow):
     """What Stable Diffusion 3 and FLUX share. The names are those of prior.UNet.
@@ -224,3 +181,124 @@ def network_of(pipe):
     if kind not in NETWORKS:
         raise ValueError(f"a {kind} is not known here: {' and '.join(NETWORKS)} are")
     return NETWORKS[kind](pipe)
+
+
+LARGE = 256 * 256  # pixels of a feature map from which on the autoencoder computes it again for the backward
+
+
+class UNet:
+    """The plain noise prediction of a pipeline of Stable Diffusion 1.x, 2.x or XL, without guidance.
+
+    What Prior asks of a network stands here, and in flow.py with the same names: module, abar, size, multiple,
+    guidance, embedded, zeros, embed, length, check, eps.
+    """
+    guidance, embedded = 7.5, 0
+
+    def __init__(self, pipe, latents=1):
+        """latents: how many of them the UNet takes at once. Raises PriorError."""
+        missing = [k for k in ("unet", "vae", "scheduler", "tokenizer") if getattr(pipe, k, None) is None]
+        if missing or not hasattr(pipe, "encode_prompt"):
+            raise PriorError(f"{type(pipe).__name__} is not shaped like Stable Diffusion: no {', '.join(missing)}")
+        self.pipe, self.module = pipe, pipe.unet
+        config = self.module.config
+        check_channels(config.in_channels, pipe.vae.config.latent_channels, latents)
+        if not is_number(config.sample_size, 1, 4096):
+            raise PriorError(f"the sample_size of its UNet, {config.sample_size}, is no number of pixels")
+        self.size = int(config.sample_size * pipe.vae_scale_factor)
+        self.multiple = pipe.vae_scale_factor  # latents of an odd side are the UNet's own care
+        self.zeros = pipe.config.get("force_zeros_for_empty_prompt", False)
+        self.read_schedule(pipe.scheduler)
+
+    def read_schedule(self, scheduler):
+        """Set abar, and what the network predicts. Raises PriorError where that cannot be used."""
+        if not hasattr(scheduler, "betas"):
+            raise PriorError(f"{type(scheduler).__name__} has no noise schedule of the DDPM kind")
+        self.prediction_type = scheduler.config.get("prediction_type", "epsilon")
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise PriorError(f"prediction type {self.prediction_type!r} is neither epsilon nor v_prediction")
+        # In float64 from the betas: the one-step beta is a difference of neighbours in abar.
+        self.abar = (1 - scheduler.betas.double().cpu()).cumprod(0)
+        first, last = self.abar[0], self.abar[-1]
+        if not (torch.isfinite(self.abar).all() and (self.abar.diff() <= 0).all() and 0 <= last < first <= 1):
+            raise PriorError("its noise schedule does not fall from 1 to 0")
+
+    def embed(self, prompt, device):
+        """Prompt -> (embeddings [1,L,D],), of SDXL (embeddings [1,L,D], pooled [1,P])."""
+        out = self.pipe.encode_prompt(prompt=prompt, device=device, num_images_per_prompt=1,
+                                      do_classifier_free_guidance=False)
+        # Stable Diffusion returns (cond, uncond); SDXL (cond, uncond, pooled cond, pooled uncond)
+        return (out[0],) if len(out) == 2 else (out[0], out[2])
+
+    def length(self, prompt):
+        """How many tokens a prompt has, and how many are read."""
+        return len(self.pipe.tokenizer(prompt).input_ids), self.pipe.tokenizer.model_max_length
+
+    def check(self, y):
+        """Raise PriorError where the texts y do not fit the network."""
+        given, taken = y[0].shape[-1], self.module.config.cross_attention_dim
+        if isinstance(taken, int) and given != taken:
+            raise PriorError(f"its texts have {given} features, its UNet takes {taken}")
+
+    def eps(self, x_t, t, y, beside=None):
+        """[B,C,h,w] float32; beside: [B,C,h,w] latents that the UNet takes beside x_t."""
+        x = x_t if beside is None else torch.cat([x_t, beside.to(x_t)], 1)
+        out = self.predict(x, t, y)
+        if self.prediction_type == "v_prediction":  # v = sqrt(abar) eps - sqrt(1 - abar) x0
+            abar = self.abar[t.cpu()].to(out).reshape(-1, 1, 1, 1)
+            out = abar.sqrt() * out + (1 - abar).sqrt() * x_t.to(out)
+        return out
+
+    def predict(self, x, t, y):
+        """What the UNet says, float32."""
+        dtype, device, added = self.module.dtype, self.module.device, None
+        embeddings, *pooled = (part.to(device, dtype) for part in y)
+        if pooled:  # SDXL is also told the picture's size and crop: the full picture, uncropped
+            h, w = (side * self.multiple for side in x.shape[-2:])
+            ids = torch.tensor([[h, w, 0, 0, h, w]], device=device, dtype=dtype).expand(len(x), -1)
+            added = {"text_embeds": pooled[0], "time_ids": ids}
+        return self.module(x.to(device, dtype), t.to(device), embeddings, added_cond_kwargs=added).sample.float()
+
+
+class FlowUNet(UNet, Flow):
+    """A UNet that predicts the velocity eps - x0: a pipeline of Stable Diffusion's shape with a FlowMatch... scheduler."""
+    one_scale, eps = False, Flow.eps
+
+    def read_schedule(self, scheduler):
+        """Raises ValueError where the noise levels cannot be used."""
+        if self.module.config.in_channels != self.pipe.vae.config.latent_channels:
+            raise PriorError("an InstructPix2Pix with a scheduler of flow matching cannot be used")
+        Flow.__init__(self, sigmas_of_scheduler(scheduler, self.module.config.sample_size ** 2))
+
+    def velocity(self, x, sigma, y):
+        return self.predict(x, 1000 * sigma, y)
+
+
+class Texts:
+    """The text encoders of a pipeline: on the device while prompts are embedded, on the CPU while the network runs."""
+
+    def __init__(self, encoders):
+        self.encoders, self.device = [*encoders], None
+
+    def to(self, device):
+        """Move them, unless they are there."""
+        device = torch.device(device)
+        if device != self.device:
+            for encoder in self.encoders:
+                encoder.to(device)
+            self.device = device
+
+
+def spare_memory(block):
+    """Let a block of the autoencoder keep no more than its input for the backward where that is large.
+
+    A gradient through the encoder of Stable Diffusion at 512 px then takes 1.4 GB, not 3.2, and a tenth more time.
+    """
+    plain = block.forward
+    if "forward" in vars(block):  # another Prior has the same pipeline
+        return
+
+    def forward(x, *others, **named):
+        if torch.is_grad_enabled() and x.requires_grad and x.shape[-2] * x.shape[-1] >= LARGE:
+            return checkpoint(plain, x, *others, use_reentrant=False, **named)
+        return plain(x, *others, **named)
+    block.forward = forward

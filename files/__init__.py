@@ -1,0 +1,1 @@
+"""Reading and writing: atomic writes, checkpoints, pictures, sheets and one-line messages."""

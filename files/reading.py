@@ -1,0 +1,39 @@
+"""TODO docstring."""
+import hashlib
+import json
+import math
+from pathlib import Path
+
+from files.messages import one_line
+
+
+def digest(paths):
+    """sha256 in hexadecimal of the files one after another; they are read in pieces. Raises OSError."""
+    total = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(2 ** 20):
+                total.update(piece)
+    return total.hexdigest()
+
+
+def read_json(path, largest=2 ** 28, hint=""):
+    """The dict in a JSON file; raises ValueError, one line with the file's name and the hint, for anything else."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > largest:
+            raise ValueError(f"it is larger than {largest >> 20} MiB")
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}")
+    except (OSError, ValueError, RecursionError, MemoryError) as e:
+        reason = one_line(e.strerror if isinstance(e, OSError) else e, 200)
+        raise ValueError(f"{path}: no readable JSON: {reason}{hint}") from e
+    return value
+
+
+def is_number(value, low=-math.inf, high=math.inf):
+    """Whether a value read from JSON is a finite number in [low, high]; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return -1e300 < value < 1e300 and low <= value <= high

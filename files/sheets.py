@@ -1,0 +1,55 @@
+"""What a run reports: pictures, sheets, animations, PSNR, memory, and the exit code.
+
+run.py, table.py and bench/ share it.
+"""
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from files.pictures import to_pil
+
+FRAMES, VIEWS, FRAME_SIZE = 40, 24, 192  # of progress.gif and turntable.gif, pixels a side of both
+SIDES, SIDE_SIZE, SHEET_SIZE = 5, 256, 512  # of sheet.png: views of a scene, pixels a side of each, of a single picture
+
+
+def snapshot(scene, size=None, view=None):
+    """PIL picture of the scene as it is now, whole; `size` pixels on the shorter side, FRAME_SIZE by default."""
+    with torch.no_grad():
+        return to_pil(scene.render(view, size or FRAME_SIZE))
+
+
+def thumbnail(picture, side):
+    """A PIL picture, reduced or enlarged so that its shorter side has `side` pixels."""
+    zoom = side / min(picture.size)
+    return picture.resize([max(1, round(n * zoom)) for n in picture.size], Image.BICUBIC)
+
+
+def beside(pictures):
+    """Pictures of one height in a row."""
+    page = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
+    x = 0
+    for picture in pictures:
+        page.paste(picture, (x, 0))
+        x += picture.width
+    return page
+
+
+def sheet(rows):
+    """Rows of (title, prompt, [pictures of several views]) as one labelled page.
+
+    Rows of one view each stand side by side, titles below; rows of several views stand one under another.
+    """
+    side, tall = (max(getattr(p, n) for *_, row in rows for p in row) for n in ("width", "height"))
+    pad, text = 16, 56
+    fonts = [ImageFont.load_default(size) for size in (18, 14)]
+    several = len(rows[0][2]) > 1
+    wide, high = (len(rows[0][2]), len(rows)) if several else (len(rows), 1)
+    page = Image.new("RGB", (wide * (side + pad) + pad, high * (tall + text + pad) + pad), "white")
+    draw = ImageDraw.Draw(page)
+    for i, (title, prompt, pictures) in enumerate(rows):
+        x, y = (pad, pad + i * (tall + text + pad)) if several else (pad + i * (side + pad), pad)
+        for k, picture in enumerate(pictures):
+            page.paste(picture, (x + k * (side + pad), y))
+        middle, room = (page.width / 2, page.width) if several else (x + side / 2, side)
+        draw.text((middle, y + tall + 14), title, fill="black", font=fonts[0], anchor="mm")
+        draw.text((middle, y + tall + 38), prompt[:room // 7], fill="#555", font=fonts[1], anchor="mm")
+    return page

@@ -1,0 +1,1 @@
+"""What surrounds an optimisation: optimisers, fits, processes, progress and interrupts."""

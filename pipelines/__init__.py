@@ -1,0 +1,1 @@
+"""Pretrained pipelines: loading, networks, captions and the settings that come with a model."""

@@ -1,0 +1,132 @@
+"""TODO docstring."""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from files.pictures import frame_of
+from files.writing import replacing
+from scene.cameras import Camera
+from scene.photographs import Pixels, View, over
+
+
+def spherical_harmonics(d):
+    """Real spherical harmonics up to degree 3 (16 of them) of directions d [3,N] of length 1 -> [16,N]."""
+    x, y, z = d
+    xx, yy, zz = x * x, y * y, z * z
+    return torch.stack((
+        torch.full_like(x, 0.28209479), -0.48860251 * y, 0.48860251 * z, -0.48860251 * x,
+        1.09254843 * x * y, -1.09254843 * y * z, 0.94617470 * zz - 0.31539157, -1.09254843 * x * z,
+        0.54627421 * (xx - yy), 0.59004359 * y * (yy - 3 * xx), 2.89061144 * x * y * z,
+        0.45704580 * y * (1 - 5 * zz), 0.37317633 * z * (5 * zz - 3), 0.45704580 * x * (1 - 5 * zz),
+        1.44530572 * z * (xx - yy), 0.59004359 * x * (3 * yy - xx)))
+
+
+class Representation(torch.nn.Module):
+    """Something that draws views of a scene from any camera, and can be fitted to it and edited.
+
+    A subclass defines rgb(camera) and depth(view, size), and for an edit param_groups, project_, data_loss, save.
+
+    Attributes:
+        scene: the Scene.
+        centre, background: the scene's, [3]; buffers, which follow the module to its device.
+    """
+
+    def __init__(self, scene):
+        super().__init__()
+        self.scene = scene
+        self.register_buffer("centre", scene.centre.clone())
+        self.register_buffer("background", scene.background.clone())
+
+    def rgb(self, camera):
+        """What a Camera sees, [3,H,W], on the background; rounding may lead a little out of [0,1]."""
+        raise NotImplementedError
+
+    def render(self, view=None, size=None):
+        """The picture [1,3,H,W] in [0,1] of a view (see `camera`), differentiable in all parameters."""
+        rgb = self.rgb(self.camera(view, size))
+        return (rgb + (rgb.clamp(0, 1) - rgb).detach())[None]  # the gradient goes through the clamp
+
+    def camera(self, view=None, size=None):
+        """view: a training view's number, a Camera, or None for the one in the middle; size: its sides, see framed."""
+        if view is None:
+            position = torch.stack([v.camera.pose[:, 3] for v in self.scene.train])
+            view = (position - position.mean(0)).norm(dim=1).argmin().item()
+        camera = view if isinstance(view, Camera) else self.scene.train[view].camera
+        return camera if size is None else camera.framed(size)
+
+    def photograph(self, view, size):
+        """Training picture number `view`, on the background, with the sides of camera(view, size): [1,3,H,W]."""
+        pixels, camera = self.scene.train[view].picture(self.centre.device), self.camera(view, size)
+        if frame_of(size).square:
+            side = min(pixels.shape[1:])
+            top, left = ((n - side) // 2 for n in pixels.shape[1:])
+            pixels = pixels[:, top:top + side, left:left + side]
+        return interpolate(over(pixels, self.background)[None], size=(camera.height, camera.width), mode="bicubic",
+                           antialias=True).clamp(0, 1)
+
+    def sample_view(self, generator=None):
+        """The number of a training view, drawn on the CPU."""
+        return int(torch.randint(len(self.scene.train), (), generator=generator))
+
+    def dataset(self, size, look):
+        """The pictures look(view, size) [1,3,H,W] of all training views as Pixels, which an edit replaces one by one."""
+        cameras = [self.camera(i, size) for i in range(len(self.scene.train))]
+        with torch.no_grad():
+            pictures = [(look(i, size)[0].permute(1, 2, 0) * 255).round().byte().cpu() for i in range(len(cameras))]
+        return Pixels([View(c, p, str(i)) for i, (c, p) in enumerate(zip(cameras, pictures))], self.centre.device)
+
+
+@torch.no_grad()
+def evaluate(representation, scene):
+    """Mean PSNR in dB over the scene's test views, on the background, without masked pixels; and their number."""
+    psnrs = []
+    for view in scene.test:
+        photograph = over(view.picture(representation.centre.device), representation.background)
+        error = (representation.render(view.camera)[0] - photograph).square()
+        error = error if view.mask is None else error[:, view.mask.to(error.device)]
+        psnrs.append(-10 * math.log10(error.mean().item() + 1e-12))
+    return (sum(psnrs) / len(psnrs) if psnrs else math.nan), len(psnrs)
+
+
+def depth_picture(depth):
+    """Depth [1,1,H,W] of a representation -> [1,3,H,W] in [0,1]: near is white, far is dark, nothing is black."""
+    hit = depth > 0
+    if not hit.any():
+        return torch.zeros_like(depth).expand(-1, 3, -1, -1)
+    low, high = depth[hit].min(), depth[hit].max()
+    return torch.where(hit, 1 - 0.8 * (depth - low) / (high - low).clamp_min(1e-6), 0).expand(-1, 3, -1, -1)
+
+
+def export(representation, folder, cameras):
+    """Write images/*.png, depth/*.png and a transforms.json of rendered views, for nerfstudio and load_scene.
+
+    The poses lie in the coordinates of the scene's file, in float64. Depth is 16 bit, z along the optical axis in
+    thousandths of a unit, as nerfstudio wants it.
+    """
+    folder, frames = Path(folder), []
+    for name in ("images", "depth"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        for i, camera in enumerate(cameras):
+            picture = (representation.render(camera)[0].permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+            with replacing(folder / "images" / f"{i:05}.png") as part:
+                Image.fromarray(picture).save(part, "PNG")
+            axis = camera.directions()[2].abs()
+            depth = representation.depth(camera).cpu()[0, 0] * axis.view(camera.height, camera.width)
+            depth = (depth * 1000).round().clamp(0, 65535).numpy().astype(np.uint16)
+            with replacing(folder / "depth" / f"{i:05}.png") as part:
+                Image.fromarray(depth).save(part, "PNG")
+            pose = torch.cat((camera.pose.double(), torch.tensor([[0.0, 0, 0, 1]])))
+            pose[:3, 3] += torch.tensor(representation.scene.origin, dtype=torch.float64)
+            names = ("fl_x", "fl_y", "cx", "cy", "k1", "k2", "k3", "k4", "p1", "p2")
+            frames.append(dict(file_path=f"images/{i:05}.png", depth_file_path=f"depth/{i:05}.png",
+                               transform_matrix=pose.tolist(), w=camera.width, h=camera.height)
+                          | dict(zip(names, camera.lens)))
+    with replacing(folder / "transforms.json") as part:
+        part.write_text(json.dumps({"camera_model": "OPENCV", "frames": frames}, indent=1))
+SH_DC = 0.28209479  # the harmonic of degree 0

@@ -1,0 +1,1 @@
+"""An SVG file as layers and parameters, and back to a file."""
