@@ -121,6 +121,12 @@ class Prior:
             raise PriorError("an InstructPix2Pix model edits pictures, it is no prior of text to image")
         return pipe
 
+    def at(self, scale):
+        """This prior with another guidance scale; weights and embedded prompts are shared."""
+        twin = copy.copy(self)
+        twin.guidance = scale
+        return twin
+
     @torch.no_grad()
     def _try(self):
         """Raise an error where the networks do not fit each other: better now than after the fit of a scene."""
@@ -238,6 +244,12 @@ class InstructPix2Pix(Prior):
             except (SafetensorError, RuntimeError, KeyError) as e:  # damaged, or of another model
                 raise PriorError(f"{tuned.name}: {one_line(e, 200)}") from e
         return as_stable_diffusion(pipe)
+
+    def at(self, scale, image_scale=None):
+        """This model with other guidance scales s_T and s_I (None: unchanged); weights and prompts are shared."""
+        twin = super().at(scale)
+        twin.image_guidance = self.image_guidance if image_scale is None else image_scale
+        return twin
 
     @torch.no_grad()
     def of(self, picture=None, x0=None):

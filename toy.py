@@ -7,6 +7,7 @@ shows is the losses alone. SDS forgets where a sample came from, DDS is not held
 more rows are printed: PDS without its identity term, a weighted DDS, and PDS on the same distributions as a flow.
 """
 import argparse
+import copy
 import math
 from pathlib import Path
 
@@ -29,6 +30,12 @@ class Mixtures:
 
     def __init__(self, means, sigma=0.35, guidance=1.0):
         self.abar, self.means, self.sigma, self.guidance = (1 - BETAS).cumprod(0), means, sigma, guidance
+
+    def at(self, scale):
+        """This prior with another guidance scale."""
+        twin = copy.copy(self)
+        twin.guidance = scale
+        return twin
 
     def log_density(self, x, means, abar=torch.ones(())):
         """log p(x_t) [B] of x [B,2] at noise levels abar [B] (1: of the data), and its gradient [B,2]."""
@@ -55,6 +62,8 @@ class MixtureFlow(Flow):
         super().__init__(sigmas)
         self.means, self.sigma, self.guidance = mixtures.means, mixtures.sigma, mixtures.guidance
         self.log_density = mixtures.log_density
+
+    at = Mixtures.at
 
     def plain(self, x, sigma, means):
         """[B,2] for x [B,2], sigma [B,1] and means [K,2] or [B,K,2]: what each part expects, weighted by its share."""

@@ -178,9 +178,14 @@ def _grey_scale(image):
     raise PictureError(f"its greys reach to {high:g}, neither 1, 255 nor 65535 is white")
 
 
+def to_uint8(picture):
+    """[...,C,H,W] in [0,1] -> [...,H,W,C] uint8 in 0 .. 255, rounded, on the same device; without a gradient."""
+    return (picture.detach() * 255).round().byte().movedim(-3, -1).contiguous()
+
+
 def to_pil(picture):
     """[1,3,H,W] in [0,1] -> PIL picture."""
-    return Image.fromarray((picture[0].detach().permute(1, 2, 0) * 255).round().byte().cpu().numpy())
+    return Image.fromarray(to_uint8(picture[0]).cpu().numpy())
 
 
 def to_tensor(picture):

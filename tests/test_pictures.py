@@ -5,9 +5,10 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from files.pictures import TURN, PictureError, picture_size, read_picture
+from files.pictures import TURN, PictureError, picture_size, read_picture, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +118,9 @@ def test_formats_that_are_decoded_slowly_have_bounds_of_their_own(tmp_path):
             read_picture(tmp_path / name)
     Image.new("L", (2048, 1025)).save(tmp_path / "d.ppm")
     assert read_picture(tmp_path / "d.ppm").size == (2048, 1025)
+
+
+def test_a_picture_as_bytes_is_rounded_and_turned_around():
+    picture = torch.tensor([0.0, 0.5, 1.0, 0.498, 0.502, 0.1]).view(3, 1, 2).requires_grad_()
+    assert to_uint8(picture).tolist() == [[[0, 255, 128], [128, 127, 26]]]
+    assert to_uint8(torch.stack([picture, picture])).shape == (2, 1, 2, 3)

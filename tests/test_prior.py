@@ -36,9 +36,11 @@ def test_eps_against_a_hand_written_call_of_the_same_unet(pipelines, kind):
     if kind == "xl":
         empty = tuple(torch.zeros_like(part) for part in empty)
     for guidance in (1.0, 7.5):
-        prior.guidance = guidance
         rows = [network(empty, i) + guidance * (network(y, i) - network(empty, i)) for i in range(2)]
-        assert_close(prior.eps(x_t, t, y), torch.cat(rows), atol=1e-5, rtol=1e-4)
+        assert_close(prior.at(guidance).eps(x_t, t, y), torch.cat(rows), atol=1e-5, rtol=1e-4)
+    twin = prior.at(3.0)
+    assert twin.guidance == 3 and prior.guidance == 7.5 and twin.network is prior.network
+    assert twin.embed("a bird") is prior.embed("a bird")  # embedded once, for both
     x0 = rand(2, 4, 8, 8, dtype=torch.float32).requires_grad_()
     pds.pds_loss(prior, x0, torch.zeros(2, 4, 8, 8), y, prior.embed("a dog"), t).backward()
     assert x0.grad.isfinite().all() and all(p.grad is None for p in prior.network.module.parameters())
@@ -68,7 +70,7 @@ def test_instruct_pix2pix_against_the_pipeline_of_diffusers(pipelines):
     pipe.set_progress_bar_config(disable=True)
     picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     x_t, y = rand(1, 4, 8, 8, dtype=torch.float32), editor.embed("make it a cat")
-    editor.guidance, editor.image_guidance = 7.5, 1.7
+    editor = editor.at(7.5, 1.7)
     wanted = pipe("make it a cat", picture, num_inference_steps=5, guidance_scale=7.5, image_guidance_scale=1.7,
                   latents=x_t, output_type="latent").images
     assert_close(ddim(editor.of(picture), x_t, y, ddim_timesteps(1000, 5)), wanted, atol=1e-4, rtol=1e-4)
@@ -91,7 +93,7 @@ def test_an_editor_out_of_a_prior_and_what_differs(pipelines, tmp_path):
     (tmp_path / "sd" / "captions.txt").write_text("green apple\n")
     editor = InstructPix2Pix.from_pretrained(tmp_path / "sd")
     x_t, t, words = rand(1, 4, 8, 8, dtype=torch.float32), torch.tensor([500]), "turn it into a green apple"
-    prior.guidance = editor.guidance
+    prior = prior.at(editor.guidance)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the caption inside of the instruction is known
         y = editor.embed(words)

@@ -1,4 +1,6 @@
 """A prior in a few lines for the tests of several processes: none of them imports diffusers, which takes seconds."""
+import copy
+
 import torch
 
 SIZES = {"FRAMES": 2, "FRAME_SIZE": 24, "SIDE_SIZE": 24, "SHEET_SIZE": 32, "VIEWS": 4}  # of files/sheets.py
@@ -8,6 +10,11 @@ class Tiny:
     """Its latent is the picture at half the size; its noise prediction depends on all that it is given."""
     abar, size, multiple, guidance = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64), 16, 2, 1.0
     device, captions, defaults = torch.device("cpu"), [], {"guidance": {"pds": 1.0, "dds": 1.0}, "jitter": 2.0}
+
+    def at(self, scale):
+        twin = copy.copy(self)
+        twin.guidance = scale
+        return twin
 
     def encode(self, picture):
         return torch.nn.functional.avg_pool2d(picture.float() * 2 - 1, 2)
