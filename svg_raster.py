@@ -8,14 +8,13 @@
 
 From the command line: python svg_raster.py a.svg b.svg --out DIR --size 256
 
-The way of the data: document (svg_document.py) -> line segments (svg_segments.py) -> coverage -> paint -> composite.
-Colours are blended in sRGB without gamma, as browsers do. Coordinates are x right, y down.
+Data flow: document (svg/document.py) -> line segments (svg/segments.py) -> coverage (here) -> paint and compositing
+(svg/compositing.py). Coordinates are x right, y down.
 """
 import io
 import math
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,19 +25,20 @@ from PIL import Image
 from files.messages import Parser
 from files.pictures import frame_of
 from loop.optimiser import SmoothField
+from svg.compositing import MANY_STOPS, Composite, Plan, gradient_paint
+from svg.constraints import Constraints, places
 from svg.document import Document
 from svg.outline import SVGError
 from svg.segments import BEVEL, BUTT, MITER, ROUND, SQUARE, TOLERANCE, dash, expand, flatten, scatter_sum, stroke, take
 from svg.source import write_file
 
-MAX_FLOATS = 1 << 28                  # of one render, 1 GiB: what its layers, gradients and groups keep
-MANY_STOPS = 16                       # of a gradient; beyond it, every pixel looks up its own two
+MAX_FLOATS = 1 << 28                  # numbers that the layers, gradients and groups of one render keep: 1 GiB
 
 
 # ------------------------------------------------------------------ coverage: signed areas, their derivatives
 
 def running_sum(index, values, size):
-    """Running sum [size] of scatter_sum; in fixed point on CUDA, where only integers always add up alike."""
+    """Running sum [size] of scatter_sum; in fixed point on CUDA, where only sums of integers are deterministic."""
     if not values.is_cuda:
         return scatter_sum(index, values, size).cumsum_(0)
     sums = torch.zeros(size, dtype=torch.long, device=values.device)
@@ -49,10 +49,12 @@ def running_sum(index, values, size):
 def split(segments, layer, boxes, level_too):
     """Cut segments into pieces that each lie in one pixel of their layer's box.
 
-    segments [S, 4] px; layer [S]; boxes [L, 4] (x0, y0, width, height) int; level_too: also cut the level
-    segments, which add no area but do move it.
-    Returns per piece [P]: segment, row, column (-1 left of the box, width right of it), the part ta..tb of
-    the segment, signed height dy, and its ends xa, ya, xb, yb relative to the box.
+    Args:
+        segments [S, 4] px; layer [S]; boxes [L, 4] (x0, y0, width, height) int.
+        level_too: also cut level segments, which have no area but a gradient.
+    Returns:
+        For each piece [P]: segment, row, column (-1 left of the box, width right of it), the part ta..tb of the
+        segment, signed height dy, and its ends xa, ya, xb, yb relative to the box.
     """
     box = boxes.to(segments)[layer]
     x0, y0 = (segments[:, :2] - box[:, :2]).unbind(1)
@@ -80,7 +82,7 @@ def split(segments, layer, boxes, level_too):
     seg, row, column, single = seg[p], row[p], first[p] + k, columns[p] == 1
     xa, xb, ya, yb, ta, tb = xa[p], xb[p], ya[p], yb[p], ta[p], tb[p]
     fall, run, span = yb - ya, xb - xa, tb - ta
-    # the columns outside the box take everything beyond it
+    # the outer columns include everything beyond the box
     left = column.masked_fill(column < 0, -math.inf)
     right = (column + 1).masked_fill(column == width[p], math.inf)
     xs, xe = torch.clamp(xa, left, right), torch.clamp(xb, left, right)
@@ -90,17 +92,17 @@ def split(segments, layer, boxes, level_too):
 
 
 class Coverage(torch.autograd.Function):
-    """Share of every pixel that every layer's shape covers.
+    """The share of each pixel that each layer's shape covers.
 
     forward(segments [S, 4] px, layer [S], boxes [L, 4] int, base [L], even_odd [L] bool, cells):
-    the layers' boxes lie one after the other in one flat buffer [cells]; layer l starts at base[l] and has
-    `height` rows of `width + 1`, the last column being padding. Each piece of an edge adds its signed area
-    to its own pixel and its height to the next one; a running sum then turns that into winding numbers
-    averaged over the pixel. Closed shapes sum to zero over a row, so one sum serves all rows of all layers.
+    the layers' boxes follow each other in one flat buffer [cells]; layer l starts at base[l] and has `height` rows
+    of `width + 1` cells, the last column being padding. Each piece of an edge adds its signed area to its own pixel
+    and its height to the next one; a running sum turns these into winding numbers averaged over the pixel. Closed
+    shapes sum to zero over a row, so one running sum serves all rows of all layers.
 
-    backward: a moving edge sweeps area at its normal speed, so each end point collects the boundary integral
-    of the incoming gradient. (Autograd of the area formula would miss level edges, which add no area,
-    and give one-sided derivatives for edges on pixel lines.)
+    backward: a moving edge sweeps area at its normal speed, so each end point receives the boundary integral of the
+    incoming gradient. (Autograd of the area formula would miss level edges, which have no area, and give one-sided
+    derivatives for edges on pixel lines.)
     """
 
     @staticmethod
@@ -118,7 +120,7 @@ class Coverage(torch.autograd.Function):
         if needed:
             odd = even_odd[owner]
             weight = torch.where(inside, fold_slope(winding[cell], odd), 0)
-            # An edge on a pixel line touches two pixels: average the slopes seen from either side
+            # an edge on a pixel line touches two pixels: average the slopes on both sides
             line_x, line_y = torch.round(xa), torch.round(ya)
             upright = (xa - line_x).abs() + (xb - line_x).abs() < 1e-4
             flat = (ya - line_y).abs() + (yb - line_y).abs() < 1e-4
@@ -158,7 +160,7 @@ class Coverage(torch.autograd.Function):
 
 
 def fold_slope(winding, even_odd):
-    """Derivative of the covered share by the winding number; at the kink, the mean of both sides."""
+    """Derivative of the covered share with respect to the winding number; at the kink, the mean of both sides."""
     folded = torch.where(even_odd, winding - 2 * (winding / 2).round(), winding)
     beyond = torch.where(even_odd, -1.0, 0.0).to(winding)
     size = folded.abs()
@@ -166,219 +168,29 @@ def fold_slope(winding, even_odd):
     return slope * folded.sign()
 
 
-# ------------------------------------------------------------------ paint and compositing
-
-def gradient_paint(matrix, gradient, offsets, rgba, box):
-    """Colours of a gradient over a box of pixels.
-
-    matrix [3, 3]: pixels -> gradient coordinates; offsets [K], rgba [K, 4]; box (x0, y0, width, height).
-    Returns [4, height, width], alpha not multiplied in.
-    """
-    x = torch.arange(box[2], device=matrix.device, dtype=matrix.dtype) + (box[0] + 0.5)
-    y = torch.arange(box[3], device=matrix.device, dtype=matrix.dtype)[:, None] + (box[1] + 0.5)
-    u = matrix[0, 0] * x + (matrix[0, 1] * y + matrix[0, 2])
-    if gradient.focus is None:
-        t = u
-    else:                                 # the circle through (u, v) of radius t around focus * (1 - t)
-        v = matrix[1, 0] * x + (matrix[1, 1] * y + matrix[1, 2])
-        fx, fy = gradient.focus
-        u, v, a = u - fx, v - fy, 1 - fx * fx - fy * fy
-        along = u * fx + v * fy
-        t = (along + (along.square() + a * (u * u + v * v)).clamp_min(1e-12).sqrt()) / a
-    if gradient.spread == "repeat":
-        t = t - t.detach().floor()
-    elif gradient.spread == "reflect":
-        t = (t - 2 * (t.detach() / 2).round()).abs()
-    if len(offsets) > MANY_STOPS:
-        t = t.reshape(-1)
-        last = torch.searchsorted(offsets.detach(), t.detach().contiguous(), right=True).clamp(1, len(offsets) - 1)
-        start, colour = take(offsets, last - 1), take(rgba, last - 1)
-        through = ((t - start) / (take(offsets, last) - start).clamp_min(1e-6)).clamp(0, 1)[:, None]
-        return torch.lerp(colour, take(rgba, last), through).T.reshape(4, box[3], box[2])
-    # piecewise linear: each interval adds its colour difference times how far t has come through it
-    through = ((t.reshape(1, -1) - offsets[:-1, None]) / offsets.diff().clamp_min(1e-6)[:, None]).clamp(0, 1)
-    return (rgba[:1].T + rgba.diff(dim=0).T @ through).view(4, box[3], box[2])
-
-
-def overlap(inner, outer):
-    """Slices of the common part of two boxes (x0, y0, x1, y1), into each of them; None if there is none."""
-    x0, y0 = max(inner[0], outer[0]), max(inner[1], outer[1])
-    x1, y1 = min(inner[2], outer[2]), min(inner[3], outer[3])
-    if x0 >= x1 or y0 >= y1:
-        return None
-    whole = (x0, y0, x1, y1) == inner
-    return [... if whole and b is inner else (..., slice(y0 - b[1], y1 - b[1]), slice(x0 - b[0], x1 - b[0]))
-            for b in (inner, outer)]
-
-
-@dataclass
-class Plan:
-    """What Composite does: see svg_document.Document for the operations; boxes are (x0, y0, x1, y1) in pixels."""
-    size: int
-    ops: list                             # [(name, argument)]
-    op_boxes: list                        # of what each operation draws, or of the buffer it pushes or pops
-    opener: dict                          # step of a mask or pop -> step of its push
-    boxes: list                           # of the layers
-    paint: dict                           # layer -> number of its gradient paint
-    keep: bool                            # what a backward needs
-
-    def parts(self, cells):
-        """A flat buffer like the coverage's, cut into the layers'."""
-        return cells.split([(x1 - x0 + 1) * (y1 - y0) for x0, y0, x1, y1 in self.boxes])
-
-    def views(self, parts):
-        """[h, w] of every layer, the padding left out."""
-        return [part.view(y1 - y0, x1 - x0 + 1)[:, :-1] for part, (x0, y0, x1, y1) in zip(parts, self.boxes)]
-
-
-class Composite(torch.autograd.Function):
-    """Layers blended back to front on white, each on the crop of its box; keeps only the crops' backdrops.
-
-    forward(plan, coverage [cells], rgba [L, 4], opacities [O], *paints [4, h, w]) -> image [3, size, size].
-    Buffers hold premultiplied colours; on the white canvas alpha is 1 throughout and is not stored.
-    """
-
-    @staticmethod
-    def tables(plan, coverage, rgba):
-        """By layer: alpha as a number, coverage times alpha [h, w]; {channels: solid colours [C, 1, 1]}."""
-        alphas = rgba[:, 3].tolist()
-        areas = plan.views([part * alpha for part, alpha in zip(plan.parts(coverage), alphas)])
-        opaque = torch.cat([rgba[:, :3], torch.ones_like(rgba[:, 3:])], 1)[:, :, None, None]
-        return alphas, areas, {3: opaque[:, :3].unbind(0), 4: opaque.unbind(0), 1: opaque[:, 3:].unbind(0)}
-
-    @staticmethod
-    def source(paint, area, channels):
-        """Colour [channels, h, w] and alpha [h, w] of a gradient paint [4, h, w] over an area [h, w]."""
-        colour = torch.cat([paint[:3], torch.ones_like(paint[3:])])
-        return colour[3:] if channels == 1 else colour[:channels], area * paint[3]
-
-    @staticmethod
-    def forward(ctx, plan, coverage, rgba, opacities, *paints):
-        canvas, saved = coverage.new_ones(3, plan.size, plan.size), []
-        _, areas, colours = Composite.tables(plan, coverage, rgba)
-        stack = [(canvas, (0, 0, plan.size, plan.size))]
-        for (op, argument), box in zip(plan.ops, plan.op_boxes):
-            if op == "push":
-                stack.append((coverage.new_zeros(argument, box[3] - box[1], box[2] - box[0]), box))
-                continue
-            top = stack.pop()[0] if op != "draw" else None
-            target, frame = stack[-1]
-            if (crops := overlap(box, frame)) is None:
-                continue
-            inner, outer = crops
-            back = target[outer]
-            if plan.keep:
-                saved.append(back.clone())
-            if op == "draw":
-                colour, area = colours[len(target)][argument], areas[argument][inner]
-                if argument in plan.paint:
-                    colour, area = Composite.source(paints[plan.paint[argument]][inner], area, len(target))
-                back.lerp_(colour, area)
-            elif op == "mask":            # both buffers have the same box
-                top = top if argument is None else (top * top.new_tensor(argument)[:, None, None]).sum(0, keepdim=True)
-                saved.append(top)
-                back.mul_(top)
-            else:
-                saved.append(top[inner])
-                top = top[inner] if argument is None else top[inner] * opacities[argument]
-                back.mul_(1 - top[-1:]).add_(top[:len(target)])
-        saved = saved if plan.keep else []
-        ctx.plan, ctx.paints = plan, len(paints)
-        ctx.save_for_backward(coverage, rgba, opacities, *paints, *saved)
-        return canvas
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        plan, (coverage, rgba, opacities, *rest) = ctx.plan, ctx.saved_tensors
-        paints, saved = rest[:ctx.paints], rest[ctx.paints:]
-        alphas, areas, colours = Composite.tables(plan, coverage, rgba)
-        d_cells, d_opacities = torch.zeros_like(coverage), torch.zeros_like(opacities)
-        d_areas, d_paints = plan.views(plan.parts(d_cells)), [torch.zeros_like(p) for p in paints]
-        d_colours = [grad.new_zeros(3)] * len(rgba)
-        stack = [(grad.clone(), (0, 0, plan.size, plan.size))]
-        for step in reversed(range(len(plan.ops))):
-            (op, argument), box = plan.ops[step], plan.op_boxes[step]
-            if op == "push":
-                stack.pop()
-                continue
-            target, frame = stack[-1]
-            crops = overlap(box, frame)
-            if op != "draw":
-                channels = plan.ops[plan.opener[step]][1]
-                stack.append((grad.new_zeros(channels, box[3] - box[1], box[2] - box[0]), box))
-            if crops is None:
-                continue
-            inner, outer = crops
-            g, top = target[outer], None if op == "draw" else saved.pop()
-            back = saved.pop()
-            if op == "mask":
-                d_top = (g * back).sum(0, keepdim=True)
-                stack[-1][0].copy_(d_top if argument is None else d_top * g.new_tensor(argument)[:, None, None])
-                g.mul_(top)
-            elif op == "pop":
-                opacity = 1.0 if argument is None else opacities[argument]
-                d_top = torch.zeros_like(top)
-                d_top[:len(g)] = g
-                d_top[-1] -= (g * back).sum(0)
-                g.mul_(1 - top[-1:] * opacity)
-                if argument is not None:
-                    d_opacities[argument] += (d_top * top).sum()
-                stack[-1][0][inner] = d_top * opacity
-            elif argument in plan.paint:
-                paint, d_paint = (p[plan.paint[argument]][inner] for p in (paints, d_paints))
-                painted_backward(g, back, paint, areas[argument][inner], d_paint, d_areas[argument][inner])
-            else:
-                through = lerp_backward(g, back, colours[len(g)][argument], areas[argument][inner],
-                                        d_areas[argument][inner])
-                if len(g) > 1:
-                    d_colours[argument] = through[:3].sum((1, 2))
-        d_alpha = torch.stack([part.sum() for part in plan.parts(d_cells * coverage)])
-        for part, alpha in zip(plan.parts(d_cells), alphas):
-            part.mul_(alpha)
-        return None, d_cells, torch.cat([torch.stack(d_colours), d_alpha[:, None]], 1), d_opacities, *d_paints
-
-
-def lerp_backward(g, back, colour, area, d_area):
-    """back + area * (colour - back): turns g [channels, h, w], the gradient of the sum, into that of back.
-
-    Fills d_area [h, w] and returns the gradient of colour [channels, h, w].
-    """
-    torch.sum((colour - back).mul_(g), 0, out=d_area)
-    through = g * area
-    g.sub_(through)
-    return through
-
-
-def painted_backward(g, back, paint, area, d_paint, d_area):
-    """The same for a gradient paint [4, h, w]: fills d_paint and d_area."""
-    colour, covered = Composite.source(paint, area, len(g))
-    d_paint[:3] = lerp_backward(g, back, colour, covered, d_area)[:3]
-    torch.mul(d_area, area, out=d_paint[3])
-    d_area.mul_(paint[3])
-
-
 # ------------------------------------------------------------------ the drawing as a module
 
 class SVG(torch.nn.Module):
     """A drawing whose geometry and paint are parameters. See the top of the file.
 
-    points [N, 2]: control points, in each shape's own frame scaled so that 1 is a pixel at `size`.
+    points [N, 2]: control points, in each shape's own coordinates scaled so that 1 is a pixel at `size`.
     colours [C, 3], opacities [O], stop_colours [T, 4], stop_offsets [T]: in [0, 1].
     stroke_widths [W]: pixels at `size`.
     """
 
-    jitter = 3.0                          # pixels, how far sample_view moves the picture
-    COLOURS = ("colours", "stop_colours", "opacities")  # the parameters that say what is seen, not where
+    jitter = 3.0                          # the largest shift by sample_view, in pixels
+    COLOURS = ("colours", "stop_colours", "opacities")        # see colour_parameters
 
     @classmethod
     def load(cls, path, skip_unsupported=False, size=64, ss=1):
         """Read a file.
 
-        size: pixels of the square picture's side, or a Frame of pictures.py: whole pictures of the drawing's own
-        shape. ss: 1, 2 or 4 samples per pixel and axis, against backgrounds shining through where two shapes share an
-        edge.
-        Raises SVGError for what cannot be read or drawn; skip_unsupported leaves unsupported features out.
+        Args:
+            skip_unsupported: leave out unsupported features with a warning instead of refusing the file.
+            size: pixels of the square picture's side, or a Frame (files/pictures.py) for a picture of the drawing's
+                own shape.
+            ss: 1, 2 or 4 samples per pixel and axis; more of them hide the seams between shapes that share an edge.
+        Raises SVGError for a file that cannot be read or drawn.
         """
         return cls(Document.load(path, skip_unsupported, size), ss)
 
@@ -398,14 +210,14 @@ class SVG(torch.nn.Module):
                 self.opener[step] = opened.pop()
         self.masks = {start for step, start in self.opener.items() if self.ops[step][0] == "mask"}
         self.loaded = {name: p.detach().clone() for name, p in self.named_parameters()}
-        self.kept, self.opaque_stops, self.joints = {}, [], None                # see restrict
+        self.constraints = None           # see restrict
 
     def add_buffers(self, dtype=torch.float32, **buffers):
         for name, values in buffers.items():
             self.register_buffer(name, torch.as_tensor(np.array(values), dtype=dtype), persistent=False)
 
     def add_parameters(self, shapes, tables):
-        """Start values from the document; the frames of nested viewports are fixed."""
+        """Initial values from the document; the rectangles of nested viewports are fixed."""
         def parameter(values, *shape):
             return torch.nn.Parameter(torch.tensor(np.array(values).reshape(-1, *shape), dtype=torch.float32))
 
@@ -421,7 +233,7 @@ class SVG(torch.nn.Module):
         self.add_buffers(fixed=table(s for s in shapes if s.element is None))
 
     def add_curves(self):
-        """Index tables of the curves of all layers: the fills first, then the centre lines of the strokes.
+        """Index tables of the curves of all layers: first the fills, then the centre lines of the strokes.
 
         curves [K, 4] rows of points, then of fixed; straight, owner (layer), subpath [K]; closed [subpaths].
         """
@@ -447,7 +259,7 @@ class SVG(torch.nn.Module):
         self.add_buffers(torch.bool, straight=straight, closed=closed)
 
     def add_layers(self):
-        """Tables by layer: frame of the points -> pixels, paint, stroke."""
+        """Tables with a row for each layer: the matrix of its points to pixels, its paint and stroke."""
         self.add_buffers(frames=np.reshape([l.frame[:2] for l in self.layers], (-1, 2, 3)),
                          stretch=[np.linalg.norm(l.frame[:2, :2], 2) for l in self.layers])
         most = max([len(l.opacities) for l in self.layers], default=0)
@@ -466,7 +278,7 @@ class SVG(torch.nn.Module):
                        for n, (l, s) in enumerate(zip(self.layers, strokes)) if s.get("dashes")}
 
     def add_gradients(self):
-        """Layers with a gradient: pixels -> the layer's units (box units: its frame), and from there to t."""
+        """Matrices of the layers with a gradient: pixels -> the layer's (on_box: the points') units -> gradient."""
         self.painted = [n for n, l in enumerate(self.layers) if l.gradient is not None]
         layers = [self.layers[n] for n in self.painted]
         into = [l.frame if l.gradient.on_box else l.matrix for l in layers]
@@ -480,7 +292,7 @@ class SVG(torch.nn.Module):
         return tuple(((2 * torch.rand(2, generator=generator) - 1) * self.jitter).tolist())
 
     def segments(self, zoom):
-        """All edges [S, 4] in their layers' frames, their layers [S]; and alike the lines before stroking."""
+        """All edges [S, 4] in their layers' coordinates, their layers [S]; the same of the lines before stroking."""
         points = torch.cat([self.points, self.fixed.to(self.points)])
         control = take(points, self.curves)                       # [K, 4, 2]
         widths = torch.cat([self.stroke_widths, self.stroke_widths.new_zeros(1)])          # row -1: fills
@@ -503,9 +315,11 @@ class SVG(torch.nn.Module):
     def render(self, view=None, size=None):
         """Picture [1, 3, H, W] in [0, 1] on white, differentiable.
 
-        view: (dx, dy) in pixels at the drawing's own size, or None; size: pixels of the shorter side, or a Frame,
-        default as it was loaded. What was loaded as a square is drawn as one, a viewBox of another shape in its middle.
-        Raises SVGError where points are not finite or there is too much to draw.
+        Args:
+            view: shift (dx, dy) in pixels at the drawing's size, or None.
+            size: pixels of the shorter side, or a Frame; default: the size at loading. A drawing loaded as a square
+                is drawn as one, with a viewBox of another shape in its centre.
+        Raises SVGError for points that are not finite, or more than fits into memory.
         """
         width, height = self.sides if size is None else frame_of(size).sides(*self.sides)
         try:
@@ -552,14 +366,14 @@ class SVG(torch.nn.Module):
         return image if self.ss == 1 else F.avg_pool2d(image, self.ss)
 
     def boxes(self, segments, layer, window):
-        """Pixel boxes (x0, y0, x1, y1) of the layers within the window, by their current edges."""
+        """Pixel boxes (x0, y0, x1, y1) of the layers' current edges within the window."""
         if not torch.isfinite(segments).all():
             raise SVGError("points or stroke widths are not finite")
         low = segments.new_full((len(self.layers), 2), math.inf)
         index = layer[:, None].expand(-1, 2)
         high = (-low).scatter_reduce_(0, index, torch.maximum(segments[:, :2], segments[:, 2:]), "amax")
         low = low.scatter_reduce_(0, index, torch.minimum(segments[:, :2], segments[:, 2:]), "amin")
-        # a pixel more on every side for edges on pixel lines, which may move either way
+        # one more pixel on every side: an edge on a pixel line may move either way
         reach = torch.cat([low.ceil() - 1, high.floor() + 1], 1).clamp(-1, 1 << 20).long().tolist()
         boxes = []
         for x0, y0, x1, y1 in reach:
@@ -568,7 +382,7 @@ class SVG(torch.nn.Module):
         return boxes
 
     def floats(self, boxes, op_boxes):
-        """About how many numbers a render, and its backward if there can be one, hold at once (as measured)."""
+        """Measured estimate of the numbers that a render, and its backward pass if enabled, hold at once."""
         def area(box):
             return (box[2] - box[0] + 1) * (box[3] - box[1])
         keep = torch.is_grad_enabled()
@@ -578,7 +392,7 @@ class SVG(torch.nn.Module):
                 + sum(area(box) * 8 for box, (op, _) in zip(op_boxes, self.ops) if op in ("mask", "pop") and keep))
 
     def op_boxes(self, boxes):
-        """The box of every operation: a pushed buffer spans what is drawn into it, a mask's what it masks."""
+        """The box of every operation: a pushed buffer spans what is drawn into it, a mask what it masks."""
         result, opened, empty = [(0, 0, 0, 0)] * len(self.ops), [], (0, 0, 0, 0)
         span = {}                         # push -> box so far
 
@@ -626,9 +440,11 @@ class SVG(torch.nn.Module):
     def param_groups(self, points=0.8, colours=0.01, colours_only=False, shared=False):
         """Adam parameter groups, each with a "name" and its own rate; empty parameters are left out.
 
-        points: pixels a step; stroke widths take an eighth of it. colours: share of the colour range a step;
-        opacities and stop colours take the same, stop offsets half. colours_only leaves all but the solid and
-        the stop colours as they are (pixel art). shared: one second moment a group, for optimiser.SteadyAdam.
+        Args:
+            points: pixels a step; stroke widths use an eighth of it.
+            colours: share of the colour range a step; opacities and stop colours use the same, stop offsets half.
+            colours_only: leave out all but the solid and the stop colours (pixel art).
+            shared: one second moment for a whole group, see optimiser.SteadyAdam.
         """
         rates = dict(points=points, colours=colours, stop_colours=colours, opacities=colours,
                      stop_offsets=colours / 2, stroke_widths=points / 8)
@@ -636,73 +452,35 @@ class SVG(torch.nn.Module):
         return [dict(name=name, params=[getattr(self, name)], lr=rates[name], shared=shared)
                 for name in names if getattr(self, name).numel()]
 
+    def colour_parameters(self):
+        """The parameters that say what is seen, not where: solid colours, colours of stops, opacities."""
+        return [getattr(self, name) for name in self.COLOURS]
+
     def fields(self, sigma):
         """{name: SmoothField} of the points and the stroke widths; sigma: width in pixels at the drawing's size.
 
-        All shapes share one field in the picture, whatever their transforms; a stroke's width lies in the middle of
+        All shapes share one field in the picture, whatever their transforms; a stroke's width lies in the centre of
         its points.
         """
-        rest, frames = self.loaded["points"].clone(), torch.eye(2).repeat(len(self.points), 1, 1)
-        middle = torch.zeros(len(self.stroke_widths), 2)
-        for layer, frame in zip(reversed(self.layers), self.frames.cpu().flip(0)):  # the first use of a shape counts
-            if layer.shape.element is not None:
-                rows = slice(layer.shape.first, layer.shape.first + len(layer.shape.outline.points))
-                frames[rows], rest[rows] = frame[:, :2], self.loaded["points"][rows] @ frame[:, :2].T + frame[:, 2]
-                if layer.stroke is not None:
-                    middle[layer.stroke["width"]] = rest[rows].mean(0)
-        device, flat = self.points.device, torch.linalg.det(frames).abs() < 1e-9
-        frames[flat] = torch.eye(2)       # of a shape that is drawn as a line, whose points cannot follow the picture
-        fields = {"points": SmoothField(rest.to(device), sigma, frames=frames.to(device))} if len(rest) else {}
-        return fields | ({"stroke_widths": SmoothField(middle.to(device), sigma)} if len(middle) else {})
+        rest, frames, middle = (x.to(self.points.device) for x in places(
+            self.layers, self.frames.cpu(), self.loaded["points"], len(self.stroke_widths)))
+        return ({"points": SmoothField(rest, sigma, frames=frames)} if len(rest) else {}) | (
+            {"stroke_widths": SmoothField(middle, sigma)} if len(middle) else {})
 
     def restrict(self, opacities=False, only=None, joints=True):
-        """What every project_ puts back from now on.
+        """Set the constraints that every project_ restores from now on.
 
         Args:
-            opacities: let those change that are 1 in the file; otherwise opaque shapes stay opaque.
-            only: ids of the elements that may change, with all that they hold and use; None: all.
-            joints: keep the joints smooth at which a curve goes on in the same direction, within 5 degrees.
+            opacities: allow opacities that are 1 in the file to change; otherwise opaque shapes stay opaque.
+            only: ids of the elements that may change, with all they contain and use; None: all.
+            joints: keep joints smooth at which a curve goes on in the same direction, within 5 degrees.
         Raises SVGError for an id that is not in the file.
         """
-        kept = {name: torch.zeros(len(p), dtype=torch.bool) for name, p in self.named_parameters()}
-        if not opacities:
-            kept["opacities"] |= self.loaded["opacities"] == 1
-            self.opaque_stops = (self.loaded["stop_colours"][:, 3] == 1).nonzero()[:, 0]
-        if only is not None:
-            changing = self.document.held_by(only)
-            for shape in self.document.shapes:
-                if shape.element is not None and shape.element not in changing:
-                    kept["points"][shape.first:shape.first + len(shape.outline.points)] = True
-            tables = dict(colours=["colours"], opacities=["opacities"], widths=["stroke_widths"],
-                          stops=["stop_colours", "stop_offsets"])
-            for (table, element, _), row in self.document.paints.slots.items():
-                for name in tables[table] if element not in changing else ():
-                    kept[name][row] = True
-        self.kept = {name: rows.nonzero()[:, 0] for name, rows in kept.items() if rows.any()}
-        self.joints = self.smooth_joints() if joints else None
-
-    def smooth_joints(self):
-        """[J, 3] rows of points: before a smooth joint, the joint, after it; [2, J] bool: what lies before, after it is
-        a straight line, whose end is a joint too and does not turn."""
-        found, straight = [], []
-        for shape in self.document.shapes if len(self.points) else ():
-            curves, first = shape.outline.curves, shape.first
-            for start, stop, _, closed in shape.outline.drawn() if shape.element is not None else ():
-                own = curves[start:stop]
-                for before, after in zip(own, own[1:] + own[:1] * closed):
-                    lines = before[0] == before[1], after[0] == after[1]
-                    if before[3] == after[0] and not all(lines):
-                        found.append([first + before[0 if lines[0] else 2], first + after[0],
-                                      first + after[3 if lines[1] else 1]])
-                        straight.append(lines)
-        rows, straight = torch.tensor(found).view(-1, 3), torch.tensor(straight, dtype=torch.bool).view(-1, 2)
-        a, p, b = self.loaded["points"][rows].double().unbind(1)
-        smooth = torch.cosine_similarity(p - a, b - p) > math.cos(math.radians(5))
-        return rows[smooth].to(self.points.device), straight[smooth].T.to(self.points.device)
+        self.constraints = Constraints(self.document, self.loaded, opacities, only, joints)
 
     @torch.no_grad()
     def project_(self):
-        """Put the parameters back into their ranges after a step; stops keep their order."""
+        """Return the parameters to their ranges after a step; stops keep their order."""
         for p in (self.colours, self.opacities, self.stop_colours, self.stop_offsets):
             p.clamp_(0, 1)
         self.stroke_widths.clamp_min_(0)
@@ -710,21 +488,8 @@ class SVG(torch.nn.Module):
             if gradient is not None:
                 first, last = gradient.stops[0], gradient.stops[-1] + 1
                 self.stop_offsets[first:last] = self.stop_offsets[first:last].cummax(0)[0]
-        if self.joints is not None:
-            self.turn_handles_()
-        self.stop_colours[self.opaque_stops, 3] = 1
-        for name, rows in self.kept.items():
-            p = getattr(self, name)
-            p[rows] = self.loaded[name][rows].to(p)
-
-    def turn_handles_(self):
-        """Lay the handles on both sides of every smooth joint into one line, their lengths as they are."""
-        (before, joint, after), (line_before, line_after) = self.joints[0].T, self.joints[1][..., None]
-        back, ahead = self.points[joint] - self.points[before], self.points[after] - self.points[joint]
-        way = torch.where(line_before, back, torch.where(line_after, ahead, back + ahead))
-        way = way / way.norm(dim=1, keepdim=True).clamp_min(1e-6)
-        self.points[before] -= torch.where(line_before, 0, back.norm(dim=1, keepdim=True) * way - back)
-        self.points[after] += torch.where(line_after, 0, ahead.norm(dim=1, keepdim=True) * way - ahead)
+        if self.constraints is not None:
+            self.constraints.apply_(self)
 
     # -- saving
 

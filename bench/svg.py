@@ -15,6 +15,7 @@ from PIL import Image
 import svg_raster
 from bench.measure import peak_memory, table
 from image.figures import psnr
+from svg.compositing import overlap
 from svg.outline import SVGError
 from svg_raster import SVG
 
@@ -212,7 +213,7 @@ class PlainAutograd:
         def apply(plan, coverage, rgba, opacities, *paints):
             canvas = coverage.new_ones(3, plan.size, plan.size)
             for area, own, box in zip(plan.views(plan.parts(coverage)), rgba, plan.boxes):
-                if (crops := svg_raster.overlap(box, (0, 0, plan.size, plan.size))) is not None:
+                if (crops := overlap(box, (0, 0, plan.size, plan.size))) is not None:
                     back = canvas[crops[1]].clone()
                     canvas[crops[1]] = back + area * own[3] * (own[:3, None, None] - back)
             return canvas

@@ -415,22 +415,6 @@ class Document:
                 ops.append(self.add(layer))
         return ops
 
-    def held_by(self, ids):
-        """The elements of these ids, with all that they hold and `use`: a set. Raises SVGError for an unknown id."""
-        missing = [name for name in ids if name not in self.source.ids]
-        if missing:
-            known = [name for name in self.source.ids if name]
-            raise SVGError(f"{self.name}: no element has the id '{missing[0]}'; "
-                           f"there are: {', '.join(known) or 'none'}")
-        held, open_ = set(), [self.source.ids[name] for name in ids]
-        while open_:
-            element = open_.pop()
-            if element not in held:
-                held.add(element)
-                used = self.source.reference(element) if self.source.tag(element) == "use" else None
-                open_ += [*element, *([used] if used is not None else [])]
-        return held
-
     def save(self, path, values, loaded):
         """Write the file with the values, all at once or not at all.
 

@@ -34,7 +34,7 @@ class Edition:
     def write_outlines(self):
         data = {}
         for shape in self.document.shapes:
-            rows = slice(shape.first, shape.first + len(shape.outline.points))
+            rows = shape.rows
             if shape.element is None or not self.changed("points", rows):
                 continue
             data[shape.element] = shape.outline.data((self.values["points"][rows] / shape.scale).tolist())
@@ -122,8 +122,7 @@ class Edition:
     def write_boxes(self):
         """Clip paths and masks in units of a box stay as they were drawn, where a shape in that box has changed."""
         changed = [key for key, (_, shapes) in self.document.boxes.items() if any(
-            self.changed("points", slice(s.first, s.first + len(s.outline.points)))
-            for s in shapes if s.element is not None)]
+            self.changed("points", s.rows) for s in shapes if s.element is not None)]
         if not changed:
             return
         users, later = [element for element, _ in self.document.boxes], []

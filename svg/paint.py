@@ -25,6 +25,11 @@ class Shape:
     scale: float                          # pixels (at the drawing's size) of one local unit, at its first use
     first: int                            # its first row in the point table
 
+    @property
+    def rows(self):
+        """Its rows of the point table."""
+        return slice(self.first, self.first + len(self.outline.points))
+
 
 @dataclass
 class Gradient:
