@@ -1,10 +1,10 @@
 """3D Gaussian splatting in plain PyTorch: tiled rendering, its gradients, fitting, and the files of viewers.
 
-    scene = load_scene("examples/apple")           # of scene.py
+    scene = load_scene("examples/apple")           # from scene/reading.py
     splats = Splats.fit(scene, seconds=60)         # process CPU time on a CPU, wall time on a GPU
     psnr, views = evaluate(splats, scene)          # on the held-out views
     picture = splats.render(view=3, size=64)       # [1,3,64,64] in [0,1], differentiable
-    splats.save("apple.ply")                       # for any viewer of 3DGS; or .splat
+    splats.save("apple.ply")                       # for any 3DGS viewer; or .splat
 
 The method is Kerbl et al.'s (arXiv 2308.04079), its projection EWA splatting (Zwicker et al., 2001).
 """
@@ -18,45 +18,46 @@ from torch.nn.functional import avg_pool3d, logsigmoid, threshold_
 
 from files.checkpoint import CheckpointError, dictionary, finite, restore
 from files.messages import one_line
+from files.pictures import to_uint8
 from files.writing import replacing
 from loop import parallel
-from loop.fit import Fit
+from loop.fit import Course
 from scene.box import cell_points, uncontract, visual_hull
 from scene.cameras import around
 from scene.captures import SceneError
-from scene.gaussians import FILES, _origin_of, _suffix, _up_of
+from scene.gaussians import FILES, origin_of, suffix_of, up_of
 from scene.photographs import Scene, View, over, undistorted
 from scene.representation import SH_DC, Representation, spherical_harmonics
 
 ATTRIBUTES = ("means", "log_scales", "quaternions", "opacities", "sh_dc", "sh_rest")
-LARGEST = (1e8, 40, 1e8, 1e4, 1e6, 1e6)  # of these: squares and products of what is larger overflow, or mean nothing
-SEEN = 1 / 255  # an alpha below this is not drawn
-OPAQUE = 0.99  # none is above this: each layer lets some gradient through
-SPENT = 1e-4  # of the light left in a tile: what lies behind is not drawn
-MOST_POINTS = 20000  # of a cloud that Gaussians start on: to find the neighbours of more takes longer than it helps
+LARGEST = (1e8, 40, 1e8, 1e4, 1e6, 1e6)  # magnitudes of these: squares and products of larger ones overflow
+SEEN = 1 / 255  # least alpha that is drawn
+HIGHEST = 0.99  # largest alpha: each layer lets some gradient through
+SPENT = 1e-4  # transmittance below which the rest of a tile is not drawn
+START_POINTS = 20000  # most points of a cloud that Gaussians start from: the search for neighbours is quadratic
 
 
 def project(means, log_scales, quaternions, camera, near):
-    """Gaussians seen by a pinhole camera: the EWA approximation (Kerbl et al., eq. 5).
+    """Project Gaussians by a pinhole camera: the EWA approximation (Kerbl et al., eq. 5).
 
     Args:
-        means [N,3] in units of the scene, log_scales [N,3], quaternions [N,4] as wxyz, of any length.
+        means: [N,3] in units of the scene; log_scales: [N,3]; quaternions: [N,4] as wxyz, of any length.
         camera: a Camera; its distortion is ignored.
-        near: what is nearer to the camera is culled.
+        near: depth of the near plane.
     Returns:
         uv [2,N] in pixels; depth [N] along the optical axis; cov [3,N], the xx, xy, yy of the covariance in
-        square pixels, low-pass filter included. Finite also for what is culled.
+        square pixels, low-pass filter included. All are finite also in front of the near plane.
     """
     fx, fy, cx, cy, *_ = camera.lens
     pose = camera.pose.to(means.dtype)
-    # to OpenCV's axes; inverted on the CPU, as on a GPU nine numbers take longer and the CPU would wait for them
+    # to OpenCV's axes; inverted on the CPU, as for nine numbers a GPU takes longer and the CPU would wait for it
     world = (torch.linalg.inv(pose[:, :3]) * pose.new_tensor([[1.0], [-1.0], [-1.0]])).to(means.device)
     x, y, z = world @ (means - pose[:, 3].to(means.device)).T
     depth = z.detach()
     z = z.clamp_min(near)
     x, y = x / z, y / z
     uv = torch.stack((cx + fx * x, cy + fy * y))
-    # the linearisation is used no further than 0.3 of the half picture beyond the edge: it grows without limit
+    # linearise at most 0.3 of the half picture beyond the edge: the Jacobian grows without limit
     room_x, room_y = 0.15 * camera.width / fx, 0.15 * camera.height / fy
     x = x.clamp(-cx / fx - room_x, (camera.width - cx) / fx + room_x)
     y = y.clamp(-cy / fy - room_y, (camera.height - cy) / fy + room_y)
@@ -67,7 +68,7 @@ def project(means, log_scales, quaternions, camera, near):
 
 
 def rotations(quaternions):
-    """[N,4] as wxyz, of any length -> [3,3,N], the columns are a Gaussian's own axes."""
+    """Quaternions [N,4] as wxyz, of any length -> matrices [3,3,N] whose columns are a Gaussian's axes."""
     w, i, j, k = (quaternions / quaternions.norm(dim=1, keepdim=True).clamp_min(1e-12)).T
     return torch.stack((
         1 - 2 * (j * j + k * k), 2 * (i * j - w * k), 2 * (i * k + w * j),
@@ -76,10 +77,10 @@ def rotations(quaternions):
 
 
 def quadratics(uv, cov, opacity_logits):
-    """[N,6] float64: log alpha = q . (1, x, y, x^2, xy, y^2) at the point (x, y) of the picture.
+    """Coefficients q [N,6] float64 of log alpha = q . (1, x, y, x^2, xy, y^2) at the point (x, y) of the picture.
 
-    A polynomial makes a tile's alphas one product of matrices. It must be moved to the tile before it is rounded
-    to float32: its terms are large and cancel.
+    With polynomials, the alphas of a tile are one product of matrices. They must be moved to the tile before they are
+    rounded to float32, as their terms are large and cancel.
     """
     (u, v), (xx, xy, yy) = uv.double(), cov.double()
     det = xx * yy - xy * xy
@@ -90,17 +91,17 @@ def quadratics(uv, cov, opacity_logits):
 
 
 class Tiles:
-    """Which Gaussians each tile of a picture draws, from front to back.
+    """The Gaussians in each tile of a picture, from front to back.
 
     Attributes:
-        side: of a tile in pixels; across, down: how many there are.
-        index [M]: numbers of Gaussians, tile after tile; those of tile t are index[start[t]:][:count[t]].
-        moved [tiles,6,6]: q @ moved[t] is the polynomial q of `quadratics` about the centre of tile t.
+        side: of a tile in pixels; across, down: number of tiles.
+        index: [M], numbers of Gaussians, tile after tile; those of tile t are index[start[t]:][:count[t]].
+        moved: [tiles,6,6]; q @ moved[t] are the coefficients q of `quadratics` about the centre of tile t.
     """
 
     def __init__(self, uv, depth, cov, opacity, camera, near):
         """uv [2,N], depth [N], cov [3,N] of `project`; opacity [N] in [0,1]."""
-        # alpha falls below SEEN at this Mahalanobis distance; the ellipse there reaches so far along x and y
+        # half width and height of the ellipse on which alpha falls below SEEN
         reach = (2 * (opacity / SEEN).log()).clamp_min(0).sqrt() * cov[::2].sqrt()  # [2,N]
         low, high = uv - reach, uv + reach
         edge = uv.new_tensor([[camera.width], [camera.height]])
@@ -108,23 +109,24 @@ class Tiles:
         near_first = seen.nonzero()[:, 0]
         near_first = near_first[depth[near_first].argsort(stable=True)]
         low, high = low[:, near_first], high[:, near_first]
-        for side in (16, 8, 4):
+
+        def covered(side):
+            """First tile and number of tiles [2,V] of each Gaussian along x and y, and the number of tiles [2,1]."""
             size = edge.div(side).ceil()
             first = (low / side).floor().clamp_min(0).int()
-            boxes = torch.minimum((high / side).ceil(), size).int() - first  # [2,V] tiles
-            cost = boxes.prod(0).sum() * (side * side + 12)  # a pair costs its pixels and about 12 more
-            if side == 16 or cost < best:
-                best, chosen = cost, (side, size, first, boxes)
-        self.side, size, (x, y), (wide, high) = chosen
+            return first, torch.minimum((high / side).ceil(), size).int() - first, size
+        # a pair of a Gaussian and a tile costs its pixels and about 12 more
+        self.side = min((16, 8, 4), key=lambda side: int(covered(side)[1].prod(0).sum()) * (side * side + 12))
+        (x, y), (wide, high), size = covered(self.side)
         self.across, self.down = (int(n) for n in size[:, 0])
-        each = wide * high  # from here on a row for every pair of a Gaussian and a tile
+        each = wide * high  # from here on, one row per pair of a Gaussian and a tile
         rank = torch.repeat_interleave(torch.arange(len(each), device=uv.device), each)
         within = torch.arange(len(rank), device=uv.device, dtype=torch.int32)
         within -= (each.cumsum(0) - each).int()[rank]
         wide = wide[rank]
         row = within.div(wide, rounding_mode="floor")
         tile = (y[rank] + row) * self.across + x[rank] + within - row * wide
-        tile, order = tile.sort(stable=True)  # stable: each list stays ordered by depth
+        tile, order = tile.sort(stable=True)  # stable: each list remains ordered by depth
         self.index = near_first[rank[order]]
         self.count = torch.bincount(tile, minlength=self.across * self.down)
         self.start = self.count.cumsum(0) - self.count
@@ -138,15 +140,15 @@ class Tiles:
         self.moved[:, 3, 1], self.moved[:, 5, 2] = 2 * x, 2 * y
 
     def basis(self, dtype):
-        """[6,P]: 1, x, y, xx, xy, yy of a tile's pixels about its centre."""
+        """1, x, y, xx, xy, yy [6,P] of a tile's pixels about its centre."""
         pixel = torch.arange(self.side, device=self.index.device, dtype=dtype) + 0.5 - self.side / 2
         x, y = pixel.repeat(self.side), pixel.repeat_interleave(self.side)
         return torch.stack((torch.ones_like(x), x, y, x * x, x * y, y * y))
 
     def alphas(self, quadratic, dtype, part, first, depth):
-        """Of the tiles part [A] the Gaussians first .. first + depth: their numbers [A,K], their alphas [A,K,P].
+        """Numbers [A,K] and alphas [A,K,P] of the Gaussians first .. first + depth in the tiles part [A].
 
-        quadratic [N+1,6] of `quadratics`; N is the number that fills up lists which end before.
+        quadratic: [N+1,6] from `quadratics`; the number N pads lists that end earlier.
         """
         layer = torch.arange(first, first + depth, device=part.device)
         at = (self.start[part][:, None] + layer).clamp_max_(len(self.index) - 1)
@@ -154,7 +156,7 @@ class Tiles:
         local = quadratic.index_select(0, index.view(-1)).view(*index.shape, 6) @ self.moved[part]
         # clamped, as exp is slow where it underflows
         alpha = (local.view(-1, 6).to(dtype) @ self.basis(dtype)).clamp_(min=-20).exp_()
-        return index, threshold_(alpha, SEEN, 0).clamp_(max=OPAQUE).view(*index.shape, -1)
+        return index, threshold_(alpha, SEEN, 0).clamp_(max=HIGHEST).view(*index.shape, -1)
 
     def picture(self, tiles, camera):
         """[tiles,C,side^2] -> [C,H,W]."""
@@ -166,15 +168,15 @@ class Tiles:
 class _Composite(torch.autograd.Function):
     """Alpha compositing from front to back (Kerbl et al., eq. 3) in every tile: rgb and transmittance.
 
-    Blocks of K Gaussians of A tiles are [A,K,P] arrays with P pixels of a tile. The backward draws each block
-    again; kept are only the transmittances in front of the blocks.
+    Blocks of K Gaussians in A tiles of P pixels are [A,K,P] arrays. The backward pass draws each block again, so that
+    only the transmittances in front of the blocks are kept.
     """
-    ELEMENTS, DEPTH = 2 ** 18, 64  # of a block on a CPU: what fits its cache; the most K
+    ELEMENTS, DEPTH = 2 ** 18, 64  # elements of a block that fit a CPU's cache; largest K
 
     @staticmethod
     def forward(ctx, quadratic, colour, tiles):
         """quadratic [N,6] float64, colour [N,3], a Tiles -> [tiles,4,P]: rgb in front of nothing, transmittance."""
-        # number N stands for the end of a list: never seen
+        # number N pads lists; it is invisible
         quadratic = torch.cat((quadratic, quadratic.new_tensor([[-20.0, 0, 0, 0, 0, 0]])))
         colour = torch.cat((colour, colour.new_zeros(1, 3)))
         ctx.save_for_backward(quadratic, colour)
@@ -182,7 +184,7 @@ class _Composite(torch.autograd.Function):
         out = colour.new_zeros(len(tiles.count), 4, tiles.side ** 2)
         out[:, 3] = 1
         layers = (_Composite.ELEMENTS if colour.device.type == "cpu" else 2 ** 24) // tiles.side ** 2  # of a block
-        # tiles with lists of similar lengths go together; those that are done leave room for longer blocks
+        # group tiles with lists of similar lengths; finished ones make room for longer blocks
         for part in tiles.count.argsort(descending=True, stable=True).split(max(1, layers // 32)):
             first, longest = 0, int(tiles.count[part[0]])
             while first < longest:
@@ -205,7 +207,7 @@ class _Composite(torch.autograd.Function):
     def backward(ctx, grad):
         quadratic, colour = ctx.saved_tensors
         tiles = ctx.tiles
-        behind = grad[:, 3].clone()  # d loss / d transmittance of what is behind the block at hand
+        behind = grad[:, 3].clone()  # d loss / d transmittance behind the current block
         grad_q, grad_c = torch.zeros_like(quadratic), torch.zeros_like(colour)
         for part, first, depth, before in reversed(ctx.blocks):
             index, alpha = tiles.alphas(quadratic, colour.dtype, part, first, depth)
@@ -216,20 +218,20 @@ class _Composite(torch.autograd.Function):
             weight = light[:, :-1].mul_(alpha)
             share = torch.bmm(weight, out_grad.transpose(1, 2))  # [A,K,3]
             grad_c.index_add_(0, entry, share.view(-1, 3))
-            # d loss / d log alpha_k = w_k v_k - alpha_k / (1 - alpha_k) * (sum of w_j v_j behind k, and what is last)
+            # d loss / d log alpha_k = w_k v_k - alpha_k / (1 - alpha_k) * (sum of w_j v_j behind k, plus last)
             value = torch.bmm(colour.index_select(0, entry).view(*index.shape, 3), out_grad).mul_(weight)
             sums = value.cumsum(1)
             total = sums[:, -1] + last
-            behind[part] = total / before.clamp_min(1e-30)  # it is 0 behind twenty opaque ones
+            behind[part] = total / before.clamp_min(1e-30)  # before is 0 behind twenty opaque Gaussians
             value.addcmul_(alpha / (1 - alpha), torch.sub(total[:, None], sums, out=sums), value=-1)
-            value = torch.ops.aten.hardtanh_backward(value, alpha, 0, OPAQUE)  # none where alpha is clamped
+            value = torch.ops.aten.hardtanh_backward(value, alpha, 0, HIGHEST)  # zero where alpha is clamped
             local = (value.view(-1, tiles.side ** 2) @ tiles.basis(colour.dtype).T).double().view(*index.shape, 6)
             grad_q.index_add_(0, entry, (local @ tiles.moved[part].transpose(1, 2)).view(-1, 6))
         return grad_q[:-1], grad_c[:-1], None
 
 
 def _transmittance(alpha, before):
-    """[A,K+1,P]: what is left of `before` [A,P] in front of each of K alphas [A,K,P], and behind the last."""
+    """Transmittance [A,K+1,P] in front of each of K alphas [A,K,P] and behind the last; before [A,P]: of the first."""
     light = alpha.new_empty(len(alpha), alpha.shape[1] + 1, alpha.shape[2])
     light[:, 0] = before
     torch.sub(1, alpha, out=light[:, 1:])
@@ -237,25 +239,25 @@ def _transmittance(alpha, before):
 
 
 class Splats(Representation):
-    """N Gaussians, and how to draw, fit and edit them.
+    """N Gaussians: drawing, editing, files and the fit.
 
     Attributes:
-        means [N,3] in units of the scene, log_scales [N,3], quaternions [N,4] as wxyz, opacities [N] as logits.
-        sh_dc [N,3], sh_rest [N,K,3] with K = 0, 3, 8 or 15: the colour is 0.5 + their sum with the harmonics.
+        means: [N,3] in units of the scene; log_scales: [N,3]; quaternions: [N,4] as wxyz; opacities: [N] as logits.
+        sh_dc, sh_rest: [N,3] and [N,K,3] with K = 0, 3, 8 or 15; the colour is 0.5 + their sum with the harmonics.
     """
 
     def __init__(self, scene, means, log_scales, quaternions, opacities, sh_dc, sh_rest):
-        """scene: a Scene, which is kept as pinhole cameras see it; the others: tensors of the shapes above."""
+        """scene: a Scene, whose photographs are undistorted; the others: tensors of the shapes above."""
         super().__init__(undistorted(scene))
-        for name, value in zip(ATTRIBUTES, (means, log_scales, quaternions, opacities, sh_dc, sh_rest)):
+        for name, value in zip(ATTRIBUTES, (means, log_scales, quaternions, opacities, sh_dc, sh_rest), strict=True):
             setattr(self, name, torch.nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format)))
         position = torch.stack([v.camera.pose[:, 3] for v in scene.train])
-        # the unit of the rates, as in the paper's code
+        # the unit of the means' learning rate, as in the paper's code
         self.extent = 1.1 * (position - position.mean(0)).norm(dim=1).max().clamp_min(0.1 * scene.half).item()
         self.near = 0.05 * scene.half
 
     def colours(self, camera):
-        """rgb [N,3] of the Gaussians as seen by a Camera."""
+        """rgb [N,3] of the Gaussians in the directions of a Camera."""
         rgb = 0.5 + SH_DC * self.sh_dc
         if self.sh_rest.shape[1]:
             d = (self.means - camera.pose[:, 3].to(self.means)).T
@@ -264,7 +266,7 @@ class Splats(Representation):
         return rgb.clamp_min(0)
 
     def draw(self, camera):
-        """The picture [4,H,W], rgb in front of nothing and transmittance; and uv [2,N], the means in pixels."""
+        """The picture [4,H,W] on black with its transmittance, and uv [2,N], the means in pixels."""
         uv, depth, cov = project(self.means, self.log_scales, self.quaternions, camera, self.near)
         with torch.no_grad():
             tiles = Tiles(uv, depth, cov, self.opacities.sigmoid(), camera, self.near)
@@ -272,13 +274,13 @@ class Splats(Representation):
         return tiles.picture(drawn, camera), uv
 
     def rgb(self, camera):
-        """The picture [3,H,W] of a Camera; a pinhole's, as distortion of the lens is ignored."""
+        """The picture [3,H,W] of a Camera without its distortion."""
         picture = self.draw(camera)[0]
         return picture[:3] + picture[3:] * self.background[:, None, None]
 
     @torch.no_grad()
     def depth(self, view=None, size=None):
-        """Expected depth [1,1,H,W] along the rays in units of the scene; 0 where nothing opaque is met."""
+        """Expected depth [1,1,H,W] along the rays in units of the scene; 0 where a ray meets nothing opaque."""
         camera = self.camera(view, size)
         uv, depth, cov = project(self.means, self.log_scales, self.quaternions, camera, self.near)
         tiles = Tiles(uv, depth, cov, self.opacities.sigmoid(), camera, self.near)
@@ -287,62 +289,61 @@ class Splats(Representation):
         axis = camera.directions(left.device)[2].abs().view_as(left)  # the cosine between ray and optical axis
         return torch.where(left < 0.5, total / (1 - left).clamp_min(0.5) / axis, 0)[None, None]
 
-    # ---- what the edit's loop asks for
+    # ---- interface of the editing loop
 
     def data_loss(self, dataset, generator=None, l1=True):
-        """One step of going on to fit a `dataset`: the L1 loss of one of its pictures, whatever l1 says."""
+        """The L1 loss, a scalar, of a random picture of a `dataset`; l1 is unused."""
         view = int(torch.randint(len(dataset.cameras), (), generator=generator))
         return (self.render(dataset.cameras[view]) - dataset.picture(view)).abs().mean()
 
     def param_groups(self, means=1.6e-4, log_scales=5e-3, quaternions=1e-3, opacities=5e-2, sh_dc=2.5e-3):
-        """Adam's rates, the paper's code's: that of the means in extents of the cameras; sh_rest a 20th of sh_dc."""
+        """Groups for Adam with the rates of the paper's code; means: in extents of the cameras; sh_rest: sh_dc / 20."""
         rates = (means * self.extent, log_scales, quaternions, opacities, sh_dc, sh_dc / 20)
         return [{"name": name, "params": [getattr(self, name)], "lr": rate, "eps": 1e-15}
-                for name, rate in zip(ATTRIBUTES, rates)]
+                for name, rate in zip(ATTRIBUTES, rates, strict=True)]
 
     @torch.no_grad()
     def project_(self):
-        """After a step: quaternions of length 1, opacities where their gradient is not lost; N stays."""
+        """After a step, normalise the quaternions and keep the opacities where their gradient does not vanish."""
         self.quaternions /= self.quaternions.norm(dim=1, keepdim=True).clamp_min(1e-12)
         self.opacities.clamp_(-10, 10)
 
     # ---- files
 
     def save(self, path):
-        """Write a .ply of 3DGS or, without sh_rest and rounded to 8 bits, a .splat; never half a file.
+        """Write a 3DGS .ply or, without sh_rest and rounded to 8 bits, a .splat, atomically.
 
-        The positions lie in the coordinates of the scene's file. Where these are those of a map, too far from zero for
-        float32, they begin at the scene's origin instead: the .ply names it in its header ("comment origin X Y Z"), a
-        warning does, too.
+        Positions are in the coordinates of the scene's file. Map coordinates, too far from zero for float32, are
+        written relative to the scene's origin, which a comment of the .ply ("origin X Y Z") and a warning state.
         """
         path, origin = Path(path), self.scene.origin
         values = {name: getattr(self, name).detach().cpu().float() for name in ATTRIBUTES}
-        data = FILES[_suffix(path)][1](**values, origin=origin)
+        data = FILES[suffix_of(path)][1](**values, origin=origin)
         with replacing(path) as part:
             part.write_bytes(data)
         if any(origin):
-            warnings.warn(one_line(f"{path}: its positions begin at {' '.join(map(repr, origin))} of the scene's "
-                                   "coordinates, which float32 cannot hold"), stacklevel=2)
+            warnings.warn(one_line(f"{path}: its positions are relative to {' '.join(map(repr, origin))} in the "
+                                   "coordinates of the scene, which float32 cannot hold"), stacklevel=2)
 
     @classmethod
     def load(cls, path, scene=None, device="cpu", size=256, up=None):
-        """The Gaussians of a .ply of 3DGS or a .splat.
+        """Read the Gaussians of a 3DGS .ply or a .splat.
 
         Args:
-            scene: the Scene whose cameras see them; a warning is given where they look unlike its photographs. None:
-                cameras are placed around them, see `around`, and what these see takes the place of photographs.
-            size, up: of `around`.
+            scene: the Scene of their photographs; a warning is given where they look unlike these. None: cameras are
+                placed around them, see `around`, and their renderings serve as photographs.
+            size, up: see `around`.
         Raises:
-            SceneError: no such file, or one that cannot be drawn.
+            SceneError: the file is missing, or cannot be drawn.
         """
         path = Path(path)
-        read = FILES[_suffix(path)][0]
+        read = FILES[suffix_of(path)][0]
         try:
             data = path.read_bytes()
         except OSError as e:
             raise SceneError(f"{path}: cannot be read: {e.strerror}") from e
         (means, *others), comments = read(path, data)
-        shift = _origin_of(path, comments) - torch.tensor(scene.origin if scene else (0.0, 0, 0), dtype=torch.float64)
+        shift = origin_of(path, comments) - torch.tensor(scene.origin if scene else (0.0, 0, 0), dtype=torch.float64)
         values = [(means + shift if shift.any() else means).float(), *(value.float() for value in others)]
         if not len(values[0]):
             raise SceneError(f"{path}: holds no Gaussian")
@@ -351,24 +352,24 @@ class Splats(Representation):
         wrong = ~torch.isfinite(largest).all(0)
         if wrong.any():
             raise SceneError(f"{path}: {int(wrong.sum())} of its {len(wrong)} Gaussians are not finite")
-        for name, most, figures in zip(ATTRIBUTES, LARGEST, largest):
+        for name, most, figures in zip(ATTRIBUTES, LARGEST, largest, strict=True):
             if (figures > most).any():
                 raise SceneError(f"{path}: {int((figures > most).sum())} of its {len(wrong)} Gaussians are too large: "
                                  f"{name} of up to {figures.max():.3g}, {most:g} can be drawn")
         if scene is None:
-            up = up or _up_of(path, comments)
+            up = up or up_of(path, comments)
             return cls._alone(path, values, hashlib.sha256(data).hexdigest(), device, size, up)
         splats = cls(scene, *values).to(device)
         error, spread = splats._likeness()
         if error > spread:
             psnr = -10 * math.log10(error)
-            warnings.warn(one_line(f"{path}: looks unlike the photographs of {scene.path}, PSNR {psnr:.0f} dB: are they "
+            warnings.warn(one_line(f"{path}: looks unlike the photographs of {scene.path}, PSNR {psnr:.0f} dB: is it "
                                    "of this scene, and in its coordinates?"), stacklevel=2)
         return splats
 
     @classmethod
     def _alone(cls, path, values, digest, device, size, up):
-        """The Gaussians `values` of the file `path` with cameras of their own, whose pictures are drawn here."""
+        """The Gaussians `values` of the file `path` in a Scene of rendered views around them."""
         vector = [(axis == up[-1]) * (-1.0 if up[0] == "-" else 1.0) for axis in "xyz"]
         centre, radius, cameras = around(values[0], values[3], vector, size)
         blank = torch.zeros(size, size, 3, dtype=torch.uint8)
@@ -378,16 +379,15 @@ class Splats(Representation):
         splats = cls(scene, *values).to(device)
         with torch.no_grad():
             for i, view in enumerate(views):
-                picture = (splats.render(view.camera)[0].permute(1, 2, 0) * 255).round().byte()
-                views[i] = View(view.camera, picture.cpu(), view.name)
+                views[i] = View(view.camera, to_uint8(splats.render(view.camera)[0]).cpu(), view.name)
         return splats
 
     @torch.no_grad()
-    def _likeness(self, views=4, size=64):
-        """The mean squared error of what is drawn in the place of some photographs, and that of their mean colours."""
-        shown = range(0, len(self.scene.train), max(1, len(self.scene.train) // views))
-        photographs = [(i, self.photograph(i, size)) for i in shown]
-        error = sum((self.render(i, size) - p).square().mean().item() for i, p in photographs)
+    def _likeness(self):
+        """Mean squared errors of renderings of about four photographs, and of their mean colours."""
+        shown = range(0, len(self.scene.train), max(1, len(self.scene.train) // 4))
+        photographs = [(i, self.photograph(i, 64)) for i in shown]
+        error = sum((self.render(i, 64) - p).square().mean().item() for i, p in photographs)
         spread = sum((p - p.mean((2, 3), True)).square().mean().item() for _, p in photographs)
         return error / len(shown), spread / len(shown)
 
@@ -395,15 +395,15 @@ class Splats(Representation):
 
     @staticmethod
     def sizes(device):
-        """Those that suit a device, a dict."""
+        """Default count, limit and degree for a device, a dict."""
         if torch.device(device).type == "cpu":
             return dict(count=2000, limit=10000, degree=1)
         return dict(count=20000, limit=300000, degree=3)
 
     @classmethod
     def start(cls, scene, count, degree, generator):
-        """`count` Gaussians: on points of the scene's cloud, and those that are more than its points where the pictures
-        allow something: on the surface of the visual hull; in a capture, wherever a view may see one."""
+        """`count` Gaussians on points of the scene's cloud; those in excess of its points are placed on the surface of
+        the visual hull of an object, and anywhere in sight of a view in a capture."""
         scene, known = undistorted(scene), torch.full((count, 3), math.nan)
         means, scales = _places(scene, count, generator)
         if scene.points is not None:
@@ -413,7 +413,7 @@ class Splats(Representation):
             if scene.colours is not None:
                 known[:len(pick)] = scene.colours[pick]
         log_scales, quaternions = scales.log()[:, None].expand(-1, 3), torch.tensor([1.0, 0, 0, 0]).expand(count, 4)
-        colour = torch.full((4, count), 1e-3)  # sums of rgb and of 1: the mean of what the views show in its place
+        colour = torch.full((4, count), 1e-3)  # sums of rgb and of weights over the views
         for view in scene.train:
             (u, v), depth, _ = project(means, log_scales, quaternions, view.camera, 1e-3 * scene.half)
             inside = (depth > 0) & (u > 0) & (u < view.camera.width) & (v > 0) & (v < view.camera.height)
@@ -428,55 +428,51 @@ class Splats(Representation):
 
     @classmethod
     def fit(cls, scene, seconds=None, steps=None, seed=0, checkpoint=None, device="cpu", progress=True, **sizes):
-        """Fit new splats to the training views of a scene, one view a step.
+        """Fit new splats to the training views of a scene, one view per step.
 
-        Adam on the absolute difference. The paper's structural similarity is left out: with it a step on a CPU
-        took a third longer, and the test PSNR of the apple was no better. Objects are fitted on random backgrounds:
-        only true opacity explains all of them.
+        Adam on the absolute difference. The paper's structural similarity is left out: it made a step on a CPU a third
+        slower and the test PSNR of the apple no better. Objects are fitted on random backgrounds, which only the true
+        opacity explains.
 
         Args:
             seconds: process CPU time on a CPU, wall time elsewhere; 60 if neither it nor steps is given.
-            steps: or optimiser steps. With both, what comes first.
-            seed: of the first Gaussians, views and backgrounds. Fits of equal steps on a CPU are bit-identical.
-            checkpoint: a path. Its fit is resumed if it exists (one that had its time is returned at once),
-                and it is written every 15 seconds and at the end. It then takes the steps of an unbroken one.
-            sizes: count of Gaussians at the start, limit on it, degree of the harmonics, if not the device's default.
+            steps: number of optimiser steps; with both limits, the first to be reached ends the fit.
+            seed: for first Gaussians, views and backgrounds. On a CPU, fits of equal steps are bit-identical.
+            checkpoint: a path, written every 15 seconds and at the end. An existing one is resumed, with the same
+                result as an unbroken fit; a finished fit is returned at once.
+            sizes: count of Gaussians at the start, limit on it, degree of harmonics, where not the device's defaults.
         Returns:
             The Splats; the attribute `fitted` holds steps and seconds of the fit.
         Raises:
-            SceneError: the checkpoint is damaged, of another scene or of other sizes.
-            FloatingPointError: the loss is no longer finite.
+            ValueError: the checkpoint is damaged, or of another scene or other sizes.
+            FloatingPointError: the loss is not finite.
         """
         device = torch.device(device)
         sizes = cls.sizes(device) | sizes
         scene = undistorted(scene)
-        fit = Fit(scene, sizes, {"splats": dictionary, "moved": torch.is_tensor}, seconds, steps, checkpoint, device)
+        checks = {"splats": dictionary, "moved": torch.is_tensor}
+        course = Course(scene, sizes, checks, seconds, steps, checkpoint, device)
         generator, = parallel.streams(seed, 1)
-        if fit.saved:
-            with fit.reading():
-                splats = cls._restored(scene, fit.saved, sizes, fit.checkpoint)
+        if course.saved:
+            splats = cls._restored(scene, course.saved, sizes, course.checkpoint)
         else:
-            # a cloud's points stand where something is: as many of them as leave room to grow
-            points = 0 if scene.points is None else min(len(scene.points), MOST_POINTS, sizes["limit"] // 2)
+            # start on as many points of the cloud as leave room to grow
+            points = 0 if scene.points is None else min(len(scene.points), START_POINTS, sizes["limit"] // 2)
             splats = cls.start(scene, max(sizes["count"], points), sizes["degree"], parallel.shared(generator, seed))
         splats.to(device)
-        # of each Gaussian: the sum of how far its mean was pulled over the screen, and in how many pictures
-        moved = fit.saved["moved"] if fit.saved else torch.zeros(2, len(splats.means), device=device)
-        # several times the paper's rates: it takes 30 000 steps, a minute on a CPU has 2000
+        # for each Gaussian, the sum of the gradients of its mean on the screen, and the number of pictures with one
+        moved = course.saved["moved"] if course.saved else torch.zeros(2, len(splats.means), device=device)
+        # several times the paper's rates: it takes 30,000 steps, a minute on a CPU has 2,000
         optimiser = torch.optim.Adam(splats.param_groups(4e-3, 4e-2, 2e-2, 1e-1, 4e-2), betas=(0.9, 0.99), fused=True)
         rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
-        views = len(scene.train)
 
         def state():
             return dict(splats=splats.state_dict(), moved=moved)
 
-        for step in fit.run(optimiser, generator, state, progress):
+        for step in course.run(optimiser, generator, state, progress):
             for group in optimiser.param_groups:
-                group["lr"] = rates[group["name"]] * (0.01 if group["name"] == "means" else 0.2) ** fit.share(step)
-            # each view once before any comes again; of several processes each takes one
-            at = step * parallel.world() + parallel.rank()
-            order = torch.randperm(views, generator=torch.Generator().manual_seed(seed + at // views))
-            view = scene.train[order[at % views]]
+                group["lr"] = rates[group["name"]] * (0.01 if group["name"] == "means" else 0.2) ** course.share(step)
+            view = _in_turn(scene.train, step, seed)
             loss, error, uv = splats._fit_step(view, generator)
             optimiser.zero_grad()
             loss.backward()
@@ -484,21 +480,20 @@ class Splats(Representation):
             optimiser.step()
             splats.project_()
             half = uv.new_tensor([[view.camera.width], [view.camera.height]]) / 2
-            pull = (uv.grad * half).norm(dim=0)  # as if pictures of all sizes were one
+            pull = (uv.grad * half).norm(dim=0)  # in half pictures, whatever their size
             moved += torch.stack((pull, (pull > 0).float()))
             if (step + 1) % 100 == 0:
-                grow = 0.15 if fit.share(step + 1) < 0.6 else 0
                 moved = parallel.summed(moved)
-                splats._densify(optimiser, moved[0] / moved[1].clamp_min(1), sizes["limit"], grow,
-                                parallel.shared(generator, seed + step))
+                splats._densify(optimiser, moved[0] / moved[1].clamp_min(1), sizes["limit"],
+                                0.15 if course.share(step + 1) < 0.6 else 0, parallel.shared(generator, seed + step))
                 moved = moved.new_zeros(2, len(splats.means))
-            fit.report(loss, error, splats=len(splats.means))
-        splats.fitted = {"steps": fit.step, "seconds": fit.spent}
+            course.report(loss, error, splats=len(splats.means))
+        splats.fitted = {"steps": course.step, "seconds": course.spent}
         return splats
 
     @classmethod
     def _restored(cls, scene, saved, sizes, path):
-        """The splats of a fit's checkpoint, which is the file `path`."""
+        """The splats in the checkpoint `path` of a fit."""
         state = saved["splats"]
         tensors = [state.get(name) for name in ATTRIBUTES]
         right = all(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in tensors)
@@ -514,7 +509,7 @@ class Splats(Representation):
         return splats
 
     def _fit_step(self, view, generator):
-        """Loss for a View, its mean squared error, and uv [2,N] in pixels, which keeps its gradient."""
+        """Loss for a View, its mean squared error, and uv [2,N] in pixels, which retains its gradient."""
         picture, uv = self.draw(view.camera)
         uv.retain_grad()
         behind = self.background
@@ -527,10 +522,10 @@ class Splats(Representation):
 
     @torch.no_grad()
     def _densify(self, optimiser, moved, limit, grow, generator):
-        """Drop what is transparent or huge, and double the share `grow` whose means are moved [N] most on the screen.
+        """Drop transparent or huge Gaussians, and double the share `grow` with the largest gradients moved [N].
 
-        A small Gaussian is cloned, a large one split in two (Kerbl et al., 5.2). A share, where the paper has a
-        threshold: the number then grows as fast in a picture of any size. `limit`: of their number.
+        A small Gaussian is cloned, a large one split in two (Kerbl et al., 5.2). The paper has a threshold instead of a
+        share, whose effect depends on the size of the pictures. limit: largest number of Gaussians.
         """
         scales = self.log_scales.exp().amax(1)
         keep = self.opacities.sigmoid() > 0.005
@@ -558,30 +553,37 @@ class Splats(Representation):
 
 
 def _places(scene, count, generator):
-    """Where `count` Gaussians may stand, [count,3], as the pictures say, and the deviations [count] that fill that."""
+    """Positions [count,3] that the pictures allow, and standard deviations [count] that fill the space between."""
     extent, cells = (1, 64) if scene.bounded else (2, 32)
     _, hull = visual_hull(scene.train, scene.centre, scene.half, extent, cells)
-    if scene.bounded:  # what lies inside is never seen
+    if scene.bounded:  # the inside is never seen
         hull &= avg_pool3d(hull.view(1, 1, cells, cells, cells).float(), 3, 1, 1).view(-1) < 0.999
     at = hull.nonzero()[:, 0]
     at = at if len(at) else torch.arange(cells ** 3)
-    # a capture's cameras look at its middle: half of them go into the box, and are smaller
+    # the cameras of a capture look at its middle: half of the Gaussians go into the box, and are smaller
     weight = torch.ones(len(at)) if scene.bounded else (cell_points(at, cells) - 0.5).norm(dim=0).add(0.1) ** -4
     pick = torch.multinomial(weight, count, True, generator=generator)
-    each = (count * weight / weight.sum())[pick]  # how many there are in a cell like its own
+    each = (count * weight / weight.sum())[pick]  # expected number in the cell
     inner = (cell_points(at[pick], cells, torch.rand(3, count, generator=generator)) * 2 - 1) * extent
     x = uncontract(inner)
-    # as large as its share of the surface, or of the volume, which the contraction has stretched
+    # the size of its share of the surface, or of the volume, which the contraction has stretched
     spacing = each ** (-1 / 2 if scene.bounded else -1 / 3) * 2 * extent / cells * scene.half
     return x.T * scene.half + scene.centre, 0.5 * spacing * x.norm(dim=0) / inner.norm(dim=0).clamp_min(1e-6)
 
 
-def _spacing(points, neighbours=3):
-    """Root mean square of the distances [N] of points [N,3] to their nearest neighbours, as in Kerbl et al., 5.1."""
+def _in_turn(views, step, seed):
+    """The view of a step: every view once, in random order, before any comes again; each process takes its own."""
+    at = step * parallel.world() + parallel.rank()
+    return views[torch.randperm(len(views), generator=torch.Generator().manual_seed(seed + at // len(views)))[
+        at % len(views)]]
+
+
+def _spacing(points):
+    """Root mean square distance [N] of points [N,3] to their three nearest neighbours, as in Kerbl et al., 5.1."""
     if len(points) < 2:
         return torch.ones(len(points))
     nearest = [torch.cdist(part, points, compute_mode="donot_use_mm_for_euclid_dist").topk(
-        min(neighbours + 1, len(points)), largest=False).values[:, 1:] for part in points.split(1024)]
+        min(4, len(points)), largest=False).values[:, 1:] for part in points.split(1024)]
     distance = torch.cat(nearest).square().mean(1).sqrt()
-    # equal points have no distance at all, and a lonely one must not fill the picture
+    # equal points have no distance, and a lonely one must not fill the picture
     return distance.clamp(1e-3 * distance.median().item() + 1e-9, 10 * distance.median().item() + 1e-9)

@@ -1,5 +1,6 @@
 """NeRF: the hash grid against nn.Embedding, the PSNR of fits, deferred against direct gradients, steps of an edit."""
 import contextlib
+import functools
 import math
 import resource
 import subprocess
@@ -12,7 +13,6 @@ import torch
 
 from bench.measure import cpu_time, peak_memory, table
 from files.pictures import Frame
-import nerf as nerf_module
 from nerf import Field, HashGrid, NeRF, SampledField, _Interpolate
 from scene.reading import load_scene
 from scene.representation import evaluate
@@ -22,21 +22,20 @@ CHUNK = NeRF.chunk
 
 
 class EmbeddingGrid(torch.nn.Module):
-    """The formulation that most PyTorch ports use: an nn.Embedding a level, int64 entries, autograd's
-    backward."""
+    """The formulation of most PyTorch ports: one nn.Embedding per level, int64 entries, autograd's backward pass."""
 
     def __init__(self, grid):
         super().__init__()
         self.cells, self.dense, self.size = grid.cells, grid.dense, grid.size
         self.tables = torch.nn.ModuleList(
             torch.nn.Embedding.from_pretrained(grid.table.detach()[a:b].clone(), freeze=False)
-            for a, b in zip(grid.start, grid.start[1:]))
+            for a, b in zip(grid.start, grid.start[1:], strict=True))
         self.corner = torch.tensor([(i & 1, i >> 1 & 1, i >> 2) for i in range(8)])
 
     def forward(self, x):
         """x [N,3] in [0,1] -> [N,2L]."""
         levels = []
-        for cells, dense, entries in zip(self.cells, self.dense, self.tables):
+        for cells, dense, entries in zip(self.cells, self.dense, self.tables, strict=True):
             low = (x * cells).floor().long().clamp(max=cells - 1)
             share = (x * cells - low)[:, None]  # [N,1,3]
             corner = low[:, None] + self.corner  # [N,8,3]
@@ -48,6 +47,14 @@ class EmbeddingGrid(torch.nn.Module):
         return torch.stack(levels, 2).flatten(1)
 
 
+def step(module, x, grad):
+    """Forward and backward pass of a grid; the features."""
+    module.zero_grad()
+    out = module(x)
+    out.backward(grad)
+    return out.detach()
+
+
 def grid(args):
     rows = []
     for size in (2 ** 15, 2 ** 19):
@@ -56,17 +63,11 @@ def grid(args):
         ours.table.data.normal_()
         plain = EmbeddingGrid(ours)
         x = torch.rand(args.points, 3)
-        x_ours, out_grad = x.T.contiguous(), torch.randn(32, args.points)
-
-        def step(module, x, grad):
-            module.zero_grad()
-            out = module(x)
-            out.backward(grad)
-            return out.detach()
-        a, b = step(ours, x_ours, out_grad), step(plain, x, out_grad.T)
+        out_grad = torch.randn(32, args.points)
+        inputs = {ours: (ours, x.T.contiguous(), out_grad), plain: (plain, x, out_grad.T)}
+        a, b = step(*inputs[ours]), step(*inputs[plain])
         wanted = torch.cat([t.weight.grad for t in plain.tables])
-        t_ours = cpu_time(lambda: step(ours, x_ours, out_grad))
-        t_plain = cpu_time(lambda: step(plain, x, out_grad.T))
+        t_ours, t_plain = (cpu_time(functools.partial(step, *inputs[module])) for module in (ours, plain))
         error = ((ours.table.grad - wanted).norm() / wanted.norm()).item()
         name = f"T = 2^{size.bit_length() - 1}:"
         rows += [(f"{name} nn.Embedding, forward + backward", f"{t_plain * 1e3:.1f} ms", "", None),
@@ -83,12 +84,12 @@ def fits(args, representation, figure):
 
     Args:
         representation: the class.
-        figure: called with what was fitted for (what, figure) of one more row.
+        figure: function of a fitted model that returns (description, value) of one more row.
     Returns:
-        the last one; the rows of `table`, and their title.
+        The last model, the rows of `table`, and their title.
     """
     scene, rows = load_scene(args.scene, args.downscale), []
-    bars = dict(zip(args.at, args.bars or []))
+    bars = dict(zip(args.at, args.bars or [], strict=True))
     for seconds in args.at:
         fitted = representation.fit(scene, seconds=seconds, seed=args.seed, device=args.device)
         psnr, views = evaluate(fitted, scene)
@@ -111,7 +112,7 @@ def fit(args):
 
 
 def gradients(nerf, size, deferred):
-    """The gradient of a fixed random weighting of a picture, as one vector."""
+    """The gradient of a randomly weighted mean of a picture, as one vector."""
     NeRF.chunk = CHUNK if deferred else 10 ** 9
     weighting = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     nerf.zero_grad()
@@ -121,9 +122,9 @@ def gradients(nerf, size, deferred):
 
 def deferred(args):
     scene = load_scene(args.scene)
-    if args.only:  # in a process of its own, as an allocator keeps what it once had
+    if args.only:  # in a process of its own, as an allocator keeps freed memory
         nerf = NeRF.load(args.nerf, scene)
-        gradients(nerf, 32, True)  # what the first backward allocates once
+        gradients(nerf, 32, True)  # the first backward pass allocates memory once
         start = time.process_time()
         print(peak_memory(lambda: gradients(nerf, args.only, args.how == "deferred")), time.process_time() - start)
         return 0
@@ -153,7 +154,7 @@ def deferred(args):
 
 @contextlib.contextmanager
 def watched(owner, name, note):
-    """Within it `note(arguments, result, CPU seconds)` follows each call of owner.name, a function or static method."""
+    """Context in which note(arguments, result, CPU seconds) follows each call of owner.name, static or not."""
     call = vars(owner)[name]
     plain = getattr(owner, name)
 
@@ -170,17 +171,18 @@ def watched(owner, name, note):
 
 
 def edit(args):
-    """The rendering of an edit's step, as edit.py asks for it: samples, forward, backward, the share of each stage."""
+    """The rendering of an edit's step, as edit.py requests it: samples, forward, backward, the share of each stage."""
     scene = load_scene(args.scene, args.downscale)
     nerf = NeRF.fit(scene, seconds=args.fit_seconds, seed=args.seed, checkpoint=args.kept)
     psnr, _ = evaluate(nerf, scene)
     frame = Frame(args.size, square=not args.whole)
     nerf.learn_from(frame)
     nerf.project_()
-    lean, views = nerf.lean, range(0, len(scene.train), math.ceil(len(scene.train) / 10))
+    views = range(0, len(scene.train), math.ceil(len(scene.train) / 10))
+    marched, kept, spent = [], [], {}
 
     def step(view):
-        """A picture, its gradient as a vector, and the CPU seconds that each of the two took."""
+        """CPU seconds of the forward and of the backward pass of a picture."""
         nerf.zero_grad()
         start = time.process_time()
         picture = nerf.render(view, frame)
@@ -188,49 +190,28 @@ def edit(args):
         weighted = (picture * torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))).mean()
         start = time.process_time()
         weighted.backward()
-        return (picture.detach(), torch.cat([p.grad.flatten() for p in nerf.parameters()]), forward,
-                time.process_time() - start)
+        return forward, time.process_time() - start
 
-    def steps(name, how, bar=None):
-        """The steps of all views, drawn as `how`, and their rows."""
-        counts, nerf.lean = dict.fromkeys(("in occupied cells", "of some weight", "with a gradient"), 0), how
-
-        def found(_, out, __):
-            counts["in occupied cells"] += out[-1]
-            counts["with a gradient"] += out[0].shape[1]
-            counts["of some weight"] += 0 if how else out[0].shape[1]
-
-        def joined(args, *_):
-            counts["of some weight"] += len(args[0])
-        step(views[0])  # what the first one allocates
-        with watched(NeRF, "find", found), watched(nerf_module, "joined", joined):
-            drawn = [step(view) for view in views]
-        rays = sum(picture[0, 0].numel() for picture, *_ in drawn)
-        forward, backward = (sorted(d[i] for d in drawn)[len(drawn) // 2] for i in (2, 3))
-        rows = [(f"{name}: samples a ray {key}", f"{number / rays:.1f}", "", None) for key, number in counts.items()]
-        rows += [(f"{name}: forward, backward, CPU seconds", f"{forward:.3f}, {backward:.3f}", "", None),
-                 (f"{name}: both", f"{forward + backward:.3f} s", f"<= {bar} s" if bar else "",
-                  forward + backward <= bar if bar else None)]
-        return drawn, rows
-    drawn, rows = steps("a step", lean, 0.2)
-    if lean:
-        full, others = steps("with all samples", None)
-        error = sum((a[0] - b[0]).square().mean().item() for a, b in zip(drawn, full)) / len(full)
-        cosine = sum(torch.cosine_similarity(a[1], b[1], 0).item() for a, b in zip(drawn, full)) / len(full)
-        rows += [*others, ("a step's picture to that with all samples", f"{-10 * math.log10(error):.1f} dB", ">= 40 dB",
-                           error <= 1e-4), ("cosine of the two gradients", f"{cosine:.3f}", "", None)]
-    nerf.lean, spent = lean, {}
+    def found(_, samples, __):
+        marched.append(samples.marched)
+        kept.append(len(samples.t))
+    step(views[0])  # allocates memory once
+    with watched(NeRF, "find", found):
+        times = [step(view) for view in views]
+    rays = sum(camera.width * camera.height for camera in (nerf.camera(view, frame) for view in views))
+    forward, backward = (sorted(column)[len(times) // 2] for column in zip(*times, strict=True))
+    rows = [("samples a ray in occupied cells", f"{sum(marched) / rays:.1f}", "", None),
+            ("samples a ray with a gradient", f"{sum(kept) / rays:.1f}", "", None),
+            ("a step: forward, backward, CPU seconds", f"{forward:.3f}, {backward:.3f}", "", None),
+            ("a step: both", f"{forward + backward:.3f} s", "<= 0.2 s", forward + backward <= 0.2)]
+    stages = {"march": (SampledField, "march"), "hash grid": (HashGrid, "forward"), "density": (Field, "density"),
+              "colour": (Field, "colour"), "hash grid, backward": (_Interpolate, "backward")}
     with contextlib.ExitStack() as clocks:
-        for owner, name in ((SampledField, "march"), (HashGrid, "forward"), (Field, "density"),
-                            (Field, "colour"), (nerf_module, "joined"),
-                            (_Interpolate, "backward")):
+        for name, (owner, function) in stages.items():
             def note(_, __, seconds, name=name):
                 spent[name] = spent.get(name, 0.0) + seconds
-            clocks.enter_context(watched(owner, name, note))
-        whole = sum(forward + backward for *_, forward, backward in map(step, views))
-    for name, what in (("march", "march"), ("forward", "hash grid"), ("density", "density"), ("joined", "joining"),
-                       ("colour", "colour"), ("backward", "hash grid, backward")):
-        if name in spent:
-            rows.append((f"share of a step: {what}", f"{100 * spent[name] / whole:.0f} %", "", None))
+            clocks.enter_context(watched(owner, function, note))
+        whole = sum(sum(step(view)) for view in views)
+    rows += [(f"share of a step: {name}", f"{100 * spent[name] / whole:.0f} %", "", None) for name in stages]
     title = f"steps of an edit of {args.scene}, {args.size} px, {len(views)} views"
     return table(f"{title}, a fit of {args.fit_seconds:g} s with {psnr:.2f} dB", rows)

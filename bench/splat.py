@@ -1,4 +1,4 @@
-"""3D Gaussians: two plain formulations against the tiles of splat.py; memory; the PSNR of fits over time."""
+"""3D Gaussians: the tiles of splat.py against two plain formulations; memory; PSNR of fits over time."""
 import math
 import resource
 import subprocess
@@ -17,7 +17,7 @@ from splat import Splats, project
 
 
 def camera_of(size):
-    """4 in front of the origin, with a view of 40 degrees."""
+    """A camera 4 units in front of the origin, with an angle of view of 40 degrees."""
     pose = torch.eye(4)[:3].clone()
     pose[2, 3] = 4
     focal = size / 2 / math.tan(math.radians(20))
@@ -25,7 +25,7 @@ def camera_of(size):
 
 
 def cloud(count, degree=1, seed=0):
-    """Gaussians that fill a cube of half side 0.9, each as large as its share of it, give or take."""
+    """Random Gaussians that fill a cube of half side 0.9, each about the size of its share."""
     g = torch.Generator().manual_seed(seed)
     view = View(camera_of(8), torch.zeros(8, 8, 4, dtype=torch.uint8), "none")
     scene = Scene(Path("none"), [view], [], torch.zeros(3), 1.0, True, torch.ones(3), "")
@@ -38,10 +38,10 @@ def cloud(count, degree=1, seed=0):
                   0.3 * draw(count, (degree + 1) ** 2 - 1, 3))
 
 
-# ---- rivals: plain formulations, autograd's backward --------------------------------------------------
+# ---- baselines: plain formulations with autograd's backward pass -----------------------------------------
 
 def ordered(splats, camera):
-    """What both rivals need of the Gaussians in front of the camera, from near to far."""
+    """Projections, conics, opacities and colours of the Gaussians in front of the camera, from near to far."""
     uv, depth, cov = project(splats.means, splats.log_scales, splats.quaternions, camera, splats.near)
     order = depth.argsort()
     order = order[depth[order] > splats.near]
@@ -52,7 +52,7 @@ def ordered(splats, camera):
 
 
 def blend(uv, conic, opacity, rgb, u, v):
-    """[4,P]: every Gaussian at every one of P pixels."""
+    """rgb and transmittance [4,P] of every Gaussian at every one of P pixels."""
     dx, dy = u - uv[0, :, None], v - uv[1, :, None]  # [N,P]
     power = -0.5 * (conic[0, :, None] * dx * dx + conic[2, :, None] * dy * dy) - conic[1, :, None] * dx * dy
     alpha = (opacity[:, None] * power.exp()).clamp(max=0.99)
@@ -63,9 +63,9 @@ def blend(uv, conic, opacity, rgb, u, v):
 
 
 def dense(splats, camera, grad, part=1024):
-    """Every Gaussian at every pixel. Pixels in parts, each with its own backward: the whole would not fit a cache.
+    """Every Gaussian at every pixel, in parts of pixels with a backward pass each: the whole would not fit a cache.
 
-    Returns the picture [4,H,W]; the gradients are added to the parameters, as are those of the others.
+    Returns the picture [4,H,W] and adds to the gradients of the parameters, as the other formulations do.
     """
     at = torch.arange(camera.width * camera.height)
     u, v = at % camera.width + 0.5, at // camera.width + 0.5
@@ -73,8 +73,8 @@ def dense(splats, camera, grad, part=1024):
     inputs = (uv, conic, opacity, rgb)
     leaves = [x.detach().requires_grad_() for x in inputs]
     pictures = []
-    for u, v, g in zip(u.split(part), v.split(part), grad.view(4, -1).split(part, 1)):
-        picture = blend(*leaves, u, v)
+    for pixels, g in zip(torch.stack((u, v)).split(part, 1), grad.view(4, -1).split(part, 1), strict=True):
+        picture = blend(*leaves, *pixels)
         picture.backward(g)
         pictures.append(picture.detach())
     torch.autograd.backward(inputs, [x.grad for x in leaves])
@@ -82,7 +82,7 @@ def dense(splats, camera, grad, part=1024):
 
 
 def masked(splats, camera, grad, side=64):
-    """A loop over tiles, each with the Gaussians whose square of 3 sigma touches it: what plain PyTorch ports do."""
+    """A loop over tiles, each with the Gaussians whose square of 3 sigma touches it, as in plain PyTorch ports."""
     uv, xx, xy, yy, conic, opacity, rgb = ordered(splats, camera)
     radius = 3 * ((xx + yy) / 2 + (((xx - yy) / 2) ** 2 + xy * xy).sqrt()).sqrt()
     low, high = uv - radius, uv + radius
@@ -107,7 +107,7 @@ def tiled(splats, camera, grad):
 
 
 def timed(call, *args, repeats):
-    """Process CPU seconds of the fastest call: what else runs on the machine only makes them slower."""
+    """Process CPU seconds of the fastest call: other load on the machine only makes calls slower."""
     times = []
     for _ in range(repeats):
         start = time.process_time()
@@ -143,9 +143,9 @@ def speed(args):
 
 
 def memory(args):
-    if args.only:  # in a process of its own: the peak of a process never falls
+    if args.only:  # in a process of its own, as the peak of a process never falls
         splats, view, grad = cloud(args.only), camera_of(args.size), torch.randn(4, args.size, args.size)
-        tiled(cloud(10), camera_of(16), torch.randn(4, 16, 16))  # what the first backward allocates once
+        tiled(cloud(10), camera_of(16), torch.randn(4, 16, 16))  # the first backward pass allocates memory once
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         tiled(splats, view, grad)
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)

@@ -1,11 +1,10 @@
-"""The course of a fit to a scene: its time, its progress bar and its checkpoints.
+"""The course of a fit to a scene: its time limit, progress bar and checkpoints.
 
-    fit = Fit(scene, sizes, seconds=60, checkpoint="fit.pt")
-    for step in fit.run(optimiser, generator, lambda: {"nerf": nerf.state_dict()}):
-        ...                                        # a step of the optimiser, its rate scaled by fit.share(step)
-        fit.report(loss, error)
+    course = Course(scene, sizes, seconds=60, checkpoint="fit.pt")
+    for step in course.run(optimiser, generator, lambda: {"nerf": nerf.state_dict()}):
+        ...                                        # an optimiser step at a rate that depends on course.share(step)
+        course.report(loss, error)
 """
-import contextlib
 import hashlib
 import io
 import json
@@ -15,47 +14,57 @@ from pathlib import Path
 
 import torch
 
-from files.checkpoint import (CheckpointError, count, dictionary, random_state, read_checkpoint, restore_generator,
-                              restore_optimiser, seconds as seconds_of, text)
+from files.checkpoint import (
+    CheckpointError,
+    count,
+    dictionary,
+    random_state,
+    read_checkpoint,
+    restore_generator,
+    restore_optimiser,
+    text,
+)
+from files.checkpoint import seconds as seconds_of
+from files.messages import one_line
 from files.writing import check_writable, replacing
 from loop import parallel
 from loop.progress import progress as progress_bar
-from scene.captures import SceneError
 
 
 def kept_in(path, scene, sizes):
-    """The file that keeps the fit of a scene with these sizes: out/apple-nerf -> out/apple-nerf-1a2b3c4d-fit.pt.
+    """The checkpoint file for a scene and the sizes of its model: out/apple-nerf -> out/apple-nerf-1a2b3c4d-fit.pt.
 
-    Its name holds what tells fits apart: the photographs as they are fitted, reduced too, and the sizes. So a second
-    scene of the same name, or the same one with another --downscale, has a fit of its own.
+    The hash in its name covers the photographs at the resolution that is fitted, and the sizes. A second scene of the
+    same name, or the same one with another --downscale, therefore has a fit of its own.
     """
     key = hashlib.sha256(f"{scene.fingerprint} {json.dumps(sizes, sort_keys=True)}".encode()).hexdigest()
     return Path(path).with_name(f"{Path(path).name}-{key[:8]}-fit.pt")
 
 
-class Fit:
-    """What every fit does around its steps.
+class Course:
+    """Everything that a fit does around its steps.
 
     Attributes:
-        step, spent: how many steps are done, and the seconds that they took; of a resumed fit, all of them.
-        saved: what the checkpoint that is resumed holds, until `run`; None for a new fit.
+        step, spent: number of steps done, and their seconds; for a resumed fit, since its beginning.
+        saved: contents of the checkpoint to be resumed, until `run`; None for a new fit.
     """
 
-    def __init__(self, scene, sizes, names=(), seconds=None, steps=None, checkpoint=None, device="cpu"):
+    def __init__(self, scene, sizes, checks, seconds=None, steps=None, checkpoint=None, device="cpu"):
         """
         Args:
-            sizes: a dict; only a checkpoint of a fit with the same sizes is resumed.
-            names: of what its checkpoints must hold besides; or {name: function of the value, true where it is right}.
-            seconds, steps: see `share`. 60 seconds if neither is given.
-            checkpoint: a path, or None. The file there, if there is one, is resumed.
-            device: on a CPU, seconds are process CPU time; elsewhere they are wall time.
+            sizes: a dict; only a checkpoint with the same sizes is resumed.
+            checks: {key that a checkpoint must hold besides: function of its value, true if it is valid}.
+            seconds, steps: limits, see `share`; 60 seconds if neither is given.
+            checkpoint: a path, or None. An existing file is resumed.
+            device: seconds are process CPU time on a CPU, wall time elsewhere.
         Raises:
-            SceneError: the checkpoint is damaged, of another scene or of other sizes.
-            OSError: it could not be written.
-            ValueError: seconds are not positive; the device has no float64.
+            CheckpointError: the checkpoint is damaged.
+            ValueError: the checkpoint is of another scene or of other sizes; seconds are not positive; the device has
+                no float64.
+            OSError: the checkpoint could not be written.
         """
         if torch.device(device).type == "mps":  # volume rendering sums in it, and splats are moved to their tiles in it
-            raise ValueError("a scene is fitted and drawn in float64, which mps lacks: take --device cpu")
+            raise ValueError("scenes need float64, which mps lacks: use --device cpu")
         self.clock = time.process_time if torch.device(device).type == "cpu" else time.perf_counter
         if seconds is not None and not 0 < seconds < math.inf:
             raise ValueError(f"the seconds of a fit must be positive, got {seconds}")
@@ -66,67 +75,47 @@ class Fit:
         if self.checkpoint:
             check_writable(self.checkpoint.parent)  # before the minutes of the fit, not after them
             if self.checkpoint.exists():
-                self.saved = self._read(names, device)
+                self.saved = self._read(checks, device)
                 self.step, self.spent = self.saved["step"], self.saved["spent"]
 
-    @contextlib.contextmanager
-    def reading(self):
-        """Within it what is wrong with the checkpoint is a SceneError."""
-        try:
-            yield
-        except CheckpointError as e:
-            raise SceneError(e) from e
-
-    def _read(self, names, device):
+    def _read(self, checks, device):
         path = self.checkpoint
-        checks = names if isinstance(names, dict) else dict.fromkeys(names, lambda value: True)
-        with self.reading():
-            saved = read_checkpoint(path, {"fingerprint": text, "sizes": dictionary, "step": count, "spent": seconds_of,
-                                           "optimiser": dictionary, "generator": random_state} | checks, device,
-                                    "checkpoint of a fit")
+        saved = read_checkpoint(path, {"fingerprint": text, "sizes": dictionary, "step": count, "spent": seconds_of,
+                                       "optimiser": dictionary, "generator": random_state} | checks, device,
+                                "checkpoint of a fit")
         if saved["fingerprint"] != self.scene.fingerprint:
-            raise SceneError(f"{path}: is the fit of another scene than {self.scene.path}; delete it to fit anew")
+            raise ValueError(one_line(f"{path}: is the fit of another scene than {self.scene.path}; delete it to fit "
+                                      "anew"))
         if saved["sizes"] != self.sizes:
-            raise SceneError(f"{path}: has other sizes, {saved['sizes']}, than {self.sizes}; delete it to fit anew")
+            raise ValueError(one_line(f"{path}: was made with sizes {saved['sizes']}, not {self.sizes}; delete it to "
+                                      "fit anew"))
         return saved
 
     def share(self, step):
-        """Share of the fit that is done before a step, from 0: of its steps or of its time, whichever is larger."""
+        """Share of the fit that is done before a step, from 0: of the steps or of the time, whichever is larger."""
         of_steps = 0.0 if self.steps is None else step / self.steps if self.steps else 1.0
         return max(of_steps, self.spent / self.seconds if self.seconds else 0.0)
 
     def run(self, optimiser, generator, state, progress=True):
-        """The numbers of the steps that are left, to be taken by the caller. The clock starts now.
+        """Yield the numbers of the remaining steps, which the caller takes. The clock starts now.
 
-        A checkpoint is written every 15 seconds and at the end; a fit that had its time takes no step and leaves
-        its checkpoint as it is.
+        A checkpoint is written every 15 seconds and at the end. A finished fit takes no step and leaves its checkpoint
+        unchanged.
 
         Args:
-            optimiser, generator: restored from the checkpoint that is resumed, and kept in the next ones.
-            state: called for a dict, which the checkpoints hold besides.
-            progress: show a bar.
+            optimiser, generator: restored from the resumed checkpoint, and stored in the next ones.
+            state: function that returns a dict of everything else that checkpoints hold.
+            progress: show a progress bar.
         """
         if self.saved:
-            with self.reading():
-                restore_optimiser(optimiser, self.saved["optimiser"], self.checkpoint)
-                if self.share(self.step) < 1:
-                    streams = [self.saved["generator"], *self.saved.get("others", [])]
-                    if len(streams) != parallel.world():
-                        raise CheckpointError(self.checkpoint, f"{len(streams)} processes began it, not {parallel.world()}")
-                    restore_generator(generator, streams[parallel.rank()], self.checkpoint)
-            self.saved = None  # its memory is free
+            restore_optimiser(optimiser, self.saved["optimiser"], self.checkpoint)
+            if self.share(self.step) < 1:
+                streams = [self.saved["generator"], *self.saved.get("others", [])]
+                if len(streams) != parallel.world():
+                    raise CheckpointError(self.checkpoint, f"{len(streams)} processes began it, not {parallel.world()}")
+                restore_generator(generator, streams[parallel.rank()], self.checkpoint)
+            self.saved = None  # frees its memory
         started = self.clock() - self.spent
-
-        def keep():
-            first, *others = parallel.gathered([generator.get_state().cpu()])
-            if parallel.rank():
-                return
-            whole = io.BytesIO()  # torch's own writing of files hides a full disk behind a RuntimeError
-            torch.save(state() | dict(step=self.step, spent=self.spent, optimiser=optimiser.state_dict(),
-                                      generator=first, others=others, sizes=self.sizes,
-                                      fingerprint=self.scene.fingerprint), whole)
-            with replacing(self.checkpoint) as part:
-                part.write_bytes(whole.getbuffer())
 
         written, first = time.monotonic(), self.step
         with progress_bar(total=self.steps, initial=first, desc="fit", unit="step",
@@ -135,19 +124,31 @@ class Fit:
                 yield self.step
                 self.step += 1
                 self.bar.update()
-                self.spent = parallel.largest(self.clock() - started)  # so that all processes stop at one step
+                self.spent = parallel.largest(self.clock() - started)  # so that all processes stop at the same step
                 if self.checkpoint and parallel.largest(time.monotonic() - written) > 15:
-                    keep()
+                    self._keep(optimiser, generator, state)
                     written = time.monotonic()
         if self.checkpoint and (self.step > first or not self.checkpoint.exists()):
-            keep()
+            self._keep(optimiser, generator, state)
+
+    def _keep(self, optimiser, generator, state):
+        """Write the checkpoint."""
+        first, *others = parallel.gathered([generator.get_state().cpu()])
+        if parallel.rank():
+            return
+        whole = io.BytesIO()  # torch.save to a path hides a full disk behind a RuntimeError
+        torch.save(state() | dict(step=self.step, spent=self.spent, optimiser=optimiser.state_dict(),
+                                  generator=first, others=others, sizes=self.sizes,
+                                  fingerprint=self.scene.fingerprint), whole)
+        with replacing(self.checkpoint) as part:
+            part.write_bytes(whole.getbuffer())
 
     def report(self, loss, error, **figures):
-        """Every 20th step, the first included, look at what it gave; every step would wait for the device.
+        """Update the figures beside the progress bar, every 20th step: each time waits for the device.
 
         Args:
-            loss, error: tensors of one element; the error is a mean square, for the PSNR beside the bar.
-            figures: go beside the bar as well.
+            loss, error: tensors of one element; error is a mean square, shown as PSNR.
+            figures: further figures to show.
         Raises:
             FloatingPointError: the loss is not finite.
         """

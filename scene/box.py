@@ -1,4 +1,9 @@
-"""TODO docstring."""
+"""The box of interest and the space around it: grid cells, the contraction of unbounded space, the visual hull.
+
+    seen, hull = visual_hull(scene.train, scene.centre, scene.half, 1, 64)   # [64^3] bool each
+
+Grids cover [-1,1]^3, the box in half sides; captures are contracted into [-2,2]^3.
+"""
 import math
 
 import torch
@@ -7,14 +12,14 @@ from scene.cameras import in_picture
 
 
 def cell_points(cell, cells, offset=0.5):
-    """Numbers [N] of the cells of a cubic grid -> points [3,N] in [0,1]; offset in the cell, 0.5 or [3,N]."""
+    """Numbers [N] of cells in a cubic grid -> points [3,N] in [0,1]; offset within the cell: a number or [3,N]."""
     return (torch.stack((cell % cells, cell // cells % cells, cell // cells ** 2)) + offset) / cells
 
 
 def contract(x):
     """Points [3,...] -> [3,...] inside the cube [-2,2]^3; the identity in [-1,1]^3.
 
-    mip-NeRF 360, eq. 10, with the largest coordinate as the norm: the image is a cube, and fills the grid.
+    mip-NeRF 360 (Barron et al., arXiv 2111.12077), eq. 10, with the maximum norm: the image is a cube, like the grid.
     """
     m = x.abs().amax(0).clamp_min(1)
     return x * ((2 - 1 / m) / m)
@@ -27,13 +32,13 @@ def uncontract(x):
 
 
 def visual_hull(views, centre, half, extent, cells):
-    """Which cells of the grid over [-extent, extent]^3 some view sees, and which of these may hold something.
+    """Space carving in a grid over [-extent, extent]^3 around centre [3], in units of half.
 
-    A cell that lies against a transparent background in any view is empty (space carving): the occupancy of
-    an object starts near the truth. Pictures without alpha say nothing about emptiness.
+    A cell that some view sees against a transparent background is empty, so the occupancy of an object starts near the
+    truth. Pictures without alpha carve nothing.
 
     Returns:
-        seen, hull: [cells^3] bool.
+        seen, hull: [cells^3] bool, the cells in sight of a view, and those of them that are not carved away.
     """
     seen, alive = torch.zeros(cells ** 3, dtype=torch.bool), torch.arange(cells ** 3)
     for view in views:
@@ -43,12 +48,12 @@ def visual_hull(views, centre, half, extent, cells):
         u, v, depth, inside = in_picture(camera, x)
         seen[alive[inside]] = True
         if view.pixels.shape[-1] == 4 and inside.any() and not any(distortion):
-            # any pixel that the cell may touch speaks for it; sums over rectangles cost the same for any radius
+            # a cell stays if any pixel that it may touch is opaque; summed areas cost the same for any radius
             radius = fx * half * extent / cells * 3 ** 0.5 / depth[inside].min().item()
             radius = math.ceil(min(radius, max(camera.width, camera.height)))
             sums = torch.zeros(camera.height + 1, camera.width + 1, dtype=torch.int32)
             shown = view.pixels[..., 3] > 0
-            shown = shown if view.mask is None else shown | ~view.mask  # what is masked says nothing
+            shown = shown if view.mask is None else shown | ~view.mask  # masked pixels carve nothing
             sums[1:, 1:] = shown.int().cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32)
             row, column = v[inside].long(), u[inside].long()
             top, bottom = (row - radius).clamp_min(0), (row + radius + 1).clamp_max(camera.height)

@@ -1,4 +1,11 @@
-"""TODO docstring."""
+"""Cameras: rays through pixels, projection, lens distortion, and camera paths around a scene.
+
+    rays_o, rays_d = camera.framed(64).rays()      # [3,H*W] each
+    u, v, depth, inside = in_picture(camera, x)    # of points x [3,N]
+    cameras = turntable(nerf, 60, 256)             # a turn around the scene
+
+Poses are camera-to-world with OpenGL's axes, lenses follow OpenCV's model.
+"""
 import math
 from dataclasses import dataclass, replace
 
@@ -22,17 +29,18 @@ class Camera:
     height: int
 
     def framed(self, size):
-        """The camera of the whole picture with the sides of a Frame, or with `size` pixels on the shorter side."""
+        """The camera for the whole picture at another size: a Frame, or the pixels of the shorter side."""
         size = frame_of(size)
         if size.square:
             return self.square(size.short)
         width, height = size.sides(self.width, self.height)
         fx, fy, cx, cy, *distortion = self.lens
         across, down = width / self.width, height / self.height
-        return replace(self, lens=(fx * across, fy * down, cx * across, cy * down, *distortion), width=width, height=height)
+        lens = (fx * across, fy * down, cx * across, cy * down, *distortion)
+        return replace(self, lens=lens, width=width, height=height)
 
     def square(self, size):
-        """The camera of the central square, drawn with size x size pixels."""
+        """The camera for the central square of the picture, at size x size pixels."""
         side = min(self.width, self.height)
         fx, fy, cx, cy, *distortion = self.lens
         cx, cy, zoom = cx - (self.width - side) // 2, cy - (self.height - side) // 2, size / side
@@ -40,22 +48,22 @@ class Camera:
         return replace(self, lens=lens, width=size, height=size)
 
     def window(self, left, top, side):
-        """The camera of a square of `side` pixels in the picture, `left` and `top` pixels from its corner."""
+        """The camera for a square of `side` pixels, `left` and `top` pixels from the picture's corner."""
         return replace(self.shifted(left, top), width=side, height=side)
 
     def shifted(self, right, down):
-        """The camera whose pixel centres lie `right` and `down` pixels further."""
+        """The camera with its pixel centres moved `right` and `down` by pixels."""
         fx, fy, cx, cy, *distortion = self.lens
         return replace(self, lens=(fx, fy, cx - right, cy - down, *distortion))
 
     def rays(self, device="cpu"):
-        """rays_o, rays_d [3,H*W] of the pixel centres, row by row; rays_d of length 1."""
+        """rays_o, rays_d [3,H*W] through the pixel centres, row by row; rays_d has length 1."""
         pose = self.pose.to(device)
         rays_d = pose[:, :3] @ self.directions(device)
         return pose[:, 3:].expand_as(rays_d), rays_d / rays_d.norm(dim=0)
 
     def directions(self, device="cpu"):
-        """[3,H*W] in the camera's own axes, of length 1."""
+        """Directions [3,H*W] of length 1 through the pixel centres, in the camera's axes."""
         pixel = torch.arange(self.width * self.height, device=device)
         lens = torch.tensor(self.lens, device=device)[:, None]
         return directions(lens, pixel % self.width + 0.5, pixel // self.width + 0.5)
@@ -66,8 +74,8 @@ def directions(lens, u, v):
     fx, fy, cx, cy, k1, k2, k3, k4, p1, p2 = lens
     x = x_d = (u - cx) / fx
     y = y_d = (v - cy) / fy
-    # OpenCV's model leads from the undistorted to the distorted point: Newton's method leads back, also for
-    # wide lenses, where the usual fixed-point iteration diverges.
+    # OpenCV's model maps undistorted to distorted points. Newton's method inverts it, also for wide lenses, for which
+    # the usual fixed-point iteration diverges.
     for _ in range(8 if lens[4:].any() else 0):
         r2 = x * x + y * y
         radial = 1 + r2 * (k1 + r2 * (k2 + r2 * (k3 + r2 * k4)))
@@ -84,7 +92,7 @@ def directions(lens, u, v):
 
 
 def distorted(lens, x, y):
-    """Where OpenCV's distortion of a lens moves points x, y [N] of the plane at distance 1: x, y [N] there."""
+    """Apply OpenCV's distortion of a lens to points x, y [N] in the plane at depth 1; returns x, y [N]."""
     _, _, _, _, k1, k2, k3, k4, p1, p2 = lens
     r2 = x * x + y * y
     radial = 1 + r2 * (k1 + r2 * (k2 + r2 * (k3 + r2 * k4)))
@@ -92,7 +100,7 @@ def distorted(lens, x, y):
 
 
 def in_picture(camera, x):
-    """Where a pinhole camera sees points x [3,N]: u, v in pixels, depth, whether they are in its picture, each [N]."""
+    """Project points x [3,N] by a pinhole camera: u, v in pixels, depth, whether they are in the picture, [N] each."""
     fx, fy, cx, cy, *_ = camera.lens
     p = torch.linalg.inv(camera.pose[:, :3]) @ (x - camera.pose[:, 3:])
     depth = (-p[2]).clamp_min(1e-6)
@@ -103,7 +111,7 @@ def in_picture(camera, x):
 def turntable(representation, frames, size):
     """`frames` square Cameras around the scene.
 
-    A full turn where the training cameras surround it, otherwise there and back over the arc that they cover.
+    They make a full turn if the training cameras surround the scene, else swing over the arc that these cover.
     """
     at, full = _orbit(representation, size)
     turn = [i / frames for i in range(frames)]
@@ -111,15 +119,15 @@ def turntable(representation, frames, size):
 
 
 def sides(representation, count, size):
-    """`count` square Cameras spread over the turn, or over the arc from one end to the other."""
+    """`count` square Cameras spread evenly over the turn, or over the arc from one end to the other."""
     at, full = _orbit(representation, size)
     return [at(i / count if full else i / max(count - 1, 1)) for i in range(count)]
 
 
 def _orbit(representation, size):
-    """(share of the way in 0..1 -> square Camera, whether the way is a full turn).
+    """A path around the scene's centre at the training cameras' median distance and elevation.
 
-    The way leads around the scene's centre at the training cameras' median distance and height.
+    Returns (function: share of the path in 0..1 -> square Camera, whether the path is a full turn).
     """
     pose = torch.stack([v.camera.pose for v in representation.scene.train])  # [V,3,4]
     centre = representation.scene.centre
@@ -148,33 +156,34 @@ def _orbit(representation, size):
 
 
 def input_path(representation, frames, size):
-    """`frames` square Cameras on the way through the training views, in their order."""
+    """`frames` square Cameras on a path through the training views, in their order."""
     pose = torch.stack([v.camera.pose for v in representation.scene.train])
     cameras = []
     for at in torch.linspace(0, len(pose) - 1, frames):
         i = min(int(at), len(pose) - 2) if len(pose) > 1 else 0
         middle = torch.lerp(pose[i], pose[min(i + 1, len(pose) - 1)], at - i)
-        cameras.append(replace(representation.camera(i).square(size), pose=look_at(middle[:, 3], middle[:, 2], middle[:, 1])))
+        middle = look_at(middle[:, 3], middle[:, 2], middle[:, 1])
+        cameras.append(replace(representation.camera(i).square(size), pose=middle))
     return cameras
 
 
 def look_at(position, back, up):
-    """Pose [3,4] at `position` whose z axis is `back`, with y near `up`."""
+    """Pose [3,4] at `position` with its z axis along `back` and its y axis near `up`."""
     back = back / back.norm()
     right = torch.linalg.cross(up, back)
     right = right / right.norm()
     return torch.stack((right, torch.linalg.cross(back, right), back, position), 1)
 
 
-ELEVATIONS, TURN, ANGLE = (0, 20, 45), 8, 50  # degrees of the rings, cameras on each, degrees of their angle of view
+ELEVATIONS, PER_RING, ANGLE = (0, 20, 45), 8, 50  # degrees, cameras per ring, degrees of their angle of view
 
 
 def around(means, opacities, up, size):
     """Square cameras of `size` pixels on three rings around Gaussians: centre [3], radius, and a list of Camera.
 
-    The centre is the median of the means [N,3] by their opacities [N] (logits), in each axis. The radius holds 95 % of
-    what is no further than three times the median distance: what is still further is taken for background.
-    up: [3], the direction that is up in the pictures.
+    The centre is the median along each axis of the means [N,3], weighted by opacities [N] (logits). The radius holds
+    95 % of the Gaussians within three times the median distance; those beyond count as background.
+    up: [3], the upward direction in the pictures.
     """
     weight = opacities.double().sigmoid()
 
@@ -191,10 +200,10 @@ def around(means, opacities, up, size):
     forward = torch.linalg.cross(right, up)
     focal = size / 2 / math.tan(math.radians(ANGLE) / 2)
     lens, cameras = (focal, focal, size / 2, size / 2, *[0.0] * 6), []
-    reach = 1.3 * radius / math.sin(math.radians(ANGLE) / 2)  # with room around it
+    reach = 1.3 * radius / math.sin(math.radians(ANGLE) / 2)  # with a margin
     for ring, elevation in enumerate(map(math.radians, ELEVATIONS)):
-        for i in range(TURN):
-            turn = 2 * math.pi * (i + ring / len(ELEVATIONS)) / TURN
+        for i in range(PER_RING):
+            turn = 2 * math.pi * (i + ring / len(ELEVATIONS)) / PER_RING
             back = math.cos(elevation) * (math.cos(turn) * forward + math.sin(turn) * right) + math.sin(elevation) * up
             cameras.append(Camera(look_at(centre + reach * back, back, up), lens, size, size))
     return centre, radius, cameras

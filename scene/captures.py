@@ -1,10 +1,10 @@
-"""What the files of a capture say, before any picture is read: photographs with poses and lenses, a cloud of points.
+"""The files of a capture, read before any picture: photographs with poses and lenses, a cloud of points.
 
     capture = read_transforms("examples/apple")      # nerfstudio's or instant-ngp's transforms.json, or Blender's
-    capture = read_model("garden")                   # of colmap.py: the same for COLMAP's models
+    capture = read_model("garden")                   # from colmap.py: the same for COLMAP models
 
-Poses are camera-to-world with OpenGL's axes in float64: coordinates of a map reach millions of metres, where float32
-has steps of half a metre.
+Poses are camera-to-world with OpenGL's axes, in float64: map coordinates reach millions of metres, where float32 has
+steps of half a metre.
 """
 import math
 import warnings
@@ -18,7 +18,7 @@ from files.reading import is_number, read_json
 
 
 class SceneError(ValueError):
-    """A scene or a checkpoint that cannot be used; one line that names the file and the reason."""
+    """An unusable scene or model file; one line that names the file and the reason."""
 
     def __init__(self, message):
         super().__init__(one_line(message))
@@ -29,13 +29,13 @@ class Shot:
     """One photograph, as the file of a capture describes it.
 
     Attributes:
-        label: of it in errors, as "frame 3".
-        name: as the file spells it.
-        picture, mask: paths; mask is None, or a picture whose black pixels are not used.
+        label: its name in errors, as "frame 3".
+        name: as spelled in the file.
+        picture, mask: paths; mask is None, or a picture whose black pixels are ignored.
         pose: [3,4] float64 camera-to-world, OpenGL axes.
-        keys: what the file says of its lens, with the names of nerfstudio's transforms.json (w, h, fl_x, cx, k1, ...).
-        own: the size (w, h) stands with this photograph, not with the whole file.
-        split: "train", "test", "none", or None where the file does not say.
+        keys: its lens, with the keys of nerfstudio's transforms.json (w, h, fl_x, cx, k1, ...).
+        own: whether the size (w, h) is given for this photograph, not for the whole file.
+        split: "train", "test", "none", or None if the file does not say.
     """
     label: str
     name: str
@@ -49,13 +49,13 @@ class Shot:
 
 @dataclass(frozen=True)
 class Capture:
-    """What one file, or one folder of a model, says of a scene.
+    """The contents of one file, or of the folder of a model.
 
     Attributes:
-        path: the file or folder; errors name it.
+        path: the file or folder, named in errors.
         files: the files that were read.
-        shots: a list of Shot, those whose pictures are there.
-        notes: what the user is to be told, a line each.
+        shots: list of Shot, without those whose picture is missing.
+        notes: warnings for the user, a line each.
         cloud: the file with the capture's 3D points, or None.
         keys: further keys of the file: aabb_scale, applied_transform.
     """
@@ -67,12 +67,12 @@ class Capture:
     keys: dict
 
     def reads(self):
-        """All files that the scene depends on, each once: the capture's own, pictures, masks, points."""
+        """All files that the scene depends on, without duplicates: the capture's own, pictures, masks, points."""
         pictures = [file for shot in self.shots for file in (shot.picture, shot.mask)]
         return list(dict.fromkeys(file for file in (*self.files, *pictures, self.cloud) if file))
 
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # what a name may lack: Blender leaves .png out
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # tried for names without an ending: Blender omits .png
 NAMES = ("transforms.json", "transforms_train.json")
 
 
@@ -81,11 +81,11 @@ def read_transforms(path, images=None):
 
     Args:
         path: the directory, or the .json file in it.
-        images: the folder that takes the place of the first one in the names of the pictures, as images_4.
+        images: a folder, as images_4, that replaces the first one in the names of the pictures.
     Returns:
-        A list of Capture: one, or with Blender's held-out split (test, or val where there is none) two.
+        A list of Capture: one, or two with Blender's held-out split (test, or else val).
     Raises:
-        SceneError: nothing there, corrupt JSON, no frames, or a pose that is no pose.
+        SceneError: a missing file, corrupt JSON, no frames, or an invalid pose.
     """
     path = find_transforms(path)
     held_out = [path.with_name(f"transforms_{split}.json") for split in ("test", "val")]
@@ -94,7 +94,7 @@ def read_transforms(path, images=None):
 
 
 def find_transforms(path):
-    """The .json file that a path means; None for a directory without one. Raises SceneError where nothing is there."""
+    """The .json file at a path or in a directory; None for a directory without. Raises SceneError for no such path."""
     path = Path(path)
     try:
         if path.is_dir():
@@ -130,36 +130,36 @@ def _capture(path, images):
     if cloud is not None:
         cloud = _path(path, cloud, "its ply_file_path", "file")
         if not cloud.is_file():
-            notes.append(f"{path}: its ply_file_path, {cloud}, is missing: it is read without points")
+            notes.append(f"{path}: its ply_file_path, {cloud}, is missing: reading the scene without points")
             cloud = None
     keys = {key: file[key] for key in ("aabb_scale", "applied_transform") if key in file}
     return Capture(path, [path], shots, notes, cloud, keys)
 
 
 def note_missing(path, missing, there, notes, folder, name):
-    """Append to `notes` that pictures of the file `path` are missing; raise SceneError where none is there.
+    """Append to `notes` that pictures of the file `path` are missing; raise SceneError if all are.
 
-    missing: their paths; there: how many are not; folder, name: where the first picture should be. A folder of reduced
-    pictures beside it, as images_4 of 3DGS and nerfstudio, is named.
+    missing: paths of missing pictures; there: number of the others; folder, name: expected place of the first one. The
+    error suggests a folder of reduced pictures beside it, as images_4 of 3DGS and nerfstudio.
     """
     if there:
         notes.append(f"{path}: {len(missing)} of {len(missing) + there} pictures are missing, e.g. {missing[0]}")
         return
     reduced = [beside.name for n in (2, 4, 8) if folder.name
                and (beside := folder.with_name(f"{folder.name}_{n}")).joinpath(name).is_file()]
-    hint = f"; they are in {reduced[0]}: say --images {reduced[0]}" if reduced else (
+    hint = f"; they are in {reduced[0]}: use --images {reduced[0]}" if reduced else (
         "" if folder.is_dir() else "; --images names the folder of the pictures")
     raise SceneError(f"{path}: none of its {len(missing)} pictures is there, e.g. {missing[0]}{hint}")
 
 
 def _path(path, name, what, kind="picture"):
-    """The path that a name in the file `path` means, whether it is there or not; what, kind: the name, for errors."""
+    """The path for a name in the file `path`, which need not exist; what, kind: descriptions of it for errors."""
     if not isinstance(name, str):
-        raise SceneError(f"{path}: {what} is no name of a {kind}")
+        raise SceneError(f"{path}: {what} is not the name of a {kind}")
     found = path.parent / name
     try:
         if found.is_dir() or not found.name or "\0" in name:
-            raise SceneError(f"{path}: {what}, {one_line(repr(name), 100)}, is no {kind}")
+            raise SceneError(f"{path}: {what}, {one_line(repr(name), 100)}, is not a {kind}")
         if "\\" in name and not found.is_file():  # written on Windows
             found = path.parent / name.replace("\\", "/")
             found.is_file()
@@ -169,12 +169,12 @@ def _path(path, name, what, kind="picture"):
 
 
 def _picture_path(path, i, frame, images):
-    """Where the picture of frame i of the file `path` lies, whether it is there or not; raises SceneError."""
+    """Path of the picture of frame i in the file `path`, which need not exist; raises SceneError."""
     if not isinstance(frame, dict) or not isinstance(frame.get("file_path"), str):
         raise SceneError(f"{path}: frame {i} has no file_path")
     name = frame["file_path"]
     if images:
-        below = Path(name.replace("\\", "/")).parts  # of "./images/a.png" all that follows "images"
+        below = Path(name.replace("\\", "/")).parts  # "a.png" of "./images/a.png"
         name = str(Path(images, *(below[1:] if len(below) > 1 else below)))
     picture = _path(path, name, f"the file_path of frame {i}")
     if not picture.is_file() and picture.suffix.lower() not in PICTURES:
@@ -196,17 +196,17 @@ def _mask_path(path, i, keys):
 
 
 def _splits(path, file, notes):
-    """A function of a frame's name: which split the file's train_, val_ and test_filenames put it into.
+    """A function from a frame's name to its split, by the file's train_, val_ and test_filenames.
 
-    Where the file names the training views alone all others are held out, where it names those held out alone all
-    others are fitted. val_filenames are held out where there are no test_filenames.
+    If only training views are listed, all others are held out; if only held-out views are, all others are fitted.
+    val_filenames are held out if there are no test_filenames.
     """
     lists = {}
     for key in ("train", "val", "test"):
         names = file.get(f"{key}_filenames")
         if names is not None:
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise SceneError(f"{path}: {key}_filenames is no list of names")
+                raise SceneError(f"{path}: {key}_filenames is not a list of names")
             lists[key] = {_plain(name) for name in names}
     if not lists:
         return lambda name: None
@@ -214,25 +214,25 @@ def _splits(path, file, notes):
              if isinstance(frame, dict) and isinstance(frame.get("file_path"), str)}
     for key, names in lists.items():
         if names - there:
-            raise SceneError(f"{path}: {len(names - there)} of its {key}_filenames are no frames, "
+            raise SceneError(f"{path}: {len(names - there)} of its {key}_filenames are not frames, "
                              f"e.g. {one_line(repr(min(names - there)), 100)}")
     held_out = lists.get("test", lists.get("val"))
     train = lists.get("train", there - (held_out or set()))
     held_out = there - train if held_out is None else held_out
     if not train:
-        raise SceneError(f"{path}: none of its frames is left to be fitted, by train_filenames or the others")
+        raise SceneError(f"{path}: its train_filenames, or the others, leave no frame to fit")
     if held_out & train:
-        notes.append(f"{path}: {len(held_out & train)} frames stand in train_filenames and among those held out: they "
-                     "are fitted")
+        notes.append(f"{path}: {len(held_out & train)} frames are both in train_filenames and held out: they are "
+                     "fitted")
     return lambda name: "train" if _plain(name) in train else "test" if _plain(name) in held_out else "none"
 
 
 def _plain(name):
-    """A path's spelling that others have too: ./images/a.png and images\\a.png are images/a.png."""
+    """The normal spelling of a path: ./images/a.png and images\\a.png become images/a.png."""
     return Path(name.replace("\\", "/")).as_posix()
 
 
-FARTHEST = 1e7  # of any number in a pose: what lies further is no place on a map
+FARTHEST = 1e7  # largest number in a pose: no map has larger coordinates
 
 
 def _pose(path, i, frame):
@@ -250,12 +250,12 @@ def _pose(path, i, frame):
     if abs(volume) < 1e-6:
         raise SceneError(f"{wrong} singular")
     if len(rows) == 4 and np.abs(pose[3] - [0, 0, 0, 1]).max() > 1e-3:
-        raise SceneError(f"{wrong} no pose: its last row must be 0 0 0 1")
+        raise SceneError(f"{wrong} not a pose: its last row must be 0 0 0 1")
     scale = abs(volume) ** (1 / 3)
     if volume < 0 or np.abs(axes.T @ axes / scale ** 2 - np.eye(3)).max() > 0.05:
-        raise SceneError(f"{wrong} no rotation: its axes must be at right angles, of one length, and right-handed")
+        raise SceneError(f"{wrong} not a rotation: its axes must be orthogonal, of equal length, and right-handed")
     if abs(scale - 1) > 1e-3:
-        pose[:3, :3] = axes / scale  # distances are those of the positions
+        pose[:3, :3] = axes / scale  # the positions set the scale
     return pose[:3]
 
 
@@ -264,9 +264,9 @@ LENS_KEYS = ("w", "h", "x_fov", "y_fov", "fl_x", "fl_y", "camera_angle_x", "came
 
 
 def stands_upright(shot, own, orientation):
-    """Whether a picture that is stored on its side, own (w, h) pixels and an EXIF orientation, was used upright.
+    """Whether a picture stored on its side, of own (w, h) pixels and with an EXIF orientation, was used upright.
 
-    So it is where the file's w and h have the shape of the turned picture, and not that of the stored one.
+    It was if the file's w and h have the aspect of the turned picture, and not of the stored one.
     """
     w, h = (shot.keys.get(key) for key in ("w", "h"))
     if orientation <= 4 or not (is_number(w, 1e-9) and is_number(h, 1e-9)):
@@ -276,9 +276,9 @@ def stands_upright(shot, own, orientation):
 
 
 def lens_of(path, shot, own, shape):
-    """scene.Camera's lens for pixels of `shape` [H,W,...]; own: the (width, height) of the picture's file.
+    """The `lens` of a Camera for pixels of shape [H,W,...]; own: (width, height) of the picture's file.
 
-    Raises SceneError, with the name of the capture's file `path`, for what is no pinhole with OpenCV's distortion.
+    Raises SceneError, naming the capture's file `path`, for anything but a pinhole with OpenCV's distortion.
     """
     keys, who = shot.keys, f"{path}: {shot.label}"
     model = keys.get("camera_model", "OPENCV")
@@ -289,14 +289,14 @@ def lens_of(path, shot, own, shape):
     get = {k: v for k, v in keys.items() if k in LENS_KEYS and v is not None}
     for key, value in get.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise SceneError(f"{who} has an intrinsic that is no number, {key}")
+            raise SceneError(f"{who} has an intrinsic that is not a number, {key}")
         if not is_number(value, -1e6, 1e6):
             raise SceneError(f"{who} has an intrinsic that is not finite and positive, or too large, {key}")
     w, h = get.get("w", own[0]), get.get("h", own[1])
     if not min(w, h) > 0 or abs(w / h * own[1] / own[0] - 1) > 0.02:
         raise SceneError(f"{who} is {own[0]} x {own[1]} pixels, the file says {w:g} x {h:g}")
 
-    def focal(axis, side):  # a fov in degrees wins over pixels, pixels over an angle in radians
+    def focal(axis, side):  # a fov in degrees has priority over pixels, pixels over an angle in radians
         if f"{axis}_fov" in get:
             return from_angle(side, math.radians(get[f"{axis}_fov"]), f"{axis}_fov")
         if f"fl_{axis}" in get:
@@ -319,11 +319,11 @@ def lens_of(path, shot, own, shape):
             *(get.get(k, 0.0) for k in ("k1", "k2", "k3", "k4", "p1", "p2")))
     if not all(map(math.isfinite, lens)) or min(lens[:2]) <= 0:
         raise SceneError(f"{who} has a focal length or another intrinsic that is not finite and positive")
-    for f, c, side in zip(lens, lens[2:4], (shape[1], shape[0])):
+    for f, c, side in zip(lens, lens[2:4], (shape[1], shape[0]), strict=True):
         if not 0.01 < f / side < 1000:
             raise SceneError(f"{who} has a focal length of {f / side:g} times its picture's side")
         if not -1 <= c / side <= 2:
             raise SceneError(f"{who} has its optical axis (cx, cy) far outside of the picture")
     if shot.label == "frame 0" and "x_fov" in get and "fl_x" in get and not 0.8 < get["fl_x"] / fx < 1.25:
-        warnings.warn(f"{path}: x_fov and fl_x contradict each other, {get['x_fov']:g} degrees are taken", stacklevel=4)
+        warnings.warn(f"{path}: x_fov and fl_x contradict each other, {get['x_fov']:g} degrees are used", stacklevel=4)
     return lens

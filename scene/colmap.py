@@ -1,12 +1,13 @@
-"""COLMAP's models as captures: cameras, images and points3D, binary or text, as those who splat have them.
+"""COLMAP models as captures: cameras, images and points3D, binary or text.
 
     model = find_model("garden")                     # garden/sparse/0, garden/sparse or garden/colmap/sparse/0, or None
-    capture = read_model("garden", "images_4")       # of captures.py: photographs, poses, lenses, where the points are
+    capture = read_model("garden", "images_4")       # a Capture: photographs, poses, lenses, the file of the points
     points, colours = read_points(capture.cloud)     # [N,3] float64, [N,3] in [0,1]
 
-The format is that of COLMAP's documentation (Schoenberger and Frahm 2016): little endian, poses world-to-camera,
-OpenCV's axes. Files of rigs and frames need not be read: the images' poses hold what they say.
+The format follows COLMAP's documentation (Schoenberger and Frahm 2016): little endian, world-to-camera poses, OpenCV's
+axes. Files of rigs and frames are not needed: the poses of the images include them.
 """
+import functools
 import math
 import os
 import struct
@@ -22,10 +23,10 @@ ENDS = ("bin", "txt")
 FOLDERS = ("sparse/0", "sparse", "colmap/sparse/0", ".")  # of a model, in the folder of a scene
 MODELS = ("SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV", "OPENCV_FISHEYE", "FULL_OPENCV", "FOV",
           "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE", "THIN_PRISM_FISHEYE", "RAD_TAN_THIN_PRISM_FISHEYE",
-          "SIMPLE_DIVISION", "DIVISION", "SIMPLE_FISHEYE", "FISHEYE", "EUCM", "EQUIRECTANGULAR")  # by their numbers
+          "SIMPLE_DIVISION", "DIVISION", "SIMPLE_FISHEYE", "FISHEYE", "EUCM", "EQUIRECTANGULAR")  # in their order
 PARAMETERS = {"SIMPLE_PINHOLE": ("f", "cx", "cy"), "PINHOLE": ("fl_x", "fl_y", "cx", "cy"),
               "SIMPLE_RADIAL": ("f", "cx", "cy", "k1"), "RADIAL": ("f", "cx", "cy", "k1", "k2"),
-              "OPENCV": ("fl_x", "fl_y", "cx", "cy", "k1", "k2", "p1", "p2")}  # of the models that can be drawn
+              "OPENCV": ("fl_x", "fl_y", "cx", "cy", "k1", "k2", "p1", "p2")}  # of the supported models
 TRACK, ERROR, FEWEST = 3, 2, 100  # see read_points
 
 
@@ -34,17 +35,17 @@ def find_model(folder):
     for name in FOLDERS:
         model = Path(folder) / name
         parts = [any((model / f"{part}.{end}").is_file() for end in ENDS) for part in ("cameras", "images")]
-        if all(parts) or any(parts) and name != ".":  # half a model is told as such, not a folder with an images.txt
+        if all(parts) or any(parts) and name != ".":  # half a model is an error, unlike a folder with an images.txt
             return model
     return None
 
 
 def read_model(folder, images=None):
-    """The COLMAP model in the folder of a scene, as a Capture whose photographs are sorted by name.
+    """Read the COLMAP model in the folder of a scene, as a Capture with photographs sorted by name.
 
-    images: the folder of its pictures, relative to the scene's; "images" if None. They may be smaller than COLMAP's.
-    Raises SceneError, naming the file: a part is missing, cut short or no number, a camera model that cannot be drawn,
-    no image, no picture.
+    images: folder of its pictures, relative to the scene's; "images" if None. They may be reduced.
+    Raises SceneError, naming the file: a missing, truncated or damaged part, an unsupported camera model, no image, no
+    picture.
     """
     model, folder = find_model(folder), Path(folder)
     pair = ("cameras", "images")
@@ -66,14 +67,14 @@ def read_model(folder, images=None):
             picture = pictures / name
             there = picture.is_file()
         except (OSError, ValueError) as e:
-            raise SceneError(f"{files[1]}: {who}: no name of a picture") from e
+            raise SceneError(f"{files[1]}: {who}: not the name of a picture") from e
         if there:
             pose = _camera_to_world(files[1], who, pose)
             shots.append(Shot(f"image {number}", name, picture, None, pose, cameras[camera], True))
         else:
             missing.append(picture)
     others = [other.name for other in sorted(model.parent.glob("[1-9]*")) if find_model(other) == other]
-    notes = [f"{model}: is taken, {len(others)} other models stand beside it: {', '.join(others)}"] if others else []
+    notes = [f"{model}: is used; {len(others)} other models are beside it: {', '.join(others)}"] if others else []
     if missing:
         note_missing(model, missing, len(shots), notes, pictures, found[0][1])
     cloud = next((file for e in (end, *ENDS, "ply") if (file := model / f"points3D.{e}").is_file()), None)
@@ -86,7 +87,7 @@ def _camera_to_world(path, who, pose):
         raise SceneError(f"{path}: the pose of {who}, is not finite, or larger than {FARTHEST:g}")
     length = math.hypot(*pose[:4])
     if not 0.5 < length < 2:
-        raise SceneError(f"{path}: the pose of {who}, is no rotation: its quaternion has the length {length:g}, not 1")
+        raise SceneError(f"{path}: the pose of {who}, is not a rotation: its quaternion has length {length:g}, not 1")
     w, x, y, z = (q / length for q in pose[:4])
     rotation = np.array([[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
                          [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
@@ -97,22 +98,22 @@ def _camera_to_world(path, who, pose):
 def read_points(path):
     """The 3D points of a points3D.bin or .txt: positions [N,3] float64 and colours [N,3] in [0,1].
 
-    Dropped are those seen in fewer than TRACK pictures, and those whose reprojection error is more than ERROR times the
-    median one: most of them are false matches. COLMAP's errors are in pixels, of pictures of any size, so the measure
-    is their own median. Where fewer than FEWEST would be left, as of two pictures, all are kept.
+    Points seen in fewer than TRACK pictures, or with a reprojection error above ERROR times the median, are dropped:
+    most are false matches. The errors are in pixels of pictures of any size, hence the comparison with their median. If
+    fewer than FEWEST would be left, as of two pictures, all are kept.
     """
     rows = READ["points3D", path.suffix[1:]](path)
     points, track, error = rows[:, :3], rows[:, 6], rows[:, 7]
     if not (np.isfinite(rows).all() and np.abs(points).max(initial=0) <= FARTHEST):
         raise SceneError(f"{path}: a point that is not finite, or further than {FARTHEST:g}")
-    known = error[error >= 0]  # COLMAP writes -1 where it has not measured it
+    known = error[error >= 0]  # -1 means that COLMAP has not measured it
     good = (track >= TRACK) & (error <= ERROR * np.median(known) if len(known) else True)
     rows = rows[good] if good.sum() >= FEWEST else rows
     return rows[:, :3], rows[:, 3:6].clip(0, 255) / 255
 
 
 class _Bytes:
-    """The bytes of a file, taken from the front; SceneError where there are too few, or some are left."""
+    """The bytes of a file, read from the front; SceneError if there are too few or too many."""
 
     def __init__(self, path):
         self.path, self.at = path, 0
@@ -129,7 +130,7 @@ class _Bytes:
     def skip(self, count):
         self.at += count
         if self.at > len(self.data):
-            raise SceneError(f"{self.path}: is cut short, or no COLMAP file: {len(self.data)} bytes")
+            raise SceneError(f"{self.path}: is truncated, or not a COLMAP file: {len(self.data)} bytes")
 
     def name(self):
         end = self.data.find(b"\0", self.at)
@@ -139,12 +140,12 @@ class _Bytes:
         return os.fsdecode(found)
 
     def each(self):
-        """The numbers of the records that the file says it has, then a check that nothing is left."""
+        """Count the records that the file states, then check that no bytes are left."""
         count, = self.take("Q")
         yield from range(count)
         if self.at < len(self.data):
             left = len(self.data) - self.at
-            raise SceneError(f"{self.path}: is damaged, or no COLMAP file: {left} bytes are left over")
+            raise SceneError(f"{self.path}: is damaged, or not a COLMAP file: {left} bytes are left over")
 
 
 def _cameras_binary(path):
@@ -162,7 +163,7 @@ def _images_binary(path):
     for _ in data.each():
         number, *pose, camera = data.take("I7dI")
         images.append((number, data.name(), camera, pose))
-        data.skip(24 * data.take("Q")[0])  # the features found in it
+        data.skip(24 * data.take("Q")[0])  # its features
     return images
 
 
@@ -176,19 +177,19 @@ def _points_binary(path):
 
 
 def _lens(path, number, model, width, height, parameters):
-    """A camera as the keys of transforms.json; parameters: a function of their names that returns them."""
+    """A camera as keys of transforms.json; parameters: a function from names to values."""
     if model not in PARAMETERS:
         raise SceneError(f"{path}: camera {number} has the model {one_line(model, 40)}, which is not supported: "
                          "undistort the pictures first, as with colmap image_undistorter")
     names = PARAMETERS[model]
-    keys = dict(zip(names, parameters(names)))
+    keys = dict(zip(names, parameters(names), strict=True))
     if "f" in keys:
         keys["fl_x"] = keys["fl_y"] = keys.pop("f")
     return keys | {"w": width, "h": height}
 
 
 def _lines(path):
-    """(number, words) of the lines that are no comment; blank ones too, as an image without features has one."""
+    """(number, text) of the lines except comments; blank ones count, as the features of an image may be empty."""
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as e:
@@ -212,13 +213,16 @@ def _cameras_text(path):
             raise SceneError(f"{path}, line {line}: need CAMERA_ID MODEL WIDTH HEIGHT and parameters")
         number, width, height = _numbers(path, line, (words[0], *words[2:4]), int)
 
-        def parameters(names):
-            if len(words) != 4 + len(names):
-                given = len(words) - 4
-                raise SceneError(f"{path}, line {line}: {words[1]} has {len(names)} parameters, here are {given}")
-            return _numbers(path, line, words[4:])
+        parameters = functools.partial(_parameters, path, line, words)
         cameras[number] = _lens(path, number, words[1], width, height, parameters)
     return cameras
+
+
+def _parameters(path, line, words, names):
+    """The parameters of a camera with the words of a line of cameras.txt."""
+    if len(words) != 4 + len(names):
+        raise SceneError(f"{path}, line {line}: {words[1]} has {len(names)} parameters, not {len(words) - 4}")
+    return _numbers(path, line, words[4:])
 
 
 def _images_text(path):
@@ -226,7 +230,7 @@ def _images_text(path):
     for line, text in lines:
         if not text.strip():
             continue
-        words = text.strip().split(None, 9)  # a name may have blanks in it
+        words = text.strip().split(None, 9)  # a name may contain blanks
         if len(words) < 10:
             raise SceneError(f"{path}, line {line}: need IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME")
         (number, camera), pose = _numbers(path, line, (words[0], words[8]), int), _numbers(path, line, words[1:8])
@@ -234,8 +238,7 @@ def _images_text(path):
         line, features = next(lines, (line + 1, ""))
         features = features.split()
         if len(features) % 3 or features and not features[-1].lstrip("-").isdigit():
-            raise SceneError(f"{path}, line {line}: the second line of an image has its features, three numbers each, "
-                             "or none")
+            raise SceneError(f"{path}, line {line}: the second line of an image must have three numbers per feature")
     return images
 
 

@@ -1,18 +1,27 @@
-"""TODO docstring."""
+"""Posed photographs: a view with its pixels, a scene of views, undistortion, random pixels for a fit.
+
+    pixels = Pixels(scene.train, "cpu")
+    rays_o, rays_d, rgba = pixels(512, generator)  # [3,512], [3,512], [3 or 4,512]
+"""
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.nn.functional import grid_sample
 
+from files.pictures import to_uint8
 from scene.cameras import Camera, directions, distorted
 
 
 @dataclass(frozen=True)
 class View:
-    """One photograph: its camera, its pixels uint8 [H,W,3], or [H,W,4] with straight alpha, and its name.
+    """One photograph.
 
-    mask: [H,W] bool, the pixels that are used; None: all. The others are neither fitted nor measured.
+    Attributes:
+        camera: its Camera.
+        pixels: uint8 [H,W,3], or [H,W,4] with straight alpha.
+        name: as spelled in the file.
+        mask: [H,W] bool, the pixels that are fitted and measured; None: all.
     """
     camera: Camera
     pixels: torch.Tensor
@@ -30,14 +39,14 @@ class Scene:
 
     Attributes:
         path: the file that the scene was read from.
-        train, test: lists of View; the test views are never fitted.
+        train, test: lists of View; test views are never fitted.
         centre, half: the box of interest is the cube centre [3] +- half, in the units of the file.
-        bounded: nothing lies outside the box (all pictures have alpha); otherwise what does is contracted.
+        bounded: nothing lies outside the box (all pictures have alpha); else the space outside is contracted.
         background: [3] in [0,1], behind pictures with alpha.
         fingerprint: sha256 of cameras, pictures, masks and points.
         points, colours: of the capture's cloud, [N,3] in the units of the file and [N,3] in [0,1]; or None.
-        origin: three floats, where the zero of all positions here lies in the coordinates of the file: far from its own
-            zero, as on a map, float32 could not tell the positions apart.
+        origin: three floats, added to positions of this scene to get coordinates of the file. float32 cannot tell map
+            coordinates apart, which are far from zero.
     """
     path: Path
     train: list
@@ -52,18 +61,18 @@ class Scene:
     origin: tuple = (0.0, 0.0, 0.0)
 
     def __deepcopy__(self, memo):
-        return self  # it never changes, and an edit copies its representation
+        return self  # immutable; an edit copies representations
 
 
 def undistorted(scene):
-    """The scene with the photographs that pinhole cameras would have taken, resampled; itself where all are such."""
+    """The scene with its photographs resampled to pinhole cameras; the same object if no lens is distorted."""
     if not any(any(view.camera.lens[4:]) for view in scene.train + scene.test):
         return scene
     return replace(scene, **{name: [_pinhole(view) for view in getattr(scene, name)] for name in ("train", "test")})
 
 
 def _pinhole(view):
-    """A View without distortion, of the same focal lengths and size; masked where the photograph shows none of it."""
+    """A View without distortion, of the same lens and size, masked where the photograph has no pixels."""
     camera = view.camera
     if not any(camera.lens[4:]):
         return view
@@ -71,8 +80,8 @@ def _pinhole(view):
     fx, fy, cx, cy, *_ = lens
     v, u = torch.meshgrid(torch.arange(height).double() + 0.5, torch.arange(width).double() + 0.5, indexing="ij")
     x, y = ((u - cx) / fx).flatten(), ((v - cy) / fy).flatten()
-    u, v = (f * at + c for f, at, c in zip((fx, fy), distorted(lens, x, y), (cx, cy)))
-    back = directions(torch.tensor(lens, dtype=torch.float64)[:, None], u, v)  # far out the polynomial turns around
+    u, v = (f * at + c for f, at, c in zip((fx, fy), distorted(lens, x, y), (cx, cy), strict=True))
+    back = directions(torch.tensor(lens, dtype=torch.float64)[:, None], u, v)  # far out the polynomial is not monotonic
     there = (u > 0) & (u < width) & (v > 0) & (v < height) & ((back[0] / -back[2] - x).abs() < 1e-3)
     grid = torch.stack((2 * u / width - 1, 2 * v / height - 1), 1).view(1, height, width, 2).float()
     pixels = view.picture()
@@ -85,11 +94,11 @@ def _pinhole(view):
         drawn = torch.cat((drawn[:3] / drawn[3:].clamp_min(1e-6), drawn[3:]))
     mask = used & there.view(height, width)
     return replace(view, camera=replace(camera, lens=(*lens[:4], *[0.0] * 6)), mask=None if mask.all() else mask,
-                   pixels=(drawn.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous())
+                   pixels=to_uint8(drawn.clamp(0, 1)))
 
 
 def over(pixels, behind):
-    """Pixels [3,...] or [4,...] with straight alpha -> [3,...] in front of `behind` [3] or [3,...]."""
+    """Composite pixels [3,...], or [4,...] with straight alpha, over `behind` [3] or [3,...] -> [3,...]."""
     if len(pixels) == 3:
         return pixels
     behind = behind.reshape(3, *behind.shape[1:], *[1] * (pixels.ndim - behind.ndim))
@@ -97,7 +106,7 @@ def over(pixels, behind):
 
 
 class Pixels:
-    """All pixels of some views, to draw rays from. Rays are made when they are drawn: only 8-bit pictures are kept.
+    """All pixels of some views, to sample rays from. Only 8-bit pictures are kept, rays are made when needed.
 
     Attributes:
         cameras: of the views, a list.
@@ -119,17 +128,16 @@ class Pixels:
             self.used = torch.cat([mask.reshape(-1) for mask in masks]).nonzero()[:, 0].to(device)
 
     def replace(self, view, picture):
-        """Put another picture [1,3,H,W] in [0,1] in the place of a view's."""
-        rows = (picture[0].permute(1, 2, 0) * 255).round().byte()
-        self.pixels[self.start[view]:self.start[view + 1]] = rows.reshape(-1, 3).to(self.pixels)
+        """Replace the picture of a view by another, [1,3,H,W] in [0,1]."""
+        self.pixels[self.start[view]:self.start[view + 1]] = to_uint8(picture[0]).view(-1, 3).to(self.pixels)
 
     def picture(self, view, pixels=None):
-        """What stands in a view's place, [1,3,H,W] in [0,1], or stood there when `pixels` was a copy; RGB only."""
+        """The picture of a view, [1,3,H,W] in [0,1]; pixels: an earlier copy to read from. RGB only."""
         rows = (self.pixels if pixels is None else pixels)[self.start[view]:self.start[view + 1]]
         return rows.T.float().view(1, 3, self.cameras[view].height, -1) / 255
 
     def __call__(self, count, generator):
-        """rays_o, rays_d [3,count], pixels [C,count] in [0,1], drawn at random."""
+        """rays_o, rays_d [3,count] and pixels [C,count] in [0,1] of random pixels."""
         drawn = self.pixels if self.used is None else self.used
         at = torch.randint(len(drawn), (count,), generator=generator, device=self.pixels.device)
         at = at if self.used is None else self.used[at]

@@ -1,4 +1,8 @@
-"""TODO docstring."""
+"""What all representations of a scene share: rendering a view, photographs, evaluation, depth pictures, export.
+
+    psnr, views = evaluate(nerf, scene)            # on the held-out views
+    export(nerf, "out", turntable(nerf, 60, 256))  # renderings, depth and poses for other programs
+"""
 import json
 import math
 from pathlib import Path
@@ -8,18 +12,19 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from files.pictures import frame_of
+from files.pictures import frame_of, to_pil, to_uint8
 from files.writing import replacing
 from scene.cameras import Camera
 from scene.photographs import Pixels, View, over
 
+SH_DC = 0.28209479  # the harmonic of degree 0
 
 def spherical_harmonics(d):
-    """Real spherical harmonics up to degree 3 (16 of them) of directions d [3,N] of length 1 -> [16,N]."""
+    """Real spherical harmonics of degrees 0 to 3 at directions d [3,N] of length 1 -> [16,N]."""
     x, y, z = d
     xx, yy, zz = x * x, y * y, z * z
     return torch.stack((
-        torch.full_like(x, 0.28209479), -0.48860251 * y, 0.48860251 * z, -0.48860251 * x,
+        torch.full_like(x, SH_DC), -0.48860251 * y, 0.48860251 * z, -0.48860251 * x,
         1.09254843 * x * y, -1.09254843 * y * z, 0.94617470 * zz - 0.31539157, -1.09254843 * x * z,
         0.54627421 * (xx - yy), 0.59004359 * y * (yy - 3 * xx), 2.89061144 * x * y * z,
         0.45704580 * y * (1 - 5 * zz), 0.37317633 * z * (5 * zz - 3), 0.45704580 * x * (1 - 5 * zz),
@@ -27,13 +32,13 @@ def spherical_harmonics(d):
 
 
 class Representation(torch.nn.Module):
-    """Something that draws views of a scene from any camera, and can be fitted to it and edited.
+    """A model of a scene that renders views from any camera and can be fitted and edited.
 
-    A subclass defines rgb(camera) and depth(view, size), and for an edit param_groups, project_, data_loss, save.
+    A subclass defines rgb(camera) and depth(view, size), and for edits param_groups, project_, data_loss and save.
 
     Attributes:
         scene: the Scene.
-        centre, background: the scene's, [3]; buffers, which follow the module to its device.
+        centre, background: the scene's, [3]; buffers, so they follow the module to its device.
     """
 
     def __init__(self, scene):
@@ -43,16 +48,16 @@ class Representation(torch.nn.Module):
         self.register_buffer("background", scene.background.clone())
 
     def rgb(self, camera):
-        """What a Camera sees, [3,H,W], on the background; rounding may lead a little out of [0,1]."""
+        """The picture [3,H,W] of a Camera on the background; rounding may exceed [0,1] slightly."""
         raise NotImplementedError
 
     def render(self, view=None, size=None):
-        """The picture [1,3,H,W] in [0,1] of a view (see `camera`), differentiable in all parameters."""
+        """The picture [1,3,H,W] in [0,1] of a view, see `camera`; differentiable in all parameters."""
         rgb = self.rgb(self.camera(view, size))
-        return (rgb + (rgb.clamp(0, 1) - rgb).detach())[None]  # the gradient goes through the clamp
+        return (rgb + (rgb.clamp(0, 1) - rgb).detach())[None]  # the gradient passes through the clamp
 
     def camera(self, view=None, size=None):
-        """view: a training view's number, a Camera, or None for the one in the middle; size: its sides, see framed."""
+        """A Camera. view: number of a training view, a Camera, or None for the most central one; size: see framed."""
         if view is None:
             position = torch.stack([v.camera.pose[:, 3] for v in self.scene.train])
             view = (position - position.mean(0)).norm(dim=1).argmin().item()
@@ -60,7 +65,7 @@ class Representation(torch.nn.Module):
         return camera if size is None else camera.framed(size)
 
     def photograph(self, view, size):
-        """Training picture number `view`, on the background, with the sides of camera(view, size): [1,3,H,W]."""
+        """Training picture number `view` on the background, [1,3,H,W], at the size of camera(view, size)."""
         pixels, camera = self.scene.train[view].picture(self.centre.device), self.camera(view, size)
         if frame_of(size).square:
             side = min(pixels.shape[1:])
@@ -70,20 +75,21 @@ class Representation(torch.nn.Module):
                            antialias=True).clamp(0, 1)
 
     def sample_view(self, generator=None):
-        """The number of a training view, drawn on the CPU."""
+        """The number of a random training view; generator: a CPU's."""
         return int(torch.randint(len(self.scene.train), (), generator=generator))
 
     def dataset(self, size, look):
-        """The pictures look(view, size) [1,3,H,W] of all training views as Pixels, which an edit replaces one by one."""
+        """Pixels of the pictures look(view, size) [1,3,H,W] of all training views, for an edit to replace."""
         cameras = [self.camera(i, size) for i in range(len(self.scene.train))]
         with torch.no_grad():
-            pictures = [(look(i, size)[0].permute(1, 2, 0) * 255).round().byte().cpu() for i in range(len(cameras))]
-        return Pixels([View(c, p, str(i)) for i, (c, p) in enumerate(zip(cameras, pictures))], self.centre.device)
+            pictures = [to_uint8(look(i, size)[0]).cpu() for i in range(len(cameras))]
+        views = [View(c, p, str(i)) for i, (c, p) in enumerate(zip(cameras, pictures, strict=True))]
+        return Pixels(views, self.centre.device)
 
 
 @torch.no_grad()
 def evaluate(representation, scene):
-    """Mean PSNR in dB over the scene's test views, on the background, without masked pixels; and their number."""
+    """Mean PSNR in dB over the scene's test views, on the background and without masked pixels, and their number."""
     psnrs = []
     for view in scene.test:
         photograph = over(view.picture(representation.centre.device), representation.background)
@@ -94,7 +100,7 @@ def evaluate(representation, scene):
 
 
 def depth_picture(depth):
-    """Depth [1,1,H,W] of a representation -> [1,3,H,W] in [0,1]: near is white, far is dark, nothing is black."""
+    """Depth [1,1,H,W] of a representation -> [1,3,H,W] in [0,1]: near is white, far is dark, empty is black."""
     hit = depth > 0
     if not hit.any():
         return torch.zeros_like(depth).expand(-1, 3, -1, -1)
@@ -103,19 +109,18 @@ def depth_picture(depth):
 
 
 def export(representation, folder, cameras):
-    """Write images/*.png, depth/*.png and a transforms.json of rendered views, for nerfstudio and load_scene.
+    """Render views to images/*.png, depth/*.png and a transforms.json, for nerfstudio and load_scene.
 
-    The poses lie in the coordinates of the scene's file, in float64. Depth is 16 bit, z along the optical axis in
-    thousandths of a unit, as nerfstudio wants it.
+    Poses are in the coordinates of the scene's file, in float64. Depth is 16 bit: z along the optical axis in
+    thousandths of a unit, nerfstudio's convention.
     """
     folder, frames = Path(folder), []
     for name in ("images", "depth"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         for i, camera in enumerate(cameras):
-            picture = (representation.render(camera)[0].permute(1, 2, 0) * 255).round().byte().cpu().numpy()
             with replacing(folder / "images" / f"{i:05}.png") as part:
-                Image.fromarray(picture).save(part, "PNG")
+                to_pil(representation.render(camera)).save(part, "PNG")
             axis = camera.directions()[2].abs()
             depth = representation.depth(camera).cpu()[0, 0] * axis.view(camera.height, camera.width)
             depth = (depth * 1000).round().clamp(0, 65535).numpy().astype(np.uint16)
@@ -126,7 +131,6 @@ def export(representation, folder, cameras):
             names = ("fl_x", "fl_y", "cx", "cy", "k1", "k2", "k3", "k4", "p1", "p2")
             frames.append(dict(file_path=f"images/{i:05}.png", depth_file_path=f"depth/{i:05}.png",
                                transform_matrix=pose.tolist(), w=camera.width, h=camera.height)
-                          | dict(zip(names, camera.lens)))
+                          | dict(zip(names, camera.lens, strict=True)))
     with replacing(folder / "transforms.json") as part:
         part.write_text(json.dumps({"camera_model": "OPENCV", "frames": frames}, indent=1))
-SH_DC = 0.28209479  # the harmonic of degree 0
