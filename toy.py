@@ -1,10 +1,10 @@
-"""The method in the plane: samples of p(x0 | y=1) pushed to p(x0 | y=2) by SDS, DDS and PDS.
+"""The method in the plane: SDS, DDS and PDS move samples of p(x0 | y=1) to p(x0 | y=2).
 
     python toy.py                       # or python run.py --mode toy; writes toy.png and toy.svg
 
-Both distributions are Gaussian mixtures, so the noise prediction is exact and nothing is trained: what the picture
-shows is the losses alone. SDS forgets where a sample came from, DDS is not held back, PDS stops near the boundary. Two
-more rows are printed: PDS without its identity term, a weighted DDS, and PDS on the same distributions as a flow.
+Both distributions are Gaussian mixtures, so the noise prediction is exact and nothing is trained: the picture shows
+the losses alone. SDS forgets where a sample came from, nothing holds DDS back, PDS stops near the boundary. Two more
+rows are printed: PDS without its identity term, which is a weighted DDS, and PDS on the same distributions as a flow.
 """
 import argparse
 import copy
@@ -17,19 +17,19 @@ from PIL import Image, ImageDraw, ImageFont
 import pds
 from files.messages import Parser
 from pipelines.flow import Flow, sigmas_of
+from pipelines.networks import STABLE_DIFFUSION_ABAR
 
-BETAS = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion's
 STEPS, POINTS, RATE, GUIDANCE = 1000, 60, 0.05, 3.0
 
 
 class Mixtures:
-    """An exact prior for pds.py. means [Y,K,2]: K equal parts of each of Y conditions, all of deviation `sigma`.
+    """An exact prior for pds.py: Y conditions, each a mixture of K equal Gaussians of deviation `sigma`.
 
-    A prompt is the number of its condition, [B] or [1]. The plane's points are latents of shape [B,2,1,1].
+    means: [Y,K,2]. A prompt is the number of its condition, [B] or [1]; a point of the plane is a latent [B,2,1,1].
     """
 
     def __init__(self, means, sigma=0.35, guidance=1.0):
-        self.abar, self.means, self.sigma, self.guidance = (1 - BETAS).cumprod(0), means, sigma, guidance
+        self.abar, self.means, self.sigma, self.guidance = STABLE_DIFFUSION_ABAR, means, sigma, guidance
 
     def at(self, scale):
         """This prior with another guidance scale."""
@@ -37,11 +37,11 @@ class Mixtures:
         twin.guidance = scale
         return twin
 
-    def log_density(self, x, means, abar=torch.ones(())):
-        """log p(x_t) [B] of x [B,2] at noise levels abar [B] (1: of the data), and its gradient [B,2]."""
-        scale = (abar.sqrt() if abar.ndim == 0 else abar.sqrt()[:, None, None])
-        var = (abar * self.sigma ** 2 + 1 - abar).expand(len(x))[:, None]  # [B,1]
-        away = scale * means - x[:, None]  # [B,K,2]
+    def log_density(self, x, means, abar=None):
+        """log p(x_t) [B] of x [B,2] at noise levels abar [B] (None: 1, the data), and its gradient [B,2]."""
+        abar = torch.ones(len(x), dtype=x.dtype) if abar is None else abar
+        var = (abar * self.sigma ** 2 + 1 - abar)[:, None]  # [B,1]
+        away = abar.sqrt()[:, None, None] * means - x[:, None]  # [B,K,2]
         parts = -away.square().sum(-1) / (2 * var) - (2 * math.pi * var).log() - math.log(means.shape[-2])
         share = parts.softmax(1)[..., None]
         return parts.logsumexp(1), (share * away).sum(1) / var
@@ -56,7 +56,7 @@ class Mixtures:
 
 
 class MixtureFlow(Flow):
-    """The same distributions as a model of flow matching, whose velocity is exact: the mean of eps - x0 at x_sigma."""
+    """The same distributions as a flow matching model with the exact velocity, the mean of eps - x0 given x_sigma."""
 
     def __init__(self, mixtures, sigmas):
         super().__init__(sigmas)
@@ -66,7 +66,7 @@ class MixtureFlow(Flow):
     at = Mixtures.at
 
     def plain(self, x, sigma, means):
-        """[B,2] for x [B,2], sigma [B,1] and means [K,2] or [B,K,2]: what each part expects, weighted by its share."""
+        """[B,2] for x [B,2], sigma [B,1] and means [K,2] or [B,K,2]: the parts' means, weighted by their shares."""
         away = x[:, None] - (1 - sigma[:, None]) * means  # [B,K,2]
         var = (1 - sigma) ** 2 * self.sigma ** 2 + sigma ** 2  # [B,1]
         share = (-away.square().sum(-1) / (2 * var)).softmax(1)[..., None]
@@ -88,67 +88,72 @@ def world():
 
 
 def trajectories(prior, loss, seed=0, **options):
-    """Gradient descent of POINTS samples of condition 0 towards condition 1: their ways [STEPS + 1, POINTS, 2]."""
+    """Gradient descent of POINTS samples of condition 0 towards condition 1: their paths [STEPS + 1, POINTS, 2]."""
     generator = torch.Generator().manual_seed(seed)
     part = torch.randint(prior.means.shape[1], (POINTS,), generator=generator)
     x0_src = prior.means[0, part] + prior.sigma * torch.randn(POINTS, 2, generator=generator, dtype=torch.float64)
     x0_src = x0_src.view(POINTS, 2, 1, 1)
-    x0_tgt, way = x0_src.clone().requires_grad_(), [x0_src.view(POINTS, 2)]
+    x0_tgt, path = x0_src.clone().requires_grad_(), [x0_src.view(POINTS, 2)]
     y_tgt, y_src = torch.tensor([1]), torch.tensor([0])
     for step in range(STEPS):
         value = loss(prior, x0_tgt, x0_src, y_tgt, y_src, generator=generator, **options) * POINTS
         grad, = torch.autograd.grad(value, x0_tgt)
         with torch.no_grad():
             x0_tgt -= RATE * (1 - step / STEPS) * grad
-        way.append(x0_tgt.detach().view(POINTS, 2).clone())
-    return torch.stack(way)
+        path.append(x0_tgt.detach().view(POINTS, 2).clone())
+    return torch.stack(path)
 
 
 def between(t_min, t_max):
-    """pds_loss with timesteps between these shares of T."""
+    """pds_loss with timesteps in t_min T .. t_max T."""
     def loss(prior, x0_tgt, *others, generator=None, **options):
         t = pds.sample_timesteps(len(x0_tgt), len(prior.abar), t_min, t_max, generator=generator)
         return pds.pds_loss(prior, x0_tgt, *others, t=t, generator=generator, **options)
     return loss
 
 
-def figures(prior, way):
-    """Mean distance to the own source, mean log-likelihood under the target, mean log-odds of target and source."""
-    end = way[-1]
+def figures(prior, path):
+    """Means over all samples: distance to the source, log-likelihood under the target, its log-odds to the source."""
+    end = path[-1]
     target, source = (prior.log_density(end, m.expand(len(end), -1, -1))[0] for m in prior.means.flip(0))
-    return (end - way[0]).norm(dim=1).mean().item(), target.mean().item(), (target - source).mean().item()
+    return (end - path[0]).norm(dim=1).mean().item(), target.mean().item(), (target - source).mean().item()
 
 
-SIDE, EDGE = 360, 4.4  # a panel's side in pixels, half of it in units of the plane
+SIDE, EDGE = 360, 4.4  # side of a panel in pixels, half of it in units of the plane
 PANELS = {"SDS": (pds.sds_loss, {}), "DDS": (pds.dds_loss, {}), "PDS": (pds.pds_loss, {}),
-          "PDS, psi = 0": (pds.pds_loss, {"coefficients": "consistent"})}  # the last is printed only
+          "PDS, psi = 0": (pds.pds_loss, {"coefficients": "consistent"})}  # only printed
 
 
-def shapes(prior, ways):
-    """The picture as a list of (kind, points in pixels, colour, width or radius), for both formats."""
-    drawn = []
-    for panel, (name, way) in enumerate(ways.items()):
-        def place(x, y):
-            return (panel * SIDE + SIDE / 2 * (1 + min(max(x / EDGE, -1), 1)), SIDE / 2 * (1 - min(max(y / EDGE, -1), 1)))
+def place(panel, x, y):
+    """A point of the plane in pixels of a panel, clamped to its edges."""
+    x, y = (min(max(value / EDGE, -1), 1) for value in (x, y))
+    return panel * SIDE + SIDE / 2 * (1 + x), SIDE / 2 * (1 - y)
+
+
+def marks(prior, paths):
+    """The picture as a list of (kind, points in pixels, colour, width, radius or text)."""
+    found = []
+    for panel, (name, path) in enumerate(paths.items()):
+        left, before, after = panel * SIDE, "#2f5fd0", "#d9480f"
         for radius, tints in ((2, ("#e8eefc", "#fdece2")), (1, ("#c9d8f8", "#fad3bd"))):  # 2 and 1 deviations
-            drawn += [("dot", [place(*mean)], tint, radius * prior.sigma / EDGE * SIDE / 2)
-                      for means, tint in zip(prior.means.tolist(), tints) for mean in means]
-        drawn.append(("line", [(panel * SIDE + SIDE / 2, 0), (panel * SIDE + SIDE / 2, SIDE)], "#bbbbbb", 1))
-        for points in way.transpose(0, 1).tolist():
-            drawn.append(("line", [place(*p) for p in points[::5]], "#8a8a8a", 0.7))
-        drawn += [("dot", [place(*p)], "#2f5fd0", 2.2) for p in way[0].tolist()]
-        drawn += [("dot", [place(*p)], "#d9480f", 2.2) for p in way[-1].tolist()]
-        drawn += [("text", [(panel * SIDE + x, y)], colour, word) for x, y, colour, word in (
-            (12, 24, "black", name), (12, SIDE - 14, "#2f5fd0", "before"), (80, SIDE - 14, "#d9480f", "after"))]
-    return drawn
+            found += [("dot", [place(panel, *mean)], tint, radius * prior.sigma / EDGE * SIDE / 2)
+                      for means, tint in zip(prior.means.tolist(), tints, strict=True) for mean in means]
+        found.append(("line", [(left + SIDE / 2, 0), (left + SIDE / 2, SIDE)], "#bbbbbb", 1))
+        found += [("line", [place(panel, *p) for p in points[::5]], "#8a8a8a", 0.7)
+                  for points in path.transpose(0, 1).tolist()]
+        for points, colour in ((path[0], before), (path[-1], after)):
+            found += [("dot", [place(panel, *p)], colour, 2.2) for p in points.tolist()]
+        found += [("text", [(left + x, y)], colour, word) for x, y, colour, word in (
+            (12, 24, "black", name), (12, SIDE - 14, before, "before"), (80, SIDE - 14, after, "after"))]
+    return found
 
 
-def save(drawn, panels, stem):
-    """Write stem.svg and stem.png."""
+def save(found, panels, stem):
+    """Write the marks as stem.svg and stem.png."""
     width, scale, lines = panels * SIDE, 3, []
     page = Image.new("RGB", (width * scale, SIDE * scale), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(16 * scale)
-    for kind, points, colour, size in drawn:
+    for kind, points, colour, size in found:
         (x, y), large = points[0], [(scale * x, scale * y) for x, y in points]
         if kind == "dot":
             lines.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}" fill="{colour}"/>')
@@ -171,16 +176,16 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     prior = world()
-    ways = {name: trajectories(prior, loss, args.seed, **options) for name, (loss, options) in PANELS.items()}
-    # a flow with the shift of Stable Diffusion 3; its t are those with the noise of t = 0.02 T .. 0.98 T above
-    ways["PDS on a flow"] = trajectories(MixtureFlow(prior, sigmas_of(shift=3.0)), between(0.044, 0.816), args.seed)
+    paths = {name: trajectories(prior, loss, args.seed, **options) for name, (loss, options) in PANELS.items()}
+    # a flow with the shift of Stable Diffusion 3, at the noise levels of t = 0.02 T .. 0.98 T above
+    paths["PDS on a flow"] = trajectories(MixtureFlow(prior, sigmas_of(shift=3.0)), between(0.044, 0.816), args.seed)
     print(f"{'':14} {'distance to source':>20} {'log p(x | target)':>20} {'log-odds':>12}")
-    for name, way in ways.items():
-        distance, likelihood, odds = figures(prior, way)
+    for name, path in paths.items():
+        distance, likelihood, odds = figures(prior, path)
         print(f"{name:14} {distance:20.2f} {likelihood:20.2f} {odds:12.2f}")
     args.out.mkdir(parents=True, exist_ok=True)
-    shown = dict(list(ways.items())[:3])
-    save(shapes(prior, shown), len(shown), args.out / "toy")
+    shown = dict(list(paths.items())[:3])
+    save(marks(prior, shown), len(shown), args.out / "toy")
     print(f"done: {args.out / 'toy.png'}")
     return 0
 

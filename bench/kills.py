@@ -1,7 +1,7 @@
-"""Runs that are killed at random moments (SIGKILL): what --resume makes of them is bit-identical to a run of one piece.
+"""Runs killed at random moments (SIGKILL): the result of --resume is bit-identical to that of an uninterrupted run.
 
-Fits of scenes are made before: they end by a clock, so that no two of them have the same number of steps. What is
-killed are the edits, which have steps.
+Scenes are fitted before: a fit ends by a clock, so that no two fits take the same number of steps. Edits, which count
+their steps, are killed.
 """
 import random
 import shutil
@@ -20,19 +20,19 @@ SMALL = """import sys
 from files import sheets
 sheets.FRAMES, sheets.FRAME_SIZE, sheets.SIDE_SIZE, sheets.VIEWS = 2, 24, 24, 4
 import run
-sys.exit(run.main())"""  # few and small pictures in what a run reports
-RUNS = {  # every kind of run, with tiny settings
+sys.exit(run.main())"""  # few and small pictures in the report
+RUNS = {  # every kind of run with tiny settings
     "svg": ["--mode", "svg", "--steps", "30"],
     "image": ["--mode", "image", "--steps", "40"],
     "nerf": ["--mode", "nerf", *SCENE], "splat": ["--mode", "splat", *SCENE],
     "in2n": ["--mode", "splat", *SCENE, "--loss", "in2n", "--steps", "12"],
     "refine": ["--mode", "nerf", *SCENE, "--refine", "12"],
     "compare": ["--mode", "image", "--steps", "15", "--compare", "sds", "pds"]}
-SKIPPED = ("checkpoint.pt", "config.json")  # they hold times and paths; what is hidden belongs to killed runs
+SKIPPED = ("checkpoint.pt", "config.json")  # they hold times and paths
 
 
 def kills(args):
-    """Kill and resume `count` runs, print how each ended, and return how many did not end bit-identically."""
+    """Kill and resume args.count runs, print how each ended, and return how many were not bit-identical."""
     rng, failed = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:
         whole = {}
@@ -49,9 +49,9 @@ def kills(args):
 
 
 def start(kind, out, *flags):
-    """Start a run with its output in `out`; its neighbours are `scene`, which is fitted, and `code`, a copy of the program.
+    """Start a run with its output in `out`, beside the folders `scene` (fitted) and `code` (a copy of the program).
 
-    The copy is made by the first run: what is edited in the repository meanwhile does not change the later ones.
+    The first run makes the copy, so that edits in the repository do not change the later runs.
     """
     code = out.parent / "code"
     if not code.exists():
@@ -62,12 +62,13 @@ def start(kind, out, *flags):
         for name in ("models", "examples"):
             (code / name).symlink_to(ROOT / name)
     scene = ["--scene", str(out.parent / "scene")] if SCENE[0] in RUNS[kind] else []
-    call = [sys.executable, "-c", SMALL, *RUNS[kind], *scene, "--every", "2", "--device", "cpu", "--out", str(out), *flags]
+    call = [sys.executable, "-c", SMALL, *RUNS[kind], *scene, "--every", "2", "--device", "cpu", "--out", str(out),
+            *flags]
     return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=code)
 
 
 def whole_run(kind, place):
-    """Make the run of one piece in place/whole, after its fit if it has one; returns its seconds."""
+    """Make the uninterrupted run in place/whole, for a scene after its fit; returns its seconds."""
     if SCENE[0] in RUNS[kind]:
         (place / "scene").mkdir(parents=True)
         write_scene(place / "scene", size=24)
@@ -78,14 +79,14 @@ def whole_run(kind, place):
 
 
 def finish(process):
-    """Wait for the end of a run; raises ValueError with what it said where that is not 0."""
+    """Wait for the end of a run; raises ValueError with its error output if it failed."""
     told = process.communicate()[1]
     if process.returncode:
         raise ValueError(f"{' '.join(process.args)}: exit code {process.returncode}: {told[-300:]}")
 
 
 def kill_and_resume(kind, place, seconds):
-    """What is wrong with the run that was killed after so many seconds and resumed; empty where nothing is."""
+    """Kill a run after so many seconds and resume it; returns an error or the files that differ, "" if none do."""
     out = place / "killed"
     shutil.rmtree(out, ignore_errors=True)
     process = start(kind, out)

@@ -7,6 +7,7 @@ import torch
 from bench.measure import memory_status, table
 from pds import pds_loss
 from pipelines.loading import number_format, quiet
+from pipelines.networks import STABLE_DIFFUSION_BETAS
 from prior import Prior
 
 BARS = {torch.float32: 8.7e9, torch.float16: 6e9, torch.bfloat16: 6e9}  # bytes; of Stable Diffusion 1.5 at 512 px
@@ -32,7 +33,7 @@ def memory(args):
     t = torch.tensor([len(prior.abar) // 2])
     with torch.no_grad():
         x_t = torch.cat([x0_src, x0_src])
-        _, network, _ = measure(lambda: prior.eps(x_t, t.repeat(2), tuple(map(torch.cat, zip(y_tgt, y_src)))))
+        _, network, _ = measure(lambda: prior.eps(x_t, t.repeat(2), tuple(map(torch.cat, zip(y_tgt, y_src, strict=True)))))
     x0_tgt, encoding, graph = measure(lambda: prior.encode(picture))
     _, backward, _ = measure(lambda: x0_tgt.sum().backward())
     del x0_tgt
@@ -96,6 +97,5 @@ def stable_diffusion_15(dtype):
         unet=diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).to(dtype),
         text_encoder=CLIPTextModel(text).to(dtype),
         tokenizer=CLIPTokenizer.from_pretrained("models/emoji/tokenizer", model_max_length=77),
-        scheduler=diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-                                          steps_offset=1, clip_sample=False),
+        scheduler=diffusers.DDIMScheduler(**STABLE_DIFFUSION_BETAS, steps_offset=1, clip_sample=False),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)

@@ -1,4 +1,4 @@
-"""A PDS step of run.py: the network, and everything else."""
+"""Time of a PDS step of run.py: the network and everything else."""
 import tempfile
 import time
 from pathlib import Path
@@ -12,7 +12,7 @@ from prior import Prior
 
 
 def step(args):
-    """A PDS step of run.py taken apart: the network's forward, and everything else. Medians over the steps."""
+    """Median times of a PDS step of run.py: the whole step, the network's forward pass, and everything else."""
     options = run.parse(["--mode", "svg", "--steps", str(args.steps)])
     prior = Prior.from_pretrained(options.model)
     options.input, options.source, options.target = run.HERE / "examples" / run.EXAMPLE["svg"][0], "a", "b"

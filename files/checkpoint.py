@@ -1,4 +1,4 @@
-"""Reading back what a run or a fit has written: checked before it is believed, no pickle is executed.
+"""Checkpoints of runs and fits, validated as they are read; no pickled code runs.
 
     saved = read_checkpoint("out/checkpoint.pt", {"step": count, "scene": dict})
     restore(scene, saved["scene"], "out/checkpoint.pt")
@@ -15,10 +15,10 @@ from files.reading import is_number
 
 
 class CheckpointError(ValueError):
-    """A file of an earlier run that cannot be used; one line with its name, the reason and the way out."""
+    """A file of an earlier run that cannot be used: one line with its name, the reason and what to do."""
 
     def __init__(self, path, reason, what="checkpoint"):
-        super().__init__(one_line(f"{path}: no readable {what}: {one_line(reason, 200)}; delete it to start anew"))
+        super().__init__(one_line(f"{path}: no readable {what}: {one_line(reason, 200)}; delete it to start over"))
 
 
 def count(value):
@@ -41,8 +41,13 @@ def dictionary(value):
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
+def list_of(check, least=0):
+    """The check whether a value is a list of at least `least` items, each of which passes a check."""
+    return lambda value: isinstance(value, list) and len(value) >= least and all(map(check, value))
+
+
 def random_state(value):
-    """Whether a value is the state of a generator of random numbers."""
+    """Whether a value may be the state of a torch.Generator."""
     return isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.ndim == 1 and len(value) >= 16
 
 
@@ -50,16 +55,16 @@ def read_checkpoint(path, needs, device="cpu", what="checkpoint"):
     """The dict that torch.save has written to a file.
 
     Args:
-        needs: {key: function of the value, true where it can be used}; other keys are not looked at.
+        needs: {key: check of its value}; other keys are ignored.
         device: where its tensors go.
-        what: it should be, for the error.
+        what: the kind of file, for the error message.
     Raises:
-        CheckpointError: it cannot be read, is no dict, or what is needed is missing or wrong.
+        CheckpointError: the file cannot be read, holds no dict, or a needed value is missing or fails its check.
     """
     try:
-        # said outright: a variable of the environment may make pickles that run code the default again
+        # explicit, since an environment variable can make torch run pickled code by default
         saved = torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:  # it raises a dozen kinds for a damaged file
+    except Exception as e:  # damaged files raise a dozen kinds of errors
         raise CheckpointError(path, e.strerror if isinstance(e, OSError) and e.strerror else e, what) from e
     if not isinstance(saved, dict):
         raise CheckpointError(path, f"it holds a {type(saved).__name__}", what)
@@ -83,10 +88,10 @@ def same_kind(value, like):
 
 
 def restore(module, state, path):
-    """module.load_state_dict(state), a part of the file `path`; raises CheckpointError where they do not fit."""
+    """module.load_state_dict(state), where `state` is part of the file `path`; CheckpointError if it does not fit."""
     wanted = module.state_dict()
     if not dictionary(state) or set(state) != set(wanted):
-        raise CheckpointError(path, "it holds other parts than the scene's")
+        raise CheckpointError(path, "its tensors are not those of the scene")
     for name, like in wanted.items():
         if not same_kind(state[name], like):
             raise CheckpointError(path, f"{name} has another shape than the scene's, or is not finite")
@@ -94,14 +99,14 @@ def restore(module, state, path):
 
 
 def restore_optimiser(optimiser, state, path):
-    """Load the state of an Adam, a part of the file `path`; raises CheckpointError where they do not fit.
+    """Load the state of an Adam, part of the file `path`; raises CheckpointError if it does not fit.
 
-    Rates, moments and all other settings are those of `optimiser`; only what it has seen of the gradients is taken.
+    Only the moments, the step counts and the current learning rates are taken; all other settings of `optimiser` stay.
     """
     own = [dict(group) for group in optimiser.param_groups]
     try:
         optimiser.load_state_dict(state)
-        for group, before in zip(optimiser.param_groups, own):
+        for group, before in zip(optimiser.param_groups, own, strict=True):
             group.update({key: value for key, value in before.items() if key not in ("params", "lr")})
             for parameter in group["params"]:
                 moments = optimiser.state.get(parameter)
@@ -113,40 +118,42 @@ def restore_optimiser(optimiser, state, path):
                          and bool((second >= 0).all()) and is_number(group["lr"], 0))
                 if not right:
                     raise ValueError("a moment is not finite or has another shape")
-    except Exception as e:  # whatever a damaged state makes of load_state_dict
+    except Exception as e:  # load_state_dict has no single error for damaged states
         raise CheckpointError(path, f"the optimiser's state does not fit: {one_line(e, 100)}") from e
 
 
 def restore_generators(generators, states, path):
-    """restore_generator for each of several; raises CheckpointError where they are not as many."""
+    """Set the states of several generators; raises CheckpointError if their number differs."""
     if len(states) != len(generators):
-        raise CheckpointError(path, f"it has {len(states)} streams of random numbers, the run {len(generators)}")
-    for generator, state in zip(generators, states):
+        raise CheckpointError(path, f"it holds {len(states)} random number streams, the run has {len(generators)}")
+    for generator, state in zip(generators, states, strict=True):
         restore_generator(generator, state, path)
 
 
 def restore_generator(generator, state, path):
-    """generator.set_state(state), a part of the file `path`; raises CheckpointError where it is none."""
+    """generator.set_state(state), where `state` is part of the file `path`; CheckpointError if invalid."""
     try:
         generator.set_state(state.cpu())
     except (RuntimeError, TypeError) as e:
-        raise CheckpointError(path, "the state of the random numbers is none") from e
+        raise CheckpointError(path, "the state of the random numbers is invalid") from e
 
 
 def read_run(path, config):
-    """The checkpoint of a run with the settings `config`, a dict, or None: any; None where the file is not there.
+    """The checkpoint of a run, or None if the file does not exist.
 
-    Raises CheckpointError for a damaged file, ValueError for that of another run, naming what differs.
+    Args:
+        config: the settings that it must have been made with, a dict; None accepts any.
+    Raises:
+        CheckpointError: a damaged file. ValueError: the file of another run; the message names what differs.
     """
     path = Path(path)
     if not path.exists():
         return None
-    lists = lambda check: lambda x: isinstance(x, list) and len(x) > 0 and all(
-        isinstance(own, list) and all(map(check, own)) for own in x)  # for each process a list
-    saved = read_checkpoint(path, {"scene": dictionary, "optimiser": dictionary, "generators": lists(random_state),
-                                   "step": count, "stages": lists(dictionary),
-                                   "frames": lambda x: isinstance(x, list) and len(x) > 0 and all(map(picture, x)),
-                                   "config": text})
+    saved = read_checkpoint(path, {"scene": dictionary, "optimiser": dictionary, "step": count, "config": text,
+                                   "frames": list_of(picture, 1),
+                                   # a list for each process
+                                   "generators": list_of(list_of(random_state), 1),
+                                   "stages": list_of(list_of(dictionary), 1)})
     try:
         old = json.loads(saved["config"])
         assert config is None or isinstance(old, dict)
@@ -167,27 +174,32 @@ def picture(value):
 
 
 def restore_stages(stages, saved, path):
-    """Hand the stages of an edit the states that they had; raises CheckpointError where these are no such states.
+    """Hand the stages of an edit the states that they had; raises CheckpointError for states of other stages.
 
-    Each stage has `state`, a dict with the keys that its saved state must have.
+    A stage has `state`, a dict, and `checks`, a check for each of its keys.
     """
-    if len(saved) != len(stages) or any(set(own) != set(stage.state) for stage, own in zip(stages, saved)):
-        raise CheckpointError(path, "it has other stages")
-    for stage, own in zip(stages, saved):
-        views = len(stage.scene.scene.train) if hasattr(stage.scene, "scene") else 0
+    if [own.keys() for own in saved] != [stage.state.keys() for stage in stages]:
+        raise CheckpointError(path, "its stages are not those of the run")
+    for stage, own in zip(stages, saved, strict=True):
+        checks = stage.checks if hasattr(stage, "checks") else _checks_of(stage)
         for key, value in own.items():
-            if key == "views":
-                right = isinstance(value, list) and all(view is None or _view(view, views) for view in value)
-            elif key == "rounds":
-                right = count(value)
-            elif key in ("pixels", "first"):
-                right = value is None or (isinstance(value, torch.Tensor) and value.dtype == torch.uint8
-                                          and value.ndim == 2 and value.shape[1] == 3)
-            else:
-                right = isinstance(value, list) and all(_view(view, views) for view in value)
-            if not right:
+            if not checks[key](value):
                 raise CheckpointError(path, f"{key} of its stages is wrong")
         stage.state = own
+
+
+def _checks_of(stage):
+    """The checks of a stage that brings none."""
+    views = len(stage.scene.scene.train) if hasattr(stage.scene, "scene") else 0
+
+    def pixels(value):
+        return value is None or isinstance(value, torch.Tensor) and (
+            value.dtype == torch.uint8 and value.ndim == 2 and value.shape[1] == 3)
+
+    def one(value):
+        return _view(value, views)
+    return {"views": list_of(lambda value: value is None or one(value)), "rounds": count, "pixels": pixels,
+            "first": pixels, "edited": list_of(one), "order": list_of(one)}
 
 
 def _view(value, views):
@@ -198,7 +210,7 @@ def _view(value, views):
 
 
 def fingerprint(module):
-    """sha256 in hexadecimal of all that a module's state_dict holds."""
+    """sha256 in hexadecimal of a module's state_dict: names, number formats, shapes and values."""
     total = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Errors in one line: command lines, exit codes, and what libraries report over many lines."""
 import argparse
 import re
 import sys
@@ -7,13 +7,13 @@ import torch
 
 
 def one_line(error, longest=500):
-    """The text of an error or a message, whose lines are joined and whose middle is left out where it is long."""
+    """The text of an error or a message on one line; the middle of a long one is left out."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[:longest // 2]} ... {text[-longest // 2:]}"
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line of which a wrong one gets one line, not the usage of fifty options before it."""
+    """An argparse parser that reports an error in one line, without the usage of fifty options before it."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
@@ -31,17 +31,20 @@ def number(kind, low, high=None):
 
 
 def device(name):
-    """Type for argparse: a device of torch that is there."""
+    """Type for argparse: the name of a torch device that is available."""
     try:
         torch.zeros(1, device=name)
-    except Exception as e:  # torch has an error of its own for every kind of device
+    except Exception as e:  # torch raises another error for each kind of device
         raise argparse.ArgumentTypeError(f"{name}: {one_line(e, 100)}") from e
     return name
 
 
 def exit_code(program, call):
-    """Run call() and return its exit code, 0 for None: 130 after Ctrl-C, 2 and one line on stderr for bad input, 1 and
-    one line for a loss that is not finite."""
+    """Run call() and return its exit code, 0 for None; every error that a user can cause prints one line on stderr.
+
+    130: Ctrl-C. 2: bad input, a file that cannot be read or written, memory that ran out. 1: a loss that is not finite.
+    Other errors propagate: they are faults of the program.
+    """
     try:
         return call() or 0
     except KeyboardInterrupt as e:

@@ -1,7 +1,7 @@
-"""The one reader of pictures: 8-bit RGB or RGBA out of whatever Pillow opens, bounded in memory, errors of one line.
+"""Reading pictures: 8-bit RGB or RGBA from any file that Pillow opens, bounded in memory, errors in one line.
 
-    picture = read_picture("cat.jpg")                       # upright, reduced where it is huge
-    picture = read_picture("0001.png", 2, upright=False)    # of a scene: half as large, as it is stored
+    picture = read_picture("cat.jpg")                       # upright, reduced if it is huge
+    picture = read_picture("0001.png", 2, upright=False)    # of a scene: half as large, not turned
 """
 import math
 import warnings
@@ -13,13 +13,13 @@ from PIL import Image, UnidentifiedImageError
 
 from files.messages import one_line
 
-MOST = 2 ** 25  # pixels that are ever decoded of one picture: 134 MB; of a JPEG, once it is read at a part of its size
-LONGEST = 4096  # pixels of the longer side of what is handed out, unless a scene's file says more
-FARTHEST = 4  # times its shorter side, a picture's longer side in a Frame
+MAX_PIXELS = 2 ** 25  # that one picture may be decoded to, 134 MB; a JPEG is read at a fraction of its size first
+LONGEST = 4096  # pixels of the longer side of a returned picture, unless the file of a scene says more
+MAX_ASPECT = 4  # longer to shorter side of a picture in a Frame
 STRIP = 2 ** 20  # pixels that are converted at a time
-ORIENTATION = 0x0112  # EXIF's tag, and what brings a picture with each of its values upright
-TURN = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-        6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
+ORIENTATION = 0x0112  # EXIF's tag
+UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+           6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # what undoes each orientation
 
 
 class PictureError(ValueError):
@@ -27,63 +27,63 @@ class PictureError(ValueError):
 
 
 class Frame(NamedTuple):
-    """How large a model sees whole pictures: the shorter side has `short` pixels, both sides are multiples of `multiple`.
+    """The size at which a model sees whole pictures: `short` pixels a shorter side, both sides multiples of `multiple`.
 
-    The longer side is at most FARTHEST times `short`: of what is longer still, the shorter side is less than `short`.
-    square: every picture is seen as a square of `short` pixels a side.
+    The longer side is at most MAX_ASPECT times `short`: a picture longer than that has a smaller shorter side.
+    square: every picture becomes a square of `short` pixels a side.
     """
     short: int
     multiple: int = 1
     square: bool = False
 
     def sides(self, width, height):
-        """(width, height) in pixels that a whole picture of this shape is drawn with; it is stretched to a multiple."""
+        """(width, height) in pixels at which a picture of this shape is drawn; it is stretched to the next multiple."""
         if self.square:
             return self.short, self.short
-        zoom = min(self.short / min(width, height), FARTHEST * self.short / max(width, height))
+        zoom = min(self.short / min(width, height), MAX_ASPECT * self.short / max(width, height))
         return tuple(max(1, round(side * zoom / self.multiple)) * self.multiple for side in (width, height))
 
 
 def frame_of(size):
-    """A Frame as it is; a number of pixels as that of the shorter side of a whole picture."""
+    """`size` as a Frame; a number is the pixels of the shorter side."""
     return size if isinstance(size, Frame) else Frame(size)
 
 
 def open_picture(path):
     """The PIL picture of a file, not decoded yet; raises PictureError."""
     Image.init()
-    # a PostScript file is a program, which Pillow would hand to an interpreter
+    # a PostScript file is a program, which Pillow would run in an interpreter
     formats = [name for name in Image.OPEN if name != "EPS"]
     with _told(path):
         return Image.open(path, formats=formats)
 
 
 def picture_size(path):
-    """(width, height) in pixels as they are stored, and the EXIF orientation, 1 to 8; nothing is decoded."""
+    """The stored (width, height) in pixels and the EXIF orientation, 1 to 8; decodes nothing."""
     with open_picture(path) as image, _told(path):
         return image.size, _orientation(image)
 
 
 def read_picture(path, downscale=None, upright=True):
-    """A file as PIL picture of mode RGB, or RGBA where it is transparent somewhere or may be.
+    """A file as a PIL picture of mode RGB, or RGBA if its format has transparency; the first frame of an animation.
 
-    Of an animation it is the first frame. 16-bit and float greys keep their greys.
+    16-bit and float greys are scaled to 8 bits.
 
     Args:
-        downscale: averaged to 1 / downscale of its size; None: to LONGEST where a side is longer.
-        upright: turn it as its EXIF orientation says.
+        downscale: averages the picture to 1 / downscale of its size; None: to at most LONGEST pixels a side.
+        upright: turn it according to its EXIF orientation.
     Raises:
-        PictureError: no picture, a damaged one, one of more than MOST pixels, greys of an unknown range.
+        PictureError: no picture, a damaged one, more than MAX_PIXELS pixels, greys of an unknown range.
     """
     with open_picture(path) as image, _told(path):
         wanted = image.size
         shrink = max(1, max(wanted) / LONGEST) if downscale is None else downscale
         if shrink != 1:
             wanted = tuple(max(1, round(side / shrink)) for side in wanted)
-        if math.prod(image.size) > MOST // 2 and shrink > 1:
+        if math.prod(image.size) > MAX_PIXELS // 2 and shrink > 1:
             image.draft(None, wanted)  # a JPEG is read at 1/2, 1/4 or 1/8
-        if math.prod(image.size) > (most := _most(image)):
-            kind = f" of a {image.format} of this kind" if most < MOST else ""
+        if math.prod(image.size) > (most := _most_pixels(image)):
+            kind = f" of a {image.format} of this kind" if most < MAX_PIXELS else ""
             raise PictureError(f"it has {image.width} x {image.height} pixels, {most / 1e6:.0f} million can be read"
                                f"{kind}: reduce it first")
         if min(image.size) < 1:
@@ -93,46 +93,46 @@ def read_picture(path, downscale=None, upright=True):
         if (image.width > image.height) != wide:  # Pillow itself turns some TIFFs
             wanted = wanted[::-1]
         picture, orientation = _converted(image, wanted), _orientation(image)
-        return picture.transpose(TURN[orientation]) if upright and orientation in TURN else picture
+        return picture.transpose(UPRIGHT[orientation]) if upright and orientation in UPRIGHT else picture
 
 
-def _most(image):
-    """Pixels that are decoded at most, so that it takes seconds; decoders of Pillow that are Python are slow."""
+def _most_pixels(image):
+    """The most pixels that are decoded, for a time of seconds; Pillow's decoders in Python are slow."""
     if any(tile[0] in Image.DECODERS for tile in image.tile):
-        return MOST >> 4
-    return MOST >> 2 if image.format == "JPEG2000" else MOST
+        return MAX_PIXELS >> 4
+    return MAX_PIXELS >> 2 if image.format == "JPEG2000" else MAX_PIXELS
 
 
 def _orientation(image):
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged metadata of a sound picture
+    except Exception:  # damaged metadata of an intact picture
         return 1
-    return orientation if orientation in TURN else 1
+    return orientation if orientation in UPRIGHT else 1
 
 
 class _told:
-    """Any error within becomes a PictureError that names the file: damaged pictures raise a dozen kinds."""
+    """Turns any error within into a PictureError that names the file: damaged pictures raise a dozen kinds."""
 
     def __init__(self, path):
         self.path, self.quiet = path, warnings.catch_warnings()
 
     def __enter__(self):
         self.quiet.__enter__()
-        warnings.simplefilter("ignore")  # of bombs, which are bounded here, and of damaged metadata
+        warnings.simplefilter("ignore")  # about huge pictures, which are bounded here, and damaged metadata
 
     def __exit__(self, kind, error, trace):
         self.quiet.__exit__(kind, error, trace)
         if isinstance(error, Exception):
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            reason = "of no format that is known" if isinstance(error, UnidentifiedImageError) else reason
+            reason = "of no known format" if isinstance(error, UnidentifiedImageError) else reason
             raise PictureError(f"{one_line(self.path)}: no readable picture: {one_line(reason, 200)}") from error
 
 
 def _converted(image, wanted):
-    """A loaded picture as RGB or RGBA of the size `wanted`, no larger than it is.
+    """A loaded picture as RGB or RGBA, reduced to the size `wanted`.
 
-    Strip by strip, so that a huge one is never there twice.
+    It works strip by strip, so that memory never holds a huge picture twice.
     """
     scale = _grey_scale(image)
     alpha = scale is None and image.has_transparency_data
@@ -144,7 +144,7 @@ def _converted(image, wanted):
         return part.convert(mode)
     if image.size == wanted:
         return convert(image)
-    # averaged premultiplied, or the colour under transparent pixels would bleed into the edges
+    # averaged with premultiplied alpha, or the colour under transparent pixels would bleed into the edges
     averaged = "RGBa" if alpha else "RGB"
     if image.mode == averaged:  # nothing to convert
         return image.resize(wanted, Image.BOX)
@@ -163,7 +163,7 @@ def _converted(image, wanted):
 
 
 def _grey_scale(image):
-    """What 16-bit, 32-bit and float greys are multiplied with to lie in 0 .. 255; None for all other modes."""
+    """The factor that takes 16-bit, 32-bit and float greys to 0 .. 255; None for all other modes."""
     if image.mode.startswith("I;16"):
         return 1 / 257
     if image.mode not in ("I", "F"):

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Reading: JSON files of a bounded size, numbers in them, hashes of files."""
 import hashlib
 import json
 import math
@@ -8,7 +8,7 @@ from files.messages import one_line
 
 
 def digest(paths):
-    """sha256 in hexadecimal of the files one after another; they are read in pieces. Raises OSError."""
+    """sha256 in hexadecimal of the concatenated files, read in chunks. Raises OSError."""
     total = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -18,7 +18,7 @@ def digest(paths):
 
 
 def read_json(path, largest=2 ** 28, hint=""):
-    """The dict in a JSON file; raises ValueError, one line with the file's name and the hint, for anything else."""
+    """The dict in a JSON file of at most `largest` bytes; anything else raises ValueError, which ends in `hint`."""
     path = Path(path)
     try:
         if path.stat().st_size > largest:
@@ -33,7 +33,7 @@ def read_json(path, largest=2 ** 28, hint=""):
 
 
 def is_number(value, low=-math.inf, high=math.inf):
-    """Whether a value read from JSON is a finite number in [low, high]; true and false are none."""
+    """Whether a value read from JSON is a finite number in [low, high]; true and false are not numbers."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return -1e300 < value < 1e300 and low <= value <= high

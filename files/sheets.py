@@ -1,30 +1,27 @@
-"""What a run reports: pictures, sheets, animations, PSNR, memory, and the exit code.
-
-run.py, table.py and bench/ share it.
-"""
+"""Pictures that a run reports: snapshots, thumbnails, and labelled sheets of several pictures."""
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from files.pictures import to_pil
 
-FRAMES, VIEWS, FRAME_SIZE = 40, 24, 192  # of progress.gif and turntable.gif, pixels a side of both
-SIDES, SIDE_SIZE, SHEET_SIZE = 5, 256, 512  # of sheet.png: views of a scene, pixels a side of each, of a single picture
+FRAMES, VIEWS, FRAME_SIZE = 40, 24, 192  # frames of progress.gif and turntable.gif, pixels a side of both
+SIDES, SIDE_SIZE, SHEET_SIZE = 5, 256, 512  # sheet.png: views of a scene, pixels a side of each, of a single picture
 
 
 def snapshot(scene, size=None, view=None):
-    """PIL picture of the scene as it is now, whole; `size` pixels on the shorter side, FRAME_SIZE by default."""
+    """PIL picture of the whole scene; `size`: pixels of the shorter side, FRAME_SIZE by default."""
     with torch.no_grad():
         return to_pil(scene.render(view, size or FRAME_SIZE))
 
 
 def thumbnail(picture, side):
-    """A PIL picture, reduced or enlarged so that its shorter side has `side` pixels."""
+    """A PIL picture resized to a shorter side of `side` pixels."""
     zoom = side / min(picture.size)
     return picture.resize([max(1, round(n * zoom)) for n in picture.size], Image.BICUBIC)
 
 
 def beside(pictures):
-    """Pictures of one height in a row."""
+    """PIL pictures of equal height side by side."""
     page = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
     x = 0
     for picture in pictures:
@@ -34,9 +31,9 @@ def beside(pictures):
 
 
 def sheet(rows):
-    """Rows of (title, prompt, [pictures of several views]) as one labelled page.
+    """Rows of (title, prompt, [PIL pictures of several views]) as one labelled page.
 
-    Rows of one view each stand side by side, titles below; rows of several views stand one under another.
+    Rows of one view each stand side by side; rows of several views stand below each other.
     """
     side, tall = (max(getattr(p, n) for *_, row in rows for p in row) for n in ("width", "height"))
     pad, text = 16, 56

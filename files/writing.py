@@ -1,4 +1,4 @@
-"""Writing a file in one piece or not at all, one run at a time in a folder, and one line for every error."""
+"""Atomic writes, locks against a second run in the same folder, and one line for every error."""
 import contextlib
 import io
 import os
@@ -13,25 +13,25 @@ from files.messages import one_line
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs in one folder are then the user's own care
+except ImportError:  # Windows: no locks, so that users must keep two runs apart themselves
     fcntl = None
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A path in the same folder to write to: at the end it takes the place of `path`, after an error it vanishes.
+    """A temporary path in the same folder: it replaces `path` at the end and is removed after an error.
 
         with replacing("out/result.svg") as part:
             part.write_bytes(data)
 
-    Raises OSError where the folder is missing, cannot be written to, or is full; `path` is then as it was.
+    Raises OSError if the folder is missing, not writable, or full; `path` is then unchanged.
     """
     path = Path(path)
-    # the random part keeps two runs apart that have one number, as in two containers
+    # the random part separates runs with equal process ids, as in two containers
     part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield part
-        with open(part, "rb") as file:  # else a power cut could leave an empty file under the final name
+        with open(part, "rb") as file:  # or a power cut could leave an empty file under the final name
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as e:
@@ -42,7 +42,7 @@ def replacing(path):
 
 
 def check_writable(folder):
-    """Raise OSError where the folder cannot be made or written to. Nothing is written to find that out."""
+    """Raise OSError if the folder cannot be made or written to; writes nothing."""
     folder = Path(folder)
     try:
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -56,12 +56,12 @@ def check_writable(folder):
 
 @contextlib.contextmanager
 def locked(path, wait=False):
-    """Within it no other run holds the lock on `path`, a file in a folder that exists, which need not exist itself.
+    """Context in which this run alone holds the lock on `path`, a file that need not exist, in a folder that does.
 
-    The lock ends with the process, however it ends. What killed runs left half-written of `path` is removed; of a folder
-    whose lock is folder / "run", all that they left there.
+    The lock ends with the process, however that ends. Partial files of `path` that killed runs left are removed; for
+    `folder / "run"`, all partial files in the folder.
 
-    Raises OSError where another run holds it; with `wait`, waits for the end of that run instead.
+    Raises OSError if another run holds the lock; with `wait`, waits for its end instead.
     """
     path = Path(path)
     lock, handle = path.with_name(f".{path.name}.lock"), None
@@ -75,16 +75,18 @@ def locked(path, wait=False):
         except BlockingIOError as e:
             if not wait:
                 handle.close()
-                raise OSError(f"{path.parent}: another run is writing there, wait for it or choose another --out") from e
-            warnings.warn(f"{path}: another run is making it, this one waits for its end", stacklevel=3)
+                raise OSError(f"{path.parent}: another run is writing there, wait for it or choose another "
+                              "--out") from e
+            warnings.warn(f"{path}: another run is writing it, this one waits", stacklevel=3)
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             break
         if not lock.exists() or os.fstat(handle.fileno()).st_ino != lock.stat().st_ino:
-            handle.close()  # the run before removed the file while this one was waiting
+            handle.close()  # the other run removed the file while this one waited
             handle = None
     try:
-        patterns = (".*.part", "export/.*.part", "export/*/.*.part") if path.name == "run" else (f".{path.name}.*.part",)
+        run = (".*.part", "export/.*.part", "export/*/.*.part")
+        patterns = run if path.name == "run" else (f".{path.name}.*.part",)
         for part in [part for pattern in patterns for part in path.parent.glob(pattern)]:
             with contextlib.suppress(OSError):
                 part.unlink()
@@ -97,7 +99,7 @@ def locked(path, wait=False):
 
 
 def write(path, what):
-    """Write a picture, the frames of an animation, text, bytes or a checkpoint; never leaves half a file."""
+    """Write a PIL picture (PNG), a list of frames (GIF), text, bytes or a checkpoint, atomically."""
     with replacing(path) as part:
         if isinstance(what, Image.Image):
             what.save(part, format="PNG")
@@ -107,6 +109,6 @@ def write(path, what):
         elif isinstance(what, (str, bytes)):
             part.write_bytes(what.encode() if isinstance(what, str) else what)
         else:
-            whole = io.BytesIO()  # torch's own writing of files hides a full disk behind a RuntimeError
+            whole = io.BytesIO()  # torch.save to a file hides a full disk behind a RuntimeError
             torch.save(what, whole)
             part.write_bytes(whole.getbuffer())

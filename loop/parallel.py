@@ -1,8 +1,8 @@
-"""One run on several devices: a process each, started by torchrun, their gradients averaged (torch.distributed).
+"""Data parallelism: one process per device, started by torchrun, with averaged gradients (torch.distributed).
 
     torchrun --nproc-per-node 8 run.py ...         # each process draws its own views, timesteps and noises
 
-A single process, started without torchrun, is the first of one, and nothing here does anything.
+In a single process, started without torchrun, all of this does nothing.
 """
 import contextlib
 import os
@@ -10,13 +10,13 @@ import os
 import torch
 import torch.distributed as dist
 
-apart = []  # not empty: every process works for itself
+apart = []  # not empty within `alone`
 
 
 def start(device):
-    """Join the other processes of torchrun, if there are any -> the device of this one.
+    """Join the other processes of torchrun, if there are any; returns the device of this process.
 
-    device: "cuda" becomes this process's own of the machine's. NCCL joins CUDA devices, gloo everything else.
+    device: "cuda" becomes the CUDA device of this process. NCCL connects CUDA devices, gloo everything else.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return device
@@ -29,24 +29,24 @@ def start(device):
 
 
 def stop():
-    """Leave the other processes; nothing where there are none."""
+    """Leave the other processes, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank():
-    """The number of this process, from 0."""
+    """The index of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() and not apart else 0
 
 
 def world():
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() and not apart else 1
 
 
 @contextlib.contextmanager
 def alone():
-    """Within it every process is the first of one: nothing is shared. Processes do different things there."""
+    """Context in which every process is on its own, as for processes that do different things."""
     apart.append(True)
     try:
         yield
@@ -55,15 +55,18 @@ def alone():
 
 
 def streams(seed, count, device="cpu"):
-    """`count` random generators of this process, a list. Through all processes their numbers go on, so that G processes
-    with one stream each have those of one process with G; the very first is that of the seed itself."""
+    """A list of `count` random generators for this process.
+
+    They are numbered through all processes, so that G processes with one stream each have the same generators as one
+    process with G; the first one has the seed itself.
+    """
     first = rank() * count
     return [torch.Generator(device).manual_seed((seed + 0x9E3779B97F4A7C15 * i) % 2 ** 63)
             for i in range(first, first + count)]
 
 
 def shared(generator, seed):
-    """A generator that draws the same in all processes: that of a single one itself, else a new one of the seed."""
+    """A generator that draws the same in all processes: a new one of the seed; for a single process, the given one."""
     return generator if world() == 1 else torch.Generator(generator.device).manual_seed(seed)
 
 
@@ -75,8 +78,7 @@ def summed(value):
 
 
 def average(loss, groups):
-    """The mean [] of a loss [] over the processes; the gradients of all parameters of an optimiser's groups become
-    their means."""
+    """The mean [] of a loss [] over the processes; the gradients of all parameters in `groups` become means."""
     if world() == 1:
         return loss
     loss, parameters = loss.detach().clone(), [parameter for group in groups for parameter in group["params"]]
@@ -90,7 +92,7 @@ def average(loss, groups):
 
 
 def largest(number, device="cpu"):
-    """The largest of the processes' numbers: of flags, whether any of them is set."""
+    """The maximum of a number over the processes: for flags, whether any of them is set."""
     if world() == 1:
         return number
     value = torch.tensor(float(number), dtype=torch.float64, device=device)
@@ -99,7 +101,7 @@ def largest(number, device="cpu"):
 
 
 def gathered(values):
-    """The lists of all processes as one, in their order; on the CPU."""
+    """The lists of all processes concatenated in the order of the processes."""
     if world() == 1:
         return values
     lists = [None] * world()

@@ -1,13 +1,13 @@
-"""The progress of a long loop: a bar on a terminal, elsewhere a line every ten seconds."""
+"""Progress of a long loop: a bar on a terminal, elsewhere a line every ten seconds."""
 import sys
 
 from tqdm import tqdm
 
-EVERY = 10  # seconds between two lines of a log
+EVERY = 10  # seconds between lines
 
 
 class _Lines:
-    """Standard error for tqdm, whose bar starts again at the beginning of the line: here on a line of its own."""
+    """Standard error for tqdm with each state of the bar on a line of its own, instead of over the previous one."""
 
     def write(self, text):
         text = text.strip("\r\n \x1b[A")
@@ -19,7 +19,7 @@ class _Lines:
 
 
 def progress(*args, **options):
-    """tqdm, with its arguments."""
+    """tqdm with these arguments, whose bar suits where standard error goes."""
     if sys.stderr is not None and sys.stderr.isatty():
         return tqdm(*args, **options)
     return tqdm(*args, mininterval=EVERY, maxinterval=EVERY, file=_Lines(), ncols=100, ascii=True, **options)

@@ -1,9 +1,13 @@
-"""TODO docstring."""
+"""Captions that a small model was trained on: reading the list, and prompts in its plain form."""
 import re
 
 
 def read_captions(text):
-    """captions.txt -> list of captions: a line an object, its synonyms behind |, "COLOUR car" once for each colour."""
+    """captions.txt -> list of captions.
+
+    A line has an object and its synonyms, separated by |. "COLOUR car" stands for a caption in each colour that the
+    comment "# COLOUR is one of ..." lists.
+    """
     colours = re.search(r"^# COLOUR is one of (.*)$", text, re.M)
     captions = []
     for line in text.splitlines():
@@ -14,7 +18,7 @@ def read_captions(text):
 
 
 def plain(prompt):
-    """A prompt without capitals, articles and phrases such as "a picture of"."""
-    words = re.sub(r"[\W_]+", " ", prompt.lower())  # letters of every script are kept: they make another prompt
+    """A prompt in lower case without punctuation, leading articles and phrases such as "a picture of"."""
+    words = re.sub(r"[\W_]+", " ", prompt.lower())  # keeps the letters of every script, which distinguish prompts
     words = re.sub(r"^ *((an?|the) +)?((picture|drawing|emoji|photo|image|icon) +of +)?((an?|the) +)?", "", words)
     return " ".join(words.split())

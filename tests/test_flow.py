@@ -192,7 +192,7 @@ def test_noise_levels_are_those_of_the_scheduler_of_diffusers():
         moving.set_timesteps(sigmas=np.arange(999, 0, -1) / 1000, mu=mu)
         assert_close(sigmas_of_scheduler(moving, tokens).float(), moving.sigmas[:-1].flip(0), atol=1e-6, rtol=1e-5)
     assert_close(sigmas_of_scheduler(moving, 4096), sigmas_of(shift=math.exp(1.15)))
-    with pytest.raises(ValueError, match="DDIMScheduler has no noise levels of flow matching"):
+    with pytest.raises(ValueError, match="DDIMScheduler has no noise levels for flow matching"):
         sigmas_of_scheduler(diffusers.DDIMScheduler(), 1024)
 
 
@@ -264,7 +264,7 @@ def test_a_unet_with_a_scheduler_of_flow_matching_is_a_flow(pipelines, tmp_path)
         v = prior.network.module(x, 1000 * sigma.flatten(), y[0].expand(2, -1, -1)).sample
     assert_close(prior.eps(x_t, t, y), x + (1 - sigma) * v, atol=1e-5, rtol=1e-5)
     assert prior.defaults["svg"]["t_max"] < 0.98  # of the same noise
-    with pytest.raises(PriorError, match="InstructPix2Pix with a scheduler of flow matching"):
+    with pytest.raises(PriorError, match="InstructPix2Pix model with a flow matching scheduler"):
         pipe = prior.pipe
         pipe.unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config, in_channels=8)
         InstructPix2Pix(pipe)
@@ -329,7 +329,7 @@ def test_texts_are_those_of_the_pipeline(flows, kind):
     wanted = (out[0], out[2]) if kind == "sd3" else (out[0], out[1])
     for got, expected in zip(prior.embed("a cat"), wanted):
         assert_close(got, expected)
-    with pytest.warns(UserWarning, match=f"no more than {512 if kind == 'flux' else 256} of the"):
+    with pytest.warns(UserWarning, match=f"reads only {512 if kind == 'flux' else 256} of the"):
         prior.embed("a cat and a dog " * 60)
 
 
@@ -370,9 +370,9 @@ def test_flows_that_cannot_be_used(flows, tmp_path):
         Prior.from_pretrained(without(flows["flux"], tmp_path / "flux", "text_encoder_2"))
     pipe = Prior.from_pretrained(flows["sd3"]).pipe
     pipe.scheduler = diffusers.DDIMScheduler()
-    with pytest.raises(PriorError, match="DDIMScheduler has no noise levels of flow matching"):
+    with pytest.raises(PriorError, match="DDIMScheduler has no noise levels for flow matching"):
         Prior(pipe)
-    with pytest.raises(PriorError, match="a Linear is not known here: SD3Transformer2DModel and FluxTransformer2D"):
+    with pytest.raises(PriorError, match="a Linear is not supported: SD3Transformer2DModel and FluxTransformer2D"):
         Prior(SimpleNamespace(transformer=torch.nn.Linear(1, 1), components={}))
     config = tmp_path / "wide"
     shutil.copytree(flows["flux"], config)
@@ -380,7 +380,7 @@ def test_flows_that_cannot_be_used(flows, tmp_path):
     diffusers.FluxTransformer2DModel.from_config(wide).save_pretrained(config / "transformer")
     with pytest.raises(PriorError, match="its transformer takes 24 channels, a latent has 4: no text-to-image model"):
         Prior.from_pretrained(config)
-    with pytest.raises(PriorError, match="sd3: .*no InstructPix2Pix model"):
+    with pytest.raises(PriorError, match="sd3: .*not an InstructPix2Pix model"):
         InstructPix2Pix.from_pretrained(flows["sd3"])
 
 

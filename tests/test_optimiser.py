@@ -1,7 +1,6 @@
-"""optimiser.py: the smooth field against a dense kernel, uniform Adam against its long form, plain groups as in torch."""
+"""optimiser.py: the smooth field against a dense kernel, uniform Adam against its long form, plain groups of torch."""
 import math
 
-import pytest
 import torch
 from conftest import rand
 from torch.testing import assert_close
@@ -17,7 +16,7 @@ def dense(field, n):
 
 def test_the_field_is_near_a_gaussian_kernel_and_passes_translations():
     rest = 40 * torch.rand(60, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    field = SmoothField(rest, sigma=5.0, share=1.0)
+    field = SmoothField(rest, sigma=5.0)
     got, _ = dense(field, 60)
     kernel = torch.exp(-torch.cdist(rest, rest).square() / (2 * 5.0 ** 2))
     kernel = kernel / kernel.sum(1, keepdim=True)
@@ -26,15 +25,14 @@ def test_the_field_is_near_a_gaussian_kernel_and_passes_translations():
     assert (got[::2, ::2] - kernel).abs().sum(1).max() < 0.3  # of a row's sum of 1
     moved = torch.tensor([[3.0, -2.0]], dtype=torch.float64).expand(60, 2)
     assert_close(field(moved), moved)
-    assert_close(SmoothField(rest, 5.0, share=0.0)(rest), rest)
 
 
 def test_transpose_and_frames():
     rest, frames = 9 * rand(7, 2), rand(7, 2, 2, seed=1)
-    field = SmoothField(rest, 4.0, share=0.7, frames=frames)
+    field = SmoothField(rest, 4.0, frames=frames)
     forth, back = dense(field, 7)
     assert_close(back, forth.T)
-    # a displacement in the picture arrives as it was meant, whatever the points' own coordinates
+    # a shift of the picture arrives unchanged, whatever the points' own coordinates
     shift = torch.tensor([[1.0, 2.0]], dtype=torch.float64).expand(7, 2)
     assert_close((frames @ field(shift)[..., None])[..., 0], shift)
 
@@ -45,19 +43,21 @@ def test_one_point_moves_freely():
 
 def test_plain_groups_take_the_steps_of_torch():
     ours, theirs = ([torch.nn.Parameter(rand(5, 2, seed=i)) for i in range(2)] for _ in "ab")
-    groups = lambda ps: [dict(params=[ps[0]], lr=0.1), dict(params=[ps[1]], lr=0.02, betas=(0.8, 0.9), eps=1e-12)]
+
+    def groups(ps):
+        return [dict(params=[ps[0]], lr=0.1), dict(params=[ps[1]], lr=0.02, betas=(0.8, 0.9), eps=1e-12)]
     optimisers = SteadyAdam(groups(ours)), torch.optim.Adam(groups(theirs))
     for step in range(4):
-        for optimiser, ps in zip(optimisers, (ours, theirs)):
+        for optimiser, ps in zip(optimisers, (ours, theirs), strict=True):
             for i, p in enumerate(ps):
                 p.grad = rand(5, 2, seed=10 * step + i)
             optimiser.step()
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_a_shared_moment_and_a_field_against_the_long_form():
     rest = 10 * rand(6, 2)
-    p, field = torch.nn.Parameter(rest.clone()), SmoothField(rest, 3.0, share=0.9)
+    p, field = torch.nn.Parameter(rest.clone()), SmoothField(rest, 3.0)
     matrix, _ = dense(field, 6)
     adam = SteadyAdam([dict(params=[p], lr=0.1, name="points", shared=True)], {"points": field})
     free, m, v = torch.zeros(12, dtype=torch.float64), torch.zeros(12, dtype=torch.float64), 0.0
@@ -71,8 +71,8 @@ def test_a_shared_moment_and_a_field_against_the_long_form():
     assert_close(p.detach(), rest + (matrix @ free).view(6, 2))
 
 
-def test_what_no_gradient_means_stays():
-    """Adam moves every number by its rate; with a shared moment a number with a small gradient moves little."""
+def test_a_parameter_with_a_small_gradient_moves_little():
+    """Adam moves every number by its rate; a shared second moment keeps the ratio of the gradients."""
     for shared, bound in ((False, 0.9), (True, 0.01)):
         p = torch.nn.Parameter(torch.zeros(2))
         adam = SteadyAdam([dict(params=[p], lr=1.0, shared=shared)])
@@ -81,7 +81,7 @@ def test_what_no_gradient_means_stays():
         assert (abs(p[1].item()) < bound) == shared and abs(p[0].item()) > 0.9
 
 
-def test_its_state_goes_on_from_a_saved_one(tmp_path):
+def test_it_continues_from_a_saved_state(tmp_path):
     def run(steps, adam, p):
         for step in steps:
             p.grad = rand(4, 2, seed=step, dtype=torch.float32)
@@ -101,8 +101,7 @@ def test_its_state_goes_on_from_a_saved_one(tmp_path):
     assert torch.equal(again[1], whole[1])
 
 
-@pytest.mark.parametrize("count", [20000])
-def test_many_points_need_no_dense_matrix(count):
+def test_many_points_need_no_dense_matrix(count=20000):
     rest = 64 * torch.rand(count, 2, generator=torch.Generator().manual_seed(0))
     field = SmoothField(rest, 6.0)
     assert field.index.shape == (count, 16) and field.nodes < 400

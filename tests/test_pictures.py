@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from files.pictures import TURN, PictureError, picture_size, read_picture, to_uint8
+from files.pictures import UPRIGHT, PictureError, picture_size, read_picture, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def corners():
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
 def test_pictures_are_upright(corners, tmp_path, orientation, suffix):
-    undo = {6: Image.ROTATE_90, 8: Image.ROTATE_270}.get(orientation, TURN.get(orientation))
+    undo = {6: Image.ROTATE_90, 8: Image.ROTATE_270}.get(orientation, UPRIGHT.get(orientation))
     stored, exif = corners.transpose(undo) if undo is not None else corners, Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / f"a.{suffix}", exif=exif, **({"lossless": True} if suffix == "webp" else {}))

@@ -58,16 +58,16 @@ def moment(state):
     (change("step", -1), "'step' is wrong"), (change("step", True), "'step' is wrong"), (change("step", 99), "a longer run"),
     (change("scene", []), "'scene' is wrong"), (change("frames", []), "'frames' is wrong"),
     (change("frames", [torch.zeros(3, 3, 3, dtype=torch.uint8)]), "other pictures"),
-    (change("stages", []), "'stages' is wrong"), (change("stages", [[]]), "other stages"),
+    (change("stages", []), "'stages' is wrong"), (change("stages", [[]]), "not those of the run"),
     (change("stages", [[{"views": [[1, "x"]]}]]), "views of its stages is wrong"),
     (change("generators", [torch.zeros(3)]), "'generators' is wrong"),
-    (change("generators", [[]]), "0 streams of random numbers"),
+    (change("generators", [[]]), "0 random number streams"),
     (change("generators", [[torch.zeros(5056, dtype=torch.uint8)]]), "random numbers"),
     (change("optimiser", {}), "optimiser's state does not fit"), (moment, "a moment is not finite"),
     (change("config", "{"), "config is wrong"), (change("config", 3), "'config' is wrong"),
     (first_of("scene", lambda x: x * float("nan")), "is not finite"), (first_of("scene", lambda x: x[:1]), "another shape"),
     (first_of("scene", lambda x: x.double()), "another shape"), (lambda state: state.pop("scene"), "'scene' is missing"),
-    (lambda state: state["scene"].popitem(), "other parts"), (None, "")])
+    (lambda state: state["scene"].popitem(), "not those of the scene"), (None, "")])
 def test_a_damaged_checkpoint_is_refused_in_one_line(command, tmp_path, capsys, damage, reason):
     assert command("--steps", 2) == 0
     file, before = tmp_path / "out" / "checkpoint.pt", outputs(tmp_path / "out")
@@ -79,7 +79,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(command, tmp_path, capsys, 
         file.write_bytes(file.read_bytes()[:500])
     capsys.readouterr()
     assert command("--steps", 2, "--resume") == 2
-    one_error(capsys, f"{file}: no readable checkpoint: ", reason, "delete it to start anew")
+    one_error(capsys, f"{file}: no readable checkpoint: ", reason, "delete it to start over")
     assert outputs(tmp_path / "out") == before
     file.unlink()
     assert command("--steps", 2, "--resume") == 0 and outputs(tmp_path / "out") == before
