@@ -136,11 +136,11 @@ class Coverage(torch.autograd.Function):
             w = [torch.where(valid, winding[c], 0) for valid, c in sides]
             weight[on] = 0
             extra = [torch.where(valid, fold_slope(mine + 1e-4 * (other - mine).sign(), odd[on]) / 2, 0)
-                     for (valid, _), mine, other in zip(sides, w, w[::-1])]
+                     for (valid, _), mine, other in zip(sides, w, w[::-1], strict=True)]
             ctx.save_for_backward(segments, seg, ta, tb, cell, weight, on, sides[0][1], sides[1][1], *extra)
 
-        for l in even_odd.nonzero()[:, 0].tolist():
-            own = winding[base[l]:base[l + 1] if l + 1 < len(base) else cells]
+        for n in even_odd.nonzero()[:, 0].tolist():
+            own = winding[base[n]:base[n + 1] if n + 1 < len(base) else cells]
             own.sub_((own / 2).round_(), alpha=2)
         return winding.abs_().clamp_max_(1)
 
@@ -260,30 +260,30 @@ class SVG(torch.nn.Module):
 
     def add_layers(self):
         """Tables with a row for each layer: the matrix of its points to pixels, its paint and stroke."""
-        self.add_buffers(frames=np.reshape([l.frame[:2] for l in self.layers], (-1, 2, 3)),
-                         stretch=[np.linalg.norm(l.frame[:2, :2], 2) for l in self.layers])
-        most = max([len(l.opacities) for l in self.layers], default=0)
-        rows = [l.opacities + [len(self.opacities)] * (most - len(l.opacities)) for l in self.layers]
-        self.add_buffers(torch.long, colour_of=[l.colour for l in self.layers],
+        self.add_buffers(frames=np.reshape([layer.frame[:2] for layer in self.layers], (-1, 2, 3)),
+                         stretch=[np.linalg.norm(layer.frame[:2, :2], 2) for layer in self.layers])
+        most = max([len(layer.opacities) for layer in self.layers], default=0)
+        rows = [layer.opacities + [len(self.opacities)] * (most - len(layer.opacities)) for layer in self.layers]
+        self.add_buffers(torch.long, colour_of=[layer.colour for layer in self.layers],
                          opacity_of=np.reshape(rows, (len(rows), most)))
-        self.add_buffers(torch.bool, even_odd=[l.rule == "evenodd" for l in self.layers])
-        strokes = [l.stroke or dict(width=-1, cap="", join="", miter=4.0) for l in self.layers]
+        self.add_buffers(torch.bool, even_odd=[layer.rule == "evenodd" for layer in self.layers])
+        strokes = [layer.stroke or dict(width=-1, cap="", join="", miter=4.0) for layer in self.layers]
         self.add_buffers(miter=[s["miter"] for s in strokes],
-                         half_factor=[l.shape.scale / self.width_scale[s["width"]] / 2 if l.stroke else 0.0
-                                      for l, s in zip(self.layers, strokes)])
+                         half_factor=[layer.shape.scale / self.width_scale[s["width"]] / 2 if layer.stroke else 0.0
+                                      for layer, s in zip(self.layers, strokes, strict=True)])
         self.add_buffers(torch.long, width_of=[s["width"] for s in strokes],
                          cap=[dict(round=ROUND, square=SQUARE).get(s["cap"], BUTT) for s in strokes],
                          join=[dict(round=ROUND, bevel=BEVEL).get(s["join"], MITER) for s in strokes])
-        self.dashes = {n: ([d * l.shape.scale for d in s["dashes"]], s["offset"] * l.shape.scale)
-                       for n, (l, s) in enumerate(zip(self.layers, strokes)) if s.get("dashes")}
+        self.dashes = {n: ([d * layer.shape.scale for d in s["dashes"]], s["offset"] * layer.shape.scale)
+                       for n, (layer, s) in enumerate(zip(self.layers, strokes, strict=True)) if s.get("dashes")}
 
     def add_gradients(self):
         """Matrices of the layers with a gradient: pixels -> the layer's (on_box: the points') units -> gradient."""
-        self.painted = [n for n, l in enumerate(self.layers) if l.gradient is not None]
+        self.painted = [n for n, layer in enumerate(self.layers) if layer.gradient is not None]
         layers = [self.layers[n] for n in self.painted]
-        into = [l.frame if l.gradient.on_box else l.matrix for l in layers]
+        into = [layer.frame if layer.gradient.on_box else layer.matrix for layer in layers]
         self.add_buffers(paint_in=np.linalg.pinv(np.reshape(into, (-1, 3, 3))),
-                         paint_unit=np.reshape([l.gradient.unit for l in layers], (-1, 3, 3)))
+                         paint_unit=np.reshape([layer.gradient.unit for layer in layers], (-1, 3, 3)))
 
     # -- rendering
 
@@ -307,7 +307,8 @@ class SVG(torch.nn.Module):
         centre = lines[fills:], layer[fills:], self.subpath[curve[fills:]], corner[fills:], self.closed
         if self.dashes:
             centre = dash(*centre, self.dashes)
-        arc = 2 * torch.acos(1 - TOLERANCE / wide.clamp_min(TOLERANCE))
+        # never 0, which float32 makes of the arc of a stroke a million pixels wide
+        arc = 2 * torch.acos(1 - TOLERANCE / wide.clamp_min(TOLERANCE)).clamp_min(1e-4)
         style = dict(half=half, miter=self.miter, cap=self.cap, join=self.join, arc=arc)
         edges, edge_layer = stroke(*centre, style)
         return torch.cat([lines[:fills], edges]), torch.cat([layer[:fills], edge_layer]), lines, layer
@@ -332,7 +333,7 @@ class SVG(torch.nn.Module):
     def draw(self, view, size):
         side = size * self.ss
         zoom, (dx, dy) = side / self.size, view or (0.0, 0.0)
-        frame = [(v + d) * zoom for v, d in zip(self.document.frame, (dx, dy, dx, dy))]
+        frame = [(v + d) * zoom for v, d in zip(self.document.frame, (dx, dy, dx, dy), strict=True)]
         window = [min(max(round(v), 0), side) for v in frame]
         if not self.layers:
             return self.points.new_ones(1, 3, size, size)
@@ -389,7 +390,8 @@ class SVG(torch.nn.Module):
         stops = {n: min(len(self.layers[n].gradient.stops), MANY_STOPS) for n in self.painted}
         return (sum(map(area, boxes)) * (7 if keep else 3)
                 + sum(area(boxes[n]) * (20 + 4 * k if keep else 4) for n, k in stops.items())
-                + sum(area(box) * 8 for box, (op, _) in zip(op_boxes, self.ops) if op in ("mask", "pop") and keep))
+                + sum(area(box) * 8 for box, (op, _) in zip(op_boxes, self.ops, strict=True)
+                      if op in ("mask", "pop") and keep))
 
     def op_boxes(self, boxes):
         """The box of every operation: a pushed buffer spans what is drawn into it, a mask what it masks."""
@@ -417,9 +419,11 @@ class SVG(torch.nn.Module):
     def paints(self, lines, lines_layer, boxes, zoom, dx, dy):
         """Gradient paints [4, h, w] of the layers in `painted`."""
         back = self.points.new_tensor([[1 / zoom, 0, -dx], [0, 1 / zoom, -dy], [0, 0, 1]])
+        if not self.painted:
+            return []
         result = []
-        numbers, counts = torch.unique_consecutive(lines_layer, return_counts=True) if self.painted else ((), ())
-        parts = dict(zip(numbers.tolist(), lines.split(counts.tolist()))) if self.painted else {}
+        numbers, counts = torch.unique_consecutive(lines_layer, return_counts=True)
+        parts = dict(zip(numbers.tolist(), lines.split(counts.tolist()), strict=True))
         for i, n in enumerate(self.painted):
             gradient, unit = self.layers[n].gradient, self.paint_unit[i]
             if gradient.on_box:

@@ -1,7 +1,7 @@
-"""Drawings made at random, with the numbers and structures that break readers: nothing but pictures or one-line errors.
+"""Random drawings with numbers and structures that break readers: each must give a picture or a one-line error.
 
 A drawing passes if it is refused by SVGError or gives a picture in [0, 1] and finite gradients, renders the same after
-saving and loading, and takes less than MAX_SECONDS and MAX_MIB in all. Each is made from the seed and its number alone.
+saving and loading, and takes less than MAX_SECONDS and MAX_MIB in all. It depends on the seed and its number alone.
 """
 import random
 import tempfile
@@ -35,12 +35,12 @@ SHAPES = ("path", "path", "path", "rect", "circle", "ellipse", "line", "polyline
 
 
 class Maker:
-    """Makes one drawing; wild: the share of numbers that are extreme."""
+    """Generates a drawing; wild: the share of extreme numbers."""
 
     def __init__(self, seed, number):
         self.random = random.Random(f"{seed} {number}")
         self.wild = self.random.choice((0.0, 0.0, 0.02, 0.1))
-        self.left = self.random.choice((4, 12, 30))           # elements still to make
+        self.left = self.random.choice((4, 12, 30))           # elements left to generate
 
     def chance(self, share):
         return self.random.random() < share
@@ -85,7 +85,7 @@ class Maker:
         return "".join(parts)
 
     def style(self):
-        """[(property, value)] of an element's look."""
+        """[(property, value)] of an element."""
         options = (
             ("fill", self.pick(COLOURS)), ("fill", self.pick(COLOURS)), ("stroke", self.pick(COLOURS)),
             ("stroke-width", self.length(0, 8)), ("opacity", self.number(0, 1)), ("fill-opacity", self.number(0, 1.2)),
@@ -199,14 +199,14 @@ class Maker:
         if self.chance(0.1):
             entity = self.pick(("1", "&amp;n;", "a" * 99))
             text = f'<!DOCTYPE svg [<!ENTITY n "{entity}">]>' + text.replace('"3"', '"&n;"')
-        if self.chance(0.05):             # a piece lost or twice, as in a file that broke on its way
+        if self.chance(0.05):             # a piece lost or repeated, as in a damaged file
             a, b = sorted(self.random.randrange(len(text)) for _ in "ab")
             text = text[:a] + self.pick(("", text[a:b] * 2)) + text[b:]
         return text
 
 
 def trial(text, path, size, skip):
-    """"drawn" or "refused"; raises AssertionError, or whatever broke, where the drawing does not pass."""
+    """"drawn" or "refused"; raises an AssertionError or any other error if the drawing does not pass."""
     path.write_text(text)
     try:
         svg = SVG.load(path, skip, size)
@@ -235,7 +235,7 @@ def trial(text, path, size, skip):
 
 
 def passes(seed, number, folder):
-    """Outcome of drawing `number` as a word, and what went wrong or None."""
+    """The outcome of drawing `number` as a word, and the error or None."""
     text, rng, outcome = Maker(seed, number).document(), random.Random(number), None
 
     def attempt():
@@ -256,7 +256,7 @@ def passes(seed, number, folder):
 
 
 def drawings(args):
-    """fuzz-drawings: `count` drawings from `seed`; those that fail are kept in the folder args.keep."""
+    """fuzz-drawings: `count` drawings from `seed`; failing ones are written to the folder args.keep."""
     outcomes = Counter()
     with tempfile.TemporaryDirectory() as folder:
         for number in range(args.first, args.first + args.count):

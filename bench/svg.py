@@ -1,4 +1,4 @@
-"""The rasterizer's figures: against resvg, finite differences and plain autograd; saved and loaded again."""
+"""Figures of the rasterizer: against resvg, finite differences and plain autograd; after saving and loading."""
 import io
 import json
 import math
@@ -33,7 +33,7 @@ def load(text, **options):
 
 
 def icons_of(path, count):
-    """[(name, document)] of `count` icons of an iconify set, drawn by seed 0."""
+    """[(name, document)] of `count` random icons (seed 0) of an iconify set."""
     icons = json.loads(Path(path).read_text())
     names = sorted(icons["icons"])
     random.Random(0).shuffle(names)
@@ -48,7 +48,7 @@ def icons_of(path, count):
 def resvg_render(text, size, finer=1):
     """[size, size, 3] in [0, 1] from resvg, rendered `finer` times larger and averaged.
 
-    A drawing of another shape than a square, told by its viewBox alone, is centred in one.
+    A drawing whose viewBox is no square, without a width, is centred in one.
     """
     import resvg_py
     side = size * finer
@@ -194,7 +194,7 @@ def random_drawing(layers, radius, seed=0, canvas=256):
 
 
 class PlainAutograd:
-    """The same coverage and blending formulas, differentiated by autograd; stands in for both Functions."""
+    """The same formulas of coverage and blending, differentiated by autograd; replaces both Functions."""
 
     class Coverage:
         @staticmethod
@@ -212,7 +212,7 @@ class PlainAutograd:
         @staticmethod
         def apply(plan, coverage, rgba, opacities, *paints):
             canvas = coverage.new_ones(3, plan.size, plan.size)
-            for area, own, box in zip(plan.views(plan.parts(coverage)), rgba, plan.boxes):
+            for area, own, box in zip(plan.views(plan.parts(coverage)), rgba, plan.boxes, strict=True):
                 if (crops := overlap(box, (0, 0, plan.size, plan.size))) is not None:
                     back = canvas[crops[1]].clone()
                     canvas[crops[1]] = back + area * own[3] * (own[:3, None, None] - back)
@@ -252,7 +252,7 @@ def coverage_time(svg, kind, repeats=10):
 
 
 def render_memory(svg):
-    load(random_drawing(3, 20), size=256).render().sum().backward()        # what is loaded only once
+    load(random_drawing(3, 20), size=256).render().sum().backward()        # load libraries before measuring
     return peak_memory(lambda: svg.render().square().sum().backward())
 
 
@@ -347,7 +347,7 @@ def roundtrip(args):
     missed = 0
     for path in args.icons:
         unedited, edited, again = [], [], []
-        for name, text in icons_of(path, args.count):
+        for _, text in icons_of(path, args.count):
             try:
                 svg = load(text, size=256)
             except SVGError:

@@ -1,1 +1,1 @@
-"""An SVG file as layers and parameters, and back to a file."""
+"""SVG files: read into layers and parameters, drawn, and written back."""

@@ -70,7 +70,8 @@ class Plan:
 
     def views(self, parts):
         """[h, w] of every layer, without padding."""
-        return [part.view(y1 - y0, x1 - x0 + 1)[:, :-1] for part, (x0, y0, x1, y1) in zip(parts, self.boxes)]
+        return [part.view(y1 - y0, x1 - x0 + 1)[:, :-1]
+                for part, (x0, y0, x1, y1) in zip(parts, self.boxes, strict=True)]
 
 
 class Composite(torch.autograd.Function):
@@ -84,7 +85,8 @@ class Composite(torch.autograd.Function):
     def tables(plan, coverage, rgba):
         """For each layer alpha as a number and coverage times alpha [h, w]; {channels: solid colours [C, 1, 1]}."""
         alphas = rgba[:, 3].tolist()
-        areas = plan.views([part * alpha for part, alpha in zip(plan.parts(coverage), alphas)])
+        areas = plan.views([part * alpha for part, alpha in
+                                                          zip(plan.parts(coverage), alphas, strict=True)])
         opaque = torch.cat([rgba[:, :3], torch.ones_like(rgba[:, 3:])], 1)[:, :, None, None]
         return alphas, areas, {3: opaque[:, :3].unbind(0), 4: opaque.unbind(0), 1: opaque[:, 3:].unbind(0)}
 
@@ -99,7 +101,7 @@ class Composite(torch.autograd.Function):
         canvas, saved = coverage.new_ones(3, plan.size, plan.size), []
         _, areas, colours = Composite.tables(plan, coverage, rgba)
         stack = [(canvas, (0, 0, plan.size, plan.size))]
-        for (op, argument), box in zip(plan.ops, plan.op_boxes):
+        for (op, argument), box in zip(plan.ops, plan.op_boxes, strict=True):
             if op == "push":
                 stack.append((coverage.new_zeros(argument, box[3] - box[1], box[2] - box[0]), box))
                 continue
@@ -176,7 +178,7 @@ class Composite(torch.autograd.Function):
                 if len(g) > 1:
                     d_colours[argument] = through[:3].sum((1, 2))
         d_alpha = torch.stack([part.sum() for part in plan.parts(d_cells * coverage)])
-        for part, alpha in zip(plan.parts(d_cells), alphas):
+        for part, alpha in zip(plan.parts(d_cells), alphas, strict=True):
             part.mul_(alpha)
         return None, d_cells, torch.cat([torch.stack(d_colours), d_alpha[:, None]], 1), d_opacities, *d_paints
 

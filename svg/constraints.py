@@ -72,13 +72,14 @@ def smooth_joints(document, points):
         curves, first = shape.outline.curves, shape.first
         for start, stop, _, closed in shape.outline.drawn() if shape.element is not None else ():
             own = curves[start:stop]
-            for before, after in zip(own, own[1:] + own[:1] * closed):
+            for before, after in zip(own, own[1:] + own[:1] * closed, strict=False):
                 lines = before[0] == before[1], after[0] == after[1]
                 if before[3] == after[0] and not all(lines):
                     found.append([first + before[0 if lines[0] else 2], first + after[0],
                                   first + after[3 if lines[1] else 1]])
                     straight.append(lines)
-    rows, straight = torch.tensor(found).view(-1, 3), torch.tensor(straight, dtype=torch.bool).view(-1, 2)
+    rows = torch.tensor(found, dtype=torch.long).view(-1, 3)
+    straight = torch.tensor(straight, dtype=torch.bool).view(-1, 2)
     a, p, b = points[rows].double().unbind(1)
     smooth = torch.cosine_similarity(p - a, b - p) > SMOOTH
     return rows[smooth], straight[smooth].T
@@ -106,7 +107,7 @@ def places(layers, frames, points, strokes):
         middle [strokes, 2] pixels: the centre of the points of every stroke.
     """
     rest, turns, middle = points.clone(), torch.eye(2).repeat(len(points), 1, 1), torch.zeros(strokes, 2)
-    for layer, frame in zip(reversed(layers), frames.flip(0)):
+    for layer, frame in zip(reversed(layers), frames.flip(0), strict=True):
         if layer.shape.element is not None:
             rows = layer.shape.rows
             turns[rows], rest[rows] = frame[:, :2], points[rows] @ frame[:, :2].T + frame[:, 2]

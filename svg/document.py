@@ -1,14 +1,13 @@
-"""SVG files: from XML and CSS to layers that can be drawn, and from changed parameters back to the file.
+"""Documents: from XML and CSS to layers that can be drawn, and from changed parameters back to the file.
 
     document = Document.load("apple.svg", skip_unsupported=False, size=256)
     document.layers, document.ops                      # what to draw, and in which order
     document.save("edited.svg", values, loaded)        # the same file, changed only where values differ from loaded
 
-The way of the data: source (XML, references: svg_source.py) -> styles (svg_style.py) -> paint -> document (layers and
-groups) -> the file written back. Coordinates are x right, y down.
+Data flow: source (XML, references) -> style (CSS) -> paint -> document (layers and groups) -> edition (the file written
+back). Coordinates are x right, y down.
 
-Read as browsers do: SVG 1.1 and what SVG 2 changed in it. Elements and properties known to be missing here are refused
-by name.
+SVG 1.1 with the changes of SVG 2, as browsers read it. Unsupported elements and properties are refused by name.
 """
 import math
 import re
@@ -16,28 +15,40 @@ import re
 import numpy as np
 
 from svg.edition import Edition
-from svg.outline import (GEOMETRY, SHAPES, THREE_D, TRANSFORM, SVGError, affine, box_outline, css_transform, fit,
-                         length, numbers, origin, shape_outline, transform)
+from svg.outline import (
+    GEOMETRY,
+    SHAPES,
+    THREE_D,
+    TRANSFORM,
+    SVGError,
+    affine,
+    box_outline,
+    css_transform,
+    fit,
+    length,
+    numbers,
+    origin,
+    shape_outline,
+    transform,
+)
 from svg.paint import MAX_COORDINATE, MAX_REFERENCES, Layer, Paints, Shape, share
 from svg.source import Source, write_file
 from svg.style import INHERITED, MARKERS, MASK_FRAME, REFUSED, URL, colour, path_data
 
 MAX_SHAPES = 30_000
-MAX_VISITS = 150_000                  # elements visited in all, those of `use` as often as they are used
+MAX_VISITS = 150_000                  # visits of elements, those of `use` counted as often as they are used
 MAX_MEASURED = 30_000                 # shapes measured for the boxes of clip paths and masks
 LENGTHS = set(GEOMETRY) - {"d", "points"}
-RELATIVE = re.compile("%|e[mx]|ch", re.I)  # units that depend on where a length stands
-NOTHING = 1e-9                        # pixels of a unit: a shape that has shrunk to nothing
+RELATIVE = re.compile("%|e[mx]|ch", re.I)  # units that depend on the context of a length
+NOTHING = 1e-9                        # pixels per unit of a shape too small to be seen
 
-
-# ------------------------------------------------------------------ document: layers and groups
 
 def size_of(matrix):
-    """How many pixels long a unit is under a 3x3 matrix: the root of what it does to areas."""
+    """Pixels per unit under a 3x3 matrix: the square root of its change of areas."""
     return math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
 
 
-# of red, green, blue and alpha in a mask (CSS Masking 1); colours are premultiplied, which brings their alpha in
+# weights of red, green, blue and alpha in a mask (CSS Masking 1); premultiplied colours include their alpha
 LUMINANCE, ALPHA = (0.2125, 0.7154, 0.0721, 0.0), (0.0, 0.0, 0.0, 1.0)
 
 
@@ -45,19 +56,19 @@ class Document:
     """The drawing: walks the elements once and collects shapes, layers and the order of drawing.
 
     `ops` is a flat program of ("draw", layer), ("push", channels), ("mask", weights or None) and ("pop", opacity row
-    or None). A push opens an isolated buffer of 4 channels, or of 1 (alpha only) inside clip paths; mask
-    multiplies the buffer below by the top one and drops it: by its alpha or, if it has 4 channels, by their weighted
-    sum; pop blends the top buffer into the one below. The methods of the walk return the ops of what they visit.
+    or None). A push opens an isolated buffer of 4 channels, or of 1 (alpha only) inside clip paths. A mask removes the
+    top buffer and multiplies the one below by its alpha or, if it has 4 channels, by their weighted sum. A pop blends
+    the top buffer into the one below. The methods of the walk return the ops of what they visit.
 
-    `drawn` keeps (shape, matrix) of every shape visited so far, painted or not: what the box of an element is about.
+    `drawn` lists (shape, matrix) of every shape visited so far, painted or not: bounding boxes are computed from it.
     """
 
     @classmethod
     def load(cls, path, skip_unsupported, size):
-        """Read a file; size: pixels of the square picture's side, or a Frame of pictures.py. Raises SVGError."""
+        """Read a file; size: pixels of the square picture's side, or a Frame (files/pictures.py). Raises SVGError."""
         try:
             source = Source(path, skip_unsupported)
-            if not source.sized:          # what the content reaches, from the origin, is the picture
+            if not source.sized:          # the picture is the extent of the content, from the origin
                 drawing = cls(source, 100)
                 box = drawing.box(0, np.eye(3))
                 source.see(None, *(np.ones(2) if box is None else np.maximum(box[:2] @ (1, 1, 1), 1e-3)).tolist())
@@ -87,7 +98,7 @@ class Document:
         for name in ("background", "background-color", "background-image"):
             value, found = self.styles.of(root).get(name, "none"), colour(self.styles.of(root).get(name, "none"))
             if value.lower() != "none" and not (found and (found[3] == 0 or found[:3] == (1, 1, 1))):
-                source.unsupported(f"{name} '{value[:40]}' on <svg>")         # the paper is white
+                source.unsupported(f"{name} '{value[:40]}' on <svg>")         # the page is white
         start, self.ops = fit(source.view, root.get("preserveAspectRatio"), *frame), []
         if self.styles.of(root).get("display") != "none":
             self.ops = self.group(root, start, self.initial, False, lambda *state: self.children(root, *state, False))
@@ -102,13 +113,13 @@ class Document:
             raise SVGError(f"more than {MAX_VISITS} elements to visit, those of <use> as often as they are used")
         known = tag in SHAPES or tag in ("g", "a", "svg", "use", "switch", "text", "image", "foreignObject")
         if not known or self.styles.of(element).get("display", "").lower() == "none" or not source.holds(element):
-            return []                     # defs, gradients, titles, foreign elements: nothing to draw here
+            return []                     # defs, gradients, titles, foreign elements: nothing to draw
         if tag in ("text", "image", "foreignObject"):
             if self.shows(element, tag, style):
                 source.unsupported(f"<{tag}>")
             return []
         if clip and tag not in SHAPES and tag != "use":
-            return []                     # a clip path holds shapes alone
+            return []                     # a clip path contains shapes only
         if tag in SHAPES:
             def content(*state):
                 return self.draw(element, *state, clip)
@@ -124,7 +135,7 @@ class Document:
         return self.group(element, matrix, style, clip, content)
 
     def children(self, element, matrix, style, clip):
-        """ops of the children; of <switch>, of the first that can be drawn."""
+        """ops of the children; in <switch>, of the first that can be drawn."""
         children = list(element)
         if self.source.tag(element) == "switch":
             able = SHAPES | {"g", "a", "svg", "use", "switch", "text", "image"}
@@ -132,7 +143,7 @@ class Document:
         return [op for child in children for op in self.visit(child, matrix, style, clip)]
 
     def shows(self, element, tag, style):
-        """Whether an element that is not supported here would show anything: not if it is empty or hidden."""
+        """Whether an unsupported element would be visible: not if it is empty or hidden."""
         style = self.styles.inherit(style, element)
         parts = [e for e in element.iter() if self.source.tag(e)]
         seen = [style["visibility"][0], *(self.styles.of(e).get("visibility") for e in parts)]
@@ -148,11 +159,11 @@ class Document:
             if tag == "image" else len(element) > 0 or bool((element.text or "").strip())
 
     def group(self, element, matrix, style, clip, content):
-        """ops of content(matrix, style), with the element's own transform, style, clip path, mask and opacity."""
+        """ops of content(matrix, style) under the element's own transform, style, clip path, mask and opacity."""
         props, tag = self.styles.of(element), self.source.tag(element)
         for name in REFUSED.keys() & props.keys():
             value = props[name]
-            # a filter that refers to nothing is none
+            # a filter that refers to nothing has no effect
             nothing = name == "filter" and re.fullmatch(URL, value) and self.source.link(value) is None
             if value.lower() not in REFUSED[name] and not nothing:
                 self.source.unsupported(f"{name} on <{tag}>")
@@ -169,7 +180,7 @@ class Document:
         return self.isolate(ops, opacity, masks, clip)
 
     def resource(self, element, name, tag):
-        """The clipPath or mask that a property refers to; None if it refers to nothing of this kind."""
+        """The clipPath or mask that a property refers to; None if there is no such element."""
         value = self.styles.of(element).get(name, "none")
         if value == "none":
             return None
@@ -179,7 +190,7 @@ class Document:
         return target if target is not None and self.source.tag(target) == tag else None
 
     def transform(self, element, style):
-        """The element's own transform: by CSS or by its attribute, about its transform-origin."""
+        """The element's own transform, by CSS or its attribute, about its transform-origin."""
         props, (width, height), em = self.styles.of(element), style["viewport"][0], float(style["font-size"][0])
         matrix = transform(element.get("transform"))
         if "transform" in props:
@@ -192,14 +203,14 @@ class Document:
         if box != "view-box" and moves and not np.array_equal(matrix, np.eye(3)):
             self.source.unsupported(f"transform-box {box} on <{self.source.tag(element)}>")
         if text is None and element is self.source.root:
-            text = "center"               # the outermost <svg> has a box of its own, as elements of HTML do
+            text = "center"               # the outermost <svg> has a CSS box, like elements of HTML
         if text is None or np.array_equal(matrix, np.eye(3)):
             return matrix
         x, y = origin(text, width, height, em)
         return affine(e=x, f=y) @ matrix @ affine(e=-x, f=-y)
 
     def isolate(self, content, opacity, masks, clip):
-        """The content, in a buffer of its own where an opacity or masks ask for one; masks: the ops of each."""
+        """The content, in a buffer of its own if an opacity or masks need one; masks: a list of ops each."""
         if opacity is not None and not masks and len(content) == 1:
             self.layers[content[0][1]].opacities.append(opacity)
             opacity = None
@@ -208,7 +219,7 @@ class Document:
         return content
 
     def follow(self, element):
-        """Guard against references that lead back to themselves, and against their explosion."""
+        """Guard against circular references and exponentially many ones."""
         if element in self.active:
             raise SVGError(f"'#{element.get('id')}' refers to itself")
         if len(self.active) > MAX_REFERENCES:
@@ -245,7 +256,7 @@ class Document:
                          for name, all_of_it in (("width", across), ("height", down)))
         view, masks = numbers(element.get("viewBox")), []
         if width <= 0 or height <= 0 or len(view) == 4 and min(view[2:]) == 0:
-            return []                     # which switches the drawing of the element off
+            return []                     # disables the element
         if props.get("overflow", "hidden").lower() in ("hidden", "scroll", "clip"):
             shape = self.shape(None, box_outline(x, y, width, height), matrix)
             if shape is None:
@@ -262,7 +273,7 @@ class Document:
     # -- clip paths and masks
 
     def context(self, element, style):
-        """The style of a clipPath's or mask's content: what is set around it in the file, not where it is used."""
+        """The style that a clipPath or mask inherits from its place in the file, not from its user."""
         if element not in self.contexts:
             around = [element]
             while (parent := self.styles.parents.get(around[-1])) is not None:
@@ -274,9 +285,9 @@ class Document:
         return {**self.contexts[element], "viewport": style["viewport"]}
 
     def box(self, first, matrix):
-        """Matrix that takes the unit square to the box around what was drawn since `first`; None if that is nothing.
+        """Matrix from the unit square to the bounding box of what was drawn since `first`; None if nothing was.
 
-        In the units that `matrix` takes to pixels, without strokes: the bounding box of SVG.
+        In the units that `matrix` takes to pixels, without strokes, as SVG defines it.
         """
         drawn = self.drawn[first:]
         self.measured += len(drawn)
@@ -290,23 +301,23 @@ class Document:
         return affine(high[0] - low[0], 0, 0, high[1] - low[1], *low)
 
     def box_of(self, element, user, matrix, first, nested):
-        """The box of `user`, in whose units a clipPath or mask is; as it is at loading, whatever the shapes do later.
+        """The bounding box of `user` at loading, in whose units a clipPath or mask is.
 
-        nested: it is not the user's own, but that of another clipPath or mask.
+        nested: the element is not referred to by the user, but by another clipPath or mask.
         """
         box = self.box(first, matrix)
         box = affine(0, 0, 0, 0) if box is None else box
         key, shapes = (element, user), [shape for shape, _ in self.drawn[first:]]
         before = self.boxes.setdefault(key, (box, shapes))[0]
         self.nested |= {element} if nested else set()
-        # what could not be written back once the box has changed
+        # these could not be written back once the box has changed
         if not np.allclose(before, box, rtol=1e-6, atol=1e-9) or (
                 element in self.nested and sum(other is element for other, _ in self.boxes) > 1):
             raise SVGError(f"<{self.source.tag(element)}> '#{element.get('id')}' is in units of several boxes at once")
         return box
 
     def clip(self, element, user, matrix, style, first, nested=False):
-        """ops that clip the buffer below to a clipPath; matrix: of the units of its user."""
+        """ops that clip the buffer below by a clipPath; matrix: of the user's units."""
         self.follow(element)
         style, inside, end = self.context(element, style), matrix, len(self.drawn)
         if element.get("clipPathUnits") == "objectBoundingBox":
@@ -320,7 +331,7 @@ class Document:
         return [("push", 1), *ops, ("mask", None)]
 
     def mask(self, element, user, matrix, style, first, nested=False):
-        """ops that multiply the buffer below by a mask: by the brightness of its colours, or by its alpha."""
+        """ops that multiply the buffer below by a mask: by its luminance or its alpha."""
         self.follow(element)
         style, end, props = self.context(element, style), len(self.drawn), self.styles.of(element)
         if style["color-interpolation"][0].lower() == "linearrgb":
@@ -347,7 +358,7 @@ class Document:
     # -- shapes
 
     def outline(self, element, style):
-        """Outline of a shape in its local units, made at its first use; None at later ones."""
+        """Outline of a shape in local units at its first use; None at later ones."""
         props, attributes = self.styles.of(element), dict(element.attrib)
         attributes.update((name, props[name]) for name in GEOMETRY if name in props)
         if "d" in props:
@@ -362,7 +373,7 @@ class Document:
                              lambda text, name, default: self.source.units(text, name, style, default))
 
     def shape(self, element, outline, matrix):
-        """Shape of the element, made at its first use; None if it has nothing to draw."""
+        """Shape of the element, created at its first use; None if there is nothing to draw."""
         if element in self.shape_of and element is not None:
             return self.shape_of[element]
         scale, points = size_of(matrix), np.array(outline.points)
@@ -386,9 +397,9 @@ class Document:
         return "draw", len(self.layers) - 1
 
     def draw(self, element, matrix, style, clip):
-        """ops of a shape: its fill and its stroke, or its geometry in a clip path."""
+        """ops of a shape: its fill and stroke or, in a clip path, its geometry."""
         if element not in self.shape_of and size_of(matrix) <= NOTHING:
-            return []                     # nothing is seen of it here; another use may be larger
+            return []                     # invisible here; another use may be larger
         shape = self.shape(element, self.outline(element, style), matrix)
         if shape is None:
             return []
@@ -416,11 +427,11 @@ class Document:
         return ops
 
     def save(self, path, values, loaded):
-        """Write the file with the values, all at once or not at all.
+        """Write the file with new values of the parameters, atomically.
 
-        values: {parameter of SVG: array of float64}, loaded: the same at loading, in float32. Only what has
-        changed is touched: edited shapes become <path> in their place, with their id, class and other
-        attributes; paint goes to the element it came from. Raises SVGError.
+        values: {parameter of SVG: float64 array}, loaded: the same at loading, in float32. Only what has changed is
+        touched: an edited shape becomes a <path> in its place that keeps its id, class and other attributes; paint is
+        written to the element it came from. Raises SVGError.
         """
         if not all(np.isfinite(value).all() for value in values.values()):
             raise SVGError(f"{path}: not saved, as some parameters are not finite")

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The changed document: new values of the parameters written into a copy of its elements, all else as it was."""
 import copy
 import re
 import xml.etree.ElementTree as ET
@@ -8,10 +8,9 @@ import numpy as np
 from svg.outline import GEOMETRY, length, matrix_text, transform
 from svg.style import INHERITED, MASK_FRAME, OWN, Styles, declarations
 
-# ------------------------------------------------------------------ writing back
 
 def style_text(style):
-    """{property: (value, important)} -> the text of style=""."""
+    """{property: (value, important)} -> the text of a style attribute."""
     return ";".join(f"{name}:{value}" + " !important" * important for name, (value, important) in style.items())
 
 
@@ -20,13 +19,13 @@ def hexadecimal(rgb):
 
 
 class Edition:
-    """A copy of a document's elements that new values of the parameters are written into."""
+    """A copy of a document's elements into which new values of the parameters are written."""
 
     def __init__(self, document, values, loaded):
         self.document, self.source, self.styles = document, document.source, document.styles
         self.values, self.loaded = values, loaded
         self.root = copy.deepcopy(self.source.root)
-        self.twin = dict(zip(self.source.root.iter(), self.root.iter()))      # element -> its copy
+        self.twin = dict(zip(self.source.root.iter(), self.root.iter(), strict=True))         # element -> copy
 
     def changed(self, name, rows):
         return not np.array_equal(self.values[name][rows].astype(np.float32), self.loaded[name][rows])
@@ -53,10 +52,10 @@ class Edition:
                     self.write(self.twin[element], "d", f'path("{text}")')
 
     def keep_styles(self, renamed):
-        """Write into style="" what the elements were set to, where style sheets now do otherwise.
+        """Write the previous style into style="" where style sheets now give another one.
 
         A renamed element may lose rules (circle {}) or gain some (path {}), and so may elements around it
-        (circle + rect {}, :first-of-type). !important goes, as it would overrule what is written.
+        (circle + rect {}, :first-of-type). !important is removed, as it would overrule what is written.
         """
         for element in self.source.elements:
             if self.source.tag(element) == "style":
@@ -65,7 +64,7 @@ class Edition:
                   {self.twin[element] for element in renamed})
 
     def hold(self, wanted, always=()):
-        """Write into style="" what elements are to be set to, {element: cascade}, where style sheets do otherwise."""
+        """Write {element: cascade} into style="" where style sheets give another one, and for `always`."""
         now = Styles(self.source, self.root)
         for element, before in wanted.items():
             after = now.cascade(element)
@@ -75,7 +74,7 @@ class Edition:
                 element.set("style", style_text({name: (value, False) for name, value in {**before, **gained}.items()}))
 
     def neutral(self, element, name):
-        """A value of a property that leaves the element as it is without any; None if there is none."""
+        """A value of a property that has the effect of not setting it; None if there is none."""
         if name in INHERITED:
             return "inherit"
         if name in OWN:
@@ -86,7 +85,7 @@ class Edition:
         return None if name in GEOMETRY else element.get(name, "unset")
 
     def write(self, element, name, value):
-        """Set a property where it wins: in style="", which overrules style sheets, or else as an attribute."""
+        """Set a property where it takes precedence: in style="", which overrules style sheets, or as an attribute."""
         twin, style = self.twin.get(element, element), {}
         for key, old, important in declarations(twin.get("style", "")):
             if important or not style.get(key, ("", False))[1]:
@@ -111,7 +110,7 @@ class Edition:
                     self.write(element, "stop-color", hexadecimal(rgba[:3]))
                     self.write(element, "stop-opacity", f"{rgba[3]:.5g}")
             elif self.changed(kind, row):
-                # an rgba() colour was split into colour and opacity, so both are written
+                # an rgba() colour was split into colour and opacity: write both
                 paint = name.removesuffix("-opacity")
                 if (row := slots.get(("colours", element, paint))) is not None:
                     self.write(element, paint, hexadecimal(values["colours"][row]))
@@ -120,7 +119,7 @@ class Edition:
                     self.write(element, alpha, f"{values['opacities'][row]:.5g}")
 
     def write_boxes(self):
-        """Clip paths and masks in units of a box stay as they were drawn, where a shape in that box has changed."""
+        """Convert clip paths and masks in units of a box to user space where a shape in that box has changed."""
         changed = [key for key, (_, shapes) in self.document.boxes.items() if any(
             self.changed("points", s.rows) for s in shapes if s.element is not None)]
         if not changed:
@@ -130,9 +129,10 @@ class Edition:
         wanted = {e: styles.cascade(e) for e in self.root.iter() if self.source.tag(e)} if styles.rules else {}
         for element, user in changed:
             box, tag, twin = self.document.boxes[element, user][0], self.source.tag(element), self.twin[element]
-            if users.count(element) > 1:  # one for this user alone
+            if users.count(element) > 1:  # make one for this user alone
                 twin, original = copy.deepcopy(twin), twin
-                wanted.update((new, wanted[old]) for old, new in zip(original.iter(), twin.iter()) if old in wanted)
+                wanted.update((new, wanted[old]) for old, new in
+                              zip(original.iter(), twin.iter(), strict=True) if old in wanted)
                 self.twin[self.styles.parents[element]].append(twin)
                 twin.set("id", self.free_id(element.get("id")))
                 later.append((user, "clip-path" if tag == "clipPath" else "mask", f"url(#{twin.get('id')})"))
@@ -147,8 +147,8 @@ class Edition:
                 x, y, *size = (length(element.get(name, default)) for name, default in MASK_FRAME.items())
                 (width, _, left), (_, height, top) = box[:2].tolist()
                 frame = left + x * width, top + y * height, size[0] * width, size[1] * height
-                twin.attrib.update({name: f"{value:.9g}" for name, value in zip(MASK_FRAME, frame)},
-                                   maskUnits="userSpaceOnUse")
+                twin.attrib.update({name: f"{value:.9g}" for name, value in
+                                    zip(MASK_FRAME, frame, strict=True)}, maskUnits="userSpaceOnUse")
             if element.get("maskContentUnits") == "objectBoundingBox":
                 inner = ET.Element(":".join(filter(None, (self.source.prefix, "g"))), transform=matrix_text(box))
                 for child in list(twin):
@@ -163,13 +163,13 @@ class Edition:
             self.write(*change)
 
     def free_id(self, name):
-        """An id like the given one that no element has yet."""
+        """An unused id that begins with the given one."""
         taken = {element.get("id") for element in self.root.iter()}
         return next(f"{name}-{k}" for k in range(1, len(taken) + 2) if f"{name}-{k}" not in taken)
 
     def data(self):
         if not self.source.sized and self.changed("points", slice(None)):
-            # the picture is what the content reaches; it stays as large as it was
+            # the picture was sized by its content; keep that size
             for name in ("width", "height"):
                 self.root.attrib.pop(name, None)
             self.root.set("viewBox", f"0 0 {self.source.width:.9g} {self.source.height:.9g}")

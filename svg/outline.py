@@ -1,4 +1,4 @@
-"""SVG's numbers, lengths, transforms and outlines: text to matrices, and to lines and cubics. No XML, no CSS.
+"""Numbers, lengths, transforms and outlines of SVG: text to matrices, and to lines and cubics. No XML, no CSS.
 
 Coordinates are x right, y down; points are complex numbers x + iy, transforms 3x3 matrices for column vectors.
 """
@@ -9,12 +9,12 @@ import numpy as np
 
 
 class SVGError(ValueError):
-    """The file cannot be read, drawn or written: one line that names the file and the reason."""
+    """A file that cannot be read, drawn or written; one line that names the file and the reason."""
 
 
 # ------------------------------------------------------------------ values: numbers, lengths, transforms
 
-# no digit can be matched in two ways: otherwise a long number that ends badly takes the square of its length
+# every digit matches in one way only: otherwise a long malformed number takes time quadratic in its length
 DIGITS = r"([-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)"
 NUMBER = re.compile(r"[\s,]*" + DIGITS)
 LENGTH = re.compile(NUMBER.pattern + r"\s*(%|[a-zA-Z]*)\s*")
@@ -28,7 +28,7 @@ MAX_POINTS = 500_000                  # of one path
 
 
 def number(text):
-    """A float that can be squared without overflow; where it is drawn, the limit of coordinates applies."""
+    """A float clamped so that its square does not overflow; MAX_COORDINATE limits what is drawn."""
     return min(max(float(text), -1e18), 1e18)
 
 
@@ -37,7 +37,7 @@ def numbers(text):
 
 
 def length(text, percent_of=1.0, default=0.0, em=16.0):
-    """A length in user units (px); percent_of is what 100 % means, em the font size; the default if unreadable."""
+    """A length in user units (px); percent_of: what 100 % means; em: the font size; the default if unreadable."""
     match = LENGTH.fullmatch(text or "")
     unit = match[2].lower() if match else None
     if unit == "%":
@@ -81,62 +81,61 @@ TRANSFORM = re.compile(r"\s*([a-zA-Z0-9]+)\(([^()]*)\)\s*")
 
 
 def css_transform(text, width=1.0, height=1.0, em=16.0):
-    """A transform of CSS, where lengths and angles have units -> 3x3 matrix; None if it is none.
+    """A CSS transform, in which lengths and angles have units -> 3x3 matrix; None if it is invalid.
 
-    width, height: of the reference box, for per cent. Functions in space (THREE_D) count as the identity.
+    width, height: of the reference box, for percentages. Functions in space (THREE_D) count as the identity.
     """
     matrix, pos = affine(), 0
     text = "" if text.strip().lower() == "none" else text
     while pos < len(text):
         match = TRANSFORM.match(text, pos)
-        if not match:
-            return None
-        pos, name, parts = match.end(), match[1].lower(), [part.strip() for part in match[2].split(",")]
-
-        def sizes(*percent_of):
-            found = [length(part, of, math.nan, em) for part, of in zip(parts, percent_of)]
-            # only 0 may go without its unit
-            plain = any(re.fullmatch(DIGITS, part) and float(part) for part in parts)
-            return None if plain or len(parts) > len(percent_of) or any(map(math.isnan, found)) else found
-
-        def plain():
-            found = [re.fullmatch(DIGITS + "(%?)", part) for part in parts]
-            return [number(m[1]) / (100 if m[2] else 1) for m in found] if all(found) else None
-
-        def angles():
-            found = [re.fullmatch(DIGITS + "([a-zA-Z]*)", part) for part in parts]
-            fine = all(m and m[2].lower() in ANGLES and (m[2] or not float(m[1])) for m in found)
-            return [number(m[1]) * ANGLES[m[2].lower()] for m in found] if fine else None
-        v = step = None
-        if name in THREE_D:
-            step = affine()
-        elif name in ("translate", "translatex", "translatey"):
-            v = sizes(width, height) if name == "translate" else sizes(height if name[-1] == "y" else width)
-            if v:
-                step = affine(f=v[0]) if name[-1] == "y" else affine(e=v[0], f=v[1] if len(v) == 2 else 0)
-        elif name in ("scale", "scalex", "scaley") and (v := plain()) and len(v) <= (2 if name == "scale" else 1):
-            step = affine(a=1 if name[-1] == "y" else v[0], d=1 if name[-1] == "x" else v[-1])
-        elif name == "matrix" and (v := plain()) and len(v) == 6:
-            step = affine(*v)
-        elif name in ("rotate", "rotatez", "skewx", "skewy") and (v := angles()) and len(v) == 1:
-            step = transform(f"{dict(rotatez='rotate', skewx='skewX', skewy='skewY').get(name, name)}({v[0]!r})")
-        elif name == "skew" and (v := angles()) and len(v) <= 2:
-            step = affine(c=math.tan(math.radians(v[0])), b=math.tan(math.radians(v[1])) if len(v) == 2 else 0)
+        step = match and css_step(match[1].lower(), [part.strip() for part in match[2].split(",")], width, height, em)
         if step is None:
             return None
-        matrix = matrix @ step
+        matrix, pos = matrix @ step, match.end()
     return matrix
 
 
+def css_step(name, parts, width, height, em):
+    """One function of a CSS transform and its arguments -> 3x3 matrix; None if it is invalid."""
+    def sizes(*percent_of):
+        found = [length(part, of, math.nan, em) for part, of in zip(parts, percent_of, strict=False)]
+        unitless = any(re.fullmatch(DIGITS, part) and float(part) for part in parts)          # allowed for 0 alone
+        return None if unitless or len(parts) > len(percent_of) or any(map(math.isnan, found)) else found
+
+    def plain():
+        found = [re.fullmatch(DIGITS + "(%?)", part) for part in parts]
+        return [number(m[1]) / (100 if m[2] else 1) for m in found] if all(found) else None
+
+    def angles():
+        found = [re.fullmatch(DIGITS + "([a-zA-Z]*)", part) for part in parts]
+        fine = all(m and m[2].lower() in ANGLES and (m[2] or not float(m[1])) for m in found)
+        return [number(m[1]) * ANGLES[m[2].lower()] for m in found] if fine else None
+    if name in THREE_D:
+        return affine()
+    if name in ("translate", "translatex", "translatey"):
+        v = sizes(width, height) if name == "translate" else sizes(height if name[-1] == "y" else width)
+        return v and (affine(f=v[0]) if name[-1] == "y" else affine(e=v[0], f=v[1] if len(v) == 2 else 0))
+    if name in ("scale", "scalex", "scaley") and (v := plain()) and len(v) <= (2 if name == "scale" else 1):
+        return affine(a=1 if name[-1] == "y" else v[0], d=1 if name[-1] == "x" else v[-1])
+    if name == "matrix" and (v := plain()) and len(v) == 6:
+        return affine(*v)
+    if name in ("rotate", "rotatez", "skewx", "skewy") and (v := angles()) and len(v) == 1:
+        return transform(f"{dict(rotatez='rotate', skewx='skewX', skewy='skewY').get(name, name)}({v[0]!r})")
+    if name == "skew" and (v := angles()) and len(v) <= 2:
+        return affine(c=math.tan(math.radians(v[0])), b=math.tan(math.radians(v[1])) if len(v) == 2 else 0)
+    return None
+
+
 def origin(text, width, height, em=16.0):
-    """A transform-origin -> (x, y) from the corner of its reference box; None if it is none."""
+    """A transform-origin -> (x, y) from the corner of its reference box; None if it is invalid."""
     words = text.lower().split()[:2] or [""]
     places = dict(left=(0.0, None), right=(width, None), top=(None, 0.0), bottom=(None, height))
     if words[0] in ("top", "bottom") or words[-1] in ("left", "right"):
         words = words[::-1] if len(words) == 2 else ["center", *words]
     words += ["center"] * (2 - len(words))
     found = [of / 2 if word == "center" else places[word][axis] if word in places else length(word, of, None, em)
-             for axis, (word, of) in enumerate(zip(words, (width, height)))]
+             for axis, (word, of) in enumerate(zip(words, (width, height), strict=True))]
     return None if None in found else tuple(found)
 
 
@@ -145,7 +144,7 @@ def matrix_text(matrix, separator=" "):
 
 
 def fit(viewbox, aspect, x, y, width, height):
-    """Matrix that takes a viewBox (min x, min y, w, h) to the rectangle, as preserveAspectRatio says."""
+    """Matrix that takes a viewBox (min x, min y, w, h) to the rectangle, by the value of preserveAspectRatio."""
     sx, sy = width / viewbox[2], height / viewbox[3]
     align = re.search(r"x(Min|Mid|Max)Y(Min|Mid|Max)|none", aspect or "") or re.match("(Mid)(Mid)", "MidMid")
     if align[0] != "none":
@@ -156,11 +155,11 @@ def fit(viewbox, aspect, x, y, width, height):
     return affine(sx, 0, 0, sy, x - sx * viewbox[0], y - sy * viewbox[1])
 
 
-LAST_STOP = affine(0, 0, 0, 0, 1, 0)  # t = 1 everywhere: what a gradient of no extent shows
+LAST_STOP = affine(0, 0, 0, 0, 1, 0)  # t = 1 everywhere: a gradient of no extent
 
 
 def linear_unit(x1, y1, x2, y2):
-    """Matrix that takes the gradient vector to 0 .. 1 along x."""
+    """Matrix that takes the gradient vector to the unit vector along x."""
     square = (x2 - x1) ** 2 + (y2 - y1) ** 2
     if square <= 1e-18:
         return LAST_STOP
@@ -169,7 +168,7 @@ def linear_unit(x1, y1, x2, y2):
 
 
 def radial_unit(cx, cy, r, fx, fy):
-    """Matrix that takes the circle to the unit circle, and the focus (x, y) there."""
+    """Matrix that takes the circle to the unit circle, and the focus (x, y) in those coordinates."""
     if r <= 1e-9:
         return LAST_STOP, None
     focus = complex(0 if fx is None else (fx - cx) / r, 0 if fy is None else (fy - cy) / r)
@@ -182,8 +181,8 @@ def radial_unit(cx, cy, r, fx, fy):
 class Outline:
     """Subpaths of straight lines and cubic Beziers over shared points (complex numbers: x + iy).
 
-    A line is stored as the cubic (p, p, q, q), so that one index table [curves, 4] holds everything.
-    Quadratics become cubics, arcs and circles cubics of at most 90 degrees each.
+    A line is stored as the cubic (p, p, q, q), so that one index table [curves, 4] holds all curves.
+    Quadratics become cubics; arcs and circles become cubics of at most 90 degrees each.
     """
 
     def __init__(self):
@@ -198,7 +197,7 @@ class Outline:
         self.curve(p)
 
     def curve(self, *points):
-        if self.subpaths[-1][2]:      # drawing on after a close starts anew at the same place
+        if self.subpaths[-1][2]:      # a segment after a close starts a new subpath at the same point
             self.move(self.points[self.subpaths[-1][1]])
         sub, last = self.subpaths[-1], len(self.points) - 1
         if sub[0] == len(self.curves):
@@ -209,18 +208,18 @@ class Outline:
 
     def arc(self, rx, ry, degrees, large, sweep, end):
         sub = self.subpaths[-1]
-        # after a close, the subpath's first point is where drawing goes on
+        # after a close, the current point is the first one of the subpath
         start, rx, ry = self.points[sub[1] if sub[2] else -1], abs(rx), abs(ry)
         turn = complex(math.cos(math.radians(degrees)), math.sin(math.radians(degrees)))
         if start == end:
             return
-        # radii far too small to reach the end would be scaled up anyway, and their ratio lost to rounding
+        # radii far too small to reach the end would be scaled up, and their ratio lost to rounding
         if min(rx, ry) < 1e-9 * abs(end - start):
             return self.line(end)
 
         def to_circle(p):
             return complex((p / turn).real / rx, (p / turn).imag / ry)
-        # about the middle between both ends: far from the origin, small radii would be lost to rounding
+        # relative to the midpoint of both ends: far from the origin, small radii would be lost to rounding
         middle, half = (start + end) / 2, to_circle((end - start) / 2)
         if abs(half) < (1e-12 if large else 1e-6):            # straight to within rounding
             return self.line(end)
@@ -249,7 +248,7 @@ class Outline:
         gap = abs(self.points[-1] - self.points[sub[1]])
         if sub[0] < len(self.curves) and self.curves[-1][:2] != (sub[1], sub[1]) \
                 and gap <= 1e-6 * max(map(abs, self.points[-4:])):
-            self.points.pop()         # the path returned to its start by itself: one shared point
+            self.points.pop()         # the path returned to its start explicitly: share the point
             curve = self.curves.pop()
             ends = (sub[1], sub[1]) if curve[0] == curve[1] else (curve[2], sub[1])
             self.curves.append((*curve[:2], *ends))
@@ -260,8 +259,8 @@ class Outline:
     def drawn(self):
         """(first curve, one past the last, first point, closed) of every subpath that has curves."""
         bounds = [first for first, _, _ in self.subpaths[1:]] + [len(self.curves)]
-        return [(first, stop, start, closed) for (first, start, closed), stop in zip(self.subpaths, bounds)
-                if first < stop]
+        return [(first, stop, start, closed)
+                for (first, start, closed), stop in zip(self.subpaths, bounds, strict=False) if first < stop]
 
     def bounds(self, matrix=None):
         """Corners (low, high) of the box around the curves, moved by a 3x3 matrix; None where there are none."""
@@ -302,7 +301,7 @@ class Outline:
 
 
 def path_outline(data):
-    """Path data -> Outline. As the specification asks, a path with an error is drawn up to the error."""
+    """Path data -> Outline. A path with an error is drawn up to the error, as the specification requires."""
     outline, at, command, pos, handle = Outline(), 0j, None, 0, None
     while True:
         if len(outline.points) > MAX_POINTS:
@@ -355,7 +354,7 @@ def box_outline(x, y, width, height, rx=0.0, ry=0.0):
     if width <= 0 or height <= 0:
         return outline
     rx, ry = min(rx, width / 2), min(ry, height / 2)
-    # without one radius there is no corner to round, nor where both ends of it would be the same number
+    # no corner to round if one radius is 0, or so small that both ends of the arc are the same number
     if min(rx, ry) < 1e-9 * max(abs(x), abs(y), width, height):
         rx = ry = 0.0
     # where the straight sides end
@@ -392,7 +391,7 @@ def shape_outline(tag, attributes, units):
     if tag == "path":
         return path_outline(attributes.get("d", ""))
     if tag in ("rect", "ellipse"):
-        # a radius that is missing, `auto` or negative is like the other one
+        # a radius that is missing, `auto` or negative equals the other one
         rx, ry = (None if radius is None or radius < 0 else radius for radius in size("rx", "ry", default=None))
         rx, ry = (ry or 0.0 if rx is None else rx), (rx or 0.0 if ry is None else ry)
     if tag == "rect":

@@ -1,26 +1,30 @@
-"""TODO docstring."""
+"""Shapes, layers and their paint: colours, gradients and strokes as rows of parameter tables."""
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from svg.outline import Outline, SVGError, length, linear_unit, numbers, radial_unit, transform
+from svg.outline import (
+    Outline,
+    SVGError,
+    length,
+    linear_unit,
+    numbers,
+    radial_unit,
+    transform,
+)
 from svg.style import URL, colour
 
-MAX_REFERENCES = 30                   # how deep references may be nested
-MAX_COORDINATE = 1e6                  # px; beyond it float32 cannot place an edge to a tenth of a pixel
-
-
-# ------------------------------------------------------------------ paint: colours, gradients, strokes
-
+MAX_REFERENCES = 30                   # nested references
+MAX_COORDINATE = 1e6                  # px; further away float32 cannot place an edge to a tenth of a pixel
 GRADIENTS = {"linearGradient", "radialGradient"}
 
 
 @dataclass
 class Shape:
-    """Geometry of one element: an outline in local units, and where its points lie in the parameter."""
-    element: ET.Element | None            # None: the frame of a nested viewport, which is not optimised
+    """The geometry of an element: an outline in local units, and the place of its points in the point table."""
+    element: ET.Element | None            # None: the rectangle of a nested viewport, which is not optimised
     outline: Outline
     scale: float                          # pixels (at the drawing's size) of one local unit, at its first use
     first: int                            # its first row in the point table
@@ -33,7 +37,7 @@ class Shape:
 
 @dataclass
 class Gradient:
-    """Everything of a gradient but its stops' values, which are parameters."""
+    """A gradient without the values of its stops, which are parameters."""
     stops: list                           # rows of the stop tables
     unit: np.ndarray                      # gradient coordinates -> t along x, or the unit circle
     focus: tuple | None                   # None: linear
@@ -43,7 +47,7 @@ class Gradient:
 
 @dataclass
 class Layer:
-    """One fill or stroke of one shape, with indices into the parameter tables."""
+    """A fill or stroke of a shape, with indices into the parameter tables."""
     shape: Shape
     matrix: np.ndarray                    # local units -> pixels at the drawing's size
     rule: str = "nonzero"
@@ -54,7 +58,7 @@ class Layer:
 
     @property
     def frame(self):
-        """Matrix that takes the shape's rows of the point table to pixels."""
+        """Matrix from the shape's rows of the point table to pixels."""
         return self.matrix @ np.diag([1 / self.shape.scale, 1 / self.shape.scale, 1])
 
 
@@ -64,17 +68,17 @@ def share(text):
 
 
 class Paints:
-    """Reads the paint of layers into tables of start values, one row for each parameter.
+    """Reads the paint of layers into tables of initial values, one row for each parameter.
 
-    tables: colours (r, g, b), opacities, widths (local units, pixels of one) and stops (offset, r, g, b, a).
-    slots: (table, element, property) -> row, which says where a row is written back to.
+    tables: colours (r, g, b), opacities, widths (local units, pixels per unit) and stops (offset, r, g, b, a).
+    slots: (table, element, property) -> row; the place in the file that a row is written back to.
     """
 
     def __init__(self, source):
         self.source, self.styles = source, source.styles
         self.tables = {kind: [] for kind in ("colours", "opacities", "widths", "stops")}
         self.slots, self.gradients = {}, {}
-        # elements that `use` may draw several times: they share what they inherit, others own it
+        # elements that `use` may draw several times: inherited properties belong to the element that sets them
         targets = (source.reference(e) for e in source.elements if source.tag(e) == "use")
         self.shared = {part for target in set(targets) - {None} for part in target.iter()}
 
@@ -89,11 +93,11 @@ class Paints:
         return self.slots[key]
 
     def owner(self, element, name, style):
-        """The element a property is written back to: the shape or, if shared, the one that set it."""
+        """The element a property is written back to: the shape or, if it is shared, the one that set the property."""
         return style[name][1] if element in self.shared else element
 
     def paint(self, layer, element, name, style):
-        """Set the layer's colour or gradient and its opacity; name: fill or stroke. False where there is no paint."""
+        """Set the layer's colour or gradient and its opacity; name: fill or stroke. False if there is no paint."""
         value = style[name][0]
         source, fallback = self.source.link(value), re.match(URL + r"\s*(.*)", value)
         owner, alpha, tag = self.owner(element, name, style), 1.0, "" if source is None else self.source.tag(source)
@@ -103,7 +107,7 @@ class Paints:
                 return False
             points = np.array(layer.shape.outline.points)
             if layer.gradient.on_box and min(np.ptp(points.real), np.ptp(points.imag)) == 0:
-                layer.gradient = None     # a box of no area has no units; the fallback holds
+                layer.gradient = None     # a box without area has no units: use the fallback
         elif tag == "pattern":
             self.source.unsupported(f"pattern {name} on <{self.source.tag(element)}>")
             return False
@@ -115,7 +119,7 @@ class Paints:
             if rgba is None:
                 return False
             alpha = rgba[3]
-            if value == "currentcolor" and element in self.shared:    # each `use` may bring another colour
+            if value == "currentcolor" and element in self.shared:    # each `use` may set another colour
                 if alpha < 1:
                     self.source.unsupported("a translucent currentColor in <use>")
                 layer.colour = self.slot("colours", style["color"][1], "color", rgba[:3])
@@ -128,9 +132,10 @@ class Paints:
         return True
 
     def stroke(self, layer, element, style):
-        """Set the layer's width, dashes, caps and joins, in local units. False where the stroke has no width."""
+        """Set the layer's width, dashes, caps and joins, in local units. False if the stroke has no width."""
         def get(name):
             return style[name][0]
+
         def units(name, text, default):
             return float(np.clip(self.source.units(text, name, style, default), -MAX_COORDINATE, MAX_COORDINATE))
         width, dashes = self.source.units(get("stroke-width"), "stroke-width", style, 1.0), []
@@ -143,7 +148,7 @@ class Paints:
         if dashes and min(numbers(element.get("pathLength")) or [-1]) >= 0:
             self.source.unsupported(f"pathLength with dashes on <{self.source.tag(element)}>")
         scale = layer.shape.scale
-        if width * scale > MAX_COORDINATE:
+        if width * max(scale, np.linalg.norm(layer.matrix[:2, :2], 2)) > MAX_COORDINATE:
             raise SVGError(f"a stroke is wider than {MAX_COORDINATE:g} px")
         row = self.slot("widths", self.owner(element, "stroke-width", style), "stroke-width", (width, scale))
         layer.stroke = dict(
@@ -153,7 +158,7 @@ class Paints:
         return True
 
     def gradient(self, element, style):
-        """Gradient of the element, with what it inherits through href; None if it has no stops."""
+        """Gradient of the element, including what it inherits through href; None if it has no stops."""
         key = (element, style["viewport"][0], style["font-size"][0])
         if key in self.gradients:
             return self.gradients[key]
@@ -185,14 +190,14 @@ class Paints:
         found = None
         if rows and abs(np.linalg.det(own)) >= 1e-30:
             unit = unit @ np.linalg.inv(own)
-            if not np.abs(unit).max() < 1e9:              # squared, it has to fit into float32
+            if not np.abs(unit).max() < 1e9:              # its square has to fit into float32
                 raise SVGError(f"gradient '#{element.get('id')}' is not finite or too large")
             found = Gradient(rows, unit, focus, inherited("spreadMethod", "pad"), on_box)
         self.gradients[key] = found
         return found
 
     def chain(self, element):
-        """The gradient and those it refers to, one after the other."""
+        """The gradient and those it refers to, in order."""
         chain = [element]
         while (parent := self.source.reference(chain[-1])) is not None and self.source.tag(parent) in GRADIENTS:
             if parent in chain:

@@ -1,8 +1,7 @@
-"""Outlines to line segments, differentiably: flattening of curves, dashes, and the boundary of strokes.
+"""Outlines to line segments, differentiably: flattened curves, dashes, and the boundary of strokes.
 
-Everything is a bag of directed segments with the number of the layer that each belongs to: coverage sums signed areas,
-so it needs no contour order. The index arithmetic of ragged arrays, and sums that come out alike on every run, stand
-here too.
+The result is an unordered set of directed segments, each with the number of its layer: coverage sums signed areas, so
+contour order does not matter. Also here: index arithmetic of ragged arrays, and deterministic sums.
 """
 import math
 
@@ -11,9 +10,9 @@ import torch
 
 from svg.outline import SVGError
 
-MAX_PIECES = 6_000_000               # edge pieces of one render, about 1 GB
-MAX_CHORDS = 1 << 20                  # of curves, of dashes and of round corners, before they are cut into pieces
-TOLERANCE = 0.03                      # px, how far a flattened curve may lie from the true one
+MAX_PIECES = 6_000_000                # edge pieces of one render, about 1 GB
+MAX_CHORDS = 1 << 20                  # chords of curves, of dashes and of round corners, before they are cut by pixels
+TOLERANCE = 0.03                      # px, the largest distance of a flattened curve from the true one
 BUTT, ROUND, SQUARE = 0, 1, 2           # caps
 MITER, BEVEL = 0, 2                     # joins, ROUND among them
 
@@ -29,7 +28,7 @@ def expand(counts, most=MAX_PIECES):
 
 
 def scatter_sum(index, values, size):
-    """sums [size] of values [n] by index [n]; in the same order on every run, on CUDA too."""
+    """sums [size] of values [n] by index [n]; deterministic, on CUDA too."""
     sums = values.new_zeros(size)
     if values.is_cuda:
         return sums.index_put_((index,), values, accumulate=True)
@@ -37,7 +36,7 @@ def scatter_sum(index, values, size):
 
 
 class Take(torch.autograd.Function):
-    """x[index] for x [n, ...]; unlike torch's own, its backward adds in the same order on every run."""
+    """x[index] for x [n, ...] with a deterministic backward."""
 
     @staticmethod
     def forward(ctx, x, index):
@@ -60,8 +59,10 @@ take = Take.apply
 def flatten(control, straight, scale, half_width):
     """Cubics -> chords.
 
-    control [K, 4, 2]; straight [K] bool; scale [K] pixels per unit; half_width [K] px of a stroke, else 0.
-    Returns segments [S, 4] (x0, y0, x1, y1), the curve each belongs to [S], and whether it starts it [S].
+    Args:
+        control [K, 4, 2]; straight [K] bool; scale [K] pixels per unit; half_width [K] px of a stroke, else 0.
+    Returns:
+        segments [S, 4] (x0, y0, x1, y1), the curve of each [S], and whether it is the first of its curve [S] bool.
     """
     with torch.no_grad():
         arms = control.diff(dim=1)                                      # [K, 3, 2]
@@ -69,9 +70,9 @@ def flatten(control, straight, scale, half_width):
         a, b = arms[:, :-1], arms[:, 1:]
         turn = torch.atan2((a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]).abs(), (a * b).sum(2)).sum(1)
         count = (0.75 * bend / TOLERANCE).sqrt().maximum(turn * (half_width / (8 * TOLERANCE)).sqrt())
-        # four chords at least: with one, the inner control points would get no gradient
+        # at least four chords: with one, the inner control points would get no gradient
         count = torch.where(straight, 1, count.ceil().clamp(4, 1000)).long()
-    owner, k = expand(count + 1, MAX_CHORDS)                                  # one vertex more than chords
+    owner, k = expand(count + 1, MAX_CHORDS)                            # one more vertex than chords
     t = (k / count[owner])[:, None]
     s = 1 - t
     weights = torch.cat([s * s * s, 3 * s * s * t, 3 * s * t * t, t * t * t], 1)          # [V, 4]
@@ -82,9 +83,9 @@ def flatten(control, straight, scale, half_width):
 
 
 def dash(segments, layer, subpath, corner, closed, patterns):
-    """Cut the centre lines of dashed layers into their dashes, each an open subpath of its own.
+    """Cut the centre lines of dashed layers into dashes, each an open subpath of its own.
 
-    Arguments and results are the first five of `stroke`; patterns: {layer: (lengths, offset)}, an even
+    Arguments and results are the first five arguments of `stroke`; patterns: {layer: (lengths, offset)}, an even
     number of lengths, alternately drawn and left out, in the units of the segments.
     """
     dashed, total = torch.isin(layer, torch.tensor(list(patterns), device=layer.device)), 0.0
@@ -93,60 +94,69 @@ def dash(segments, layer, subpath, corner, closed, patterns):
         lines, path, starts = (x[layer == number] for x in (segments, subpath, corner))
         if len(lines) == 0:
             continue
-        marks = lines.new_tensor(np.cumsum([0.0, *pattern]))
-        period, count = float(marks[-1]), len(pattern)
         size = (lines[:, 2:] - lines[:, :2]).norm(dim=1)
-        ends = size.cumsum(0)
-        new = torch.ones_like(starts)
-        new[1:] = path[1:] != path[:-1]
-        first = torch.cummax(torch.where(new, torch.arange(len(new), device=new.device), 0), 0)[0]
-        begin = ends - size - take(ends - size, first)      # arc length along the subpath, [lines]
-        total += ends[-1].item() * count / period
+        total += size.sum().item() * len(pattern) / sum(pattern)
         if not total <= MAX_CHORDS >> 2:
             raise SVGError("the drawing has too many dashes")
-
-        def interval(s, right):
-            s = (s.detach() + offset).clamp_min(-1e9)
-            turns = (s / period).floor()
-            return (turns * count).long() + torch.searchsorted(marks[1:], s - turns * period, right=right)
-        low = interval(begin, True)
-        low = low - (new & (marks.diff() == 0)[(low - 1) % count]).long()     # a dot at the very start
-        owner, k = expand((interval(begin + size, False) - low).clamp_min(0) + 1, MAX_CHORDS)
-        index = low[owner] + k
-
-        def position(i):                  # where interval i starts, as a share of the segment
-            at = (i // count) * period + marks[i % count] - offset
-            return ((at - take(begin, owner)) / take(size, owner).clamp_min(1e-12)).clamp(0, 1)[:, None]
-        a, b = take(lines, owner).split(2, dim=1)
-        pieces = torch.cat([torch.lerp(a, b, position(index)), torch.lerp(a, b, position(index + 1))], 1)
-        # around the start of a closed subpath the last dash runs on into the first
-        path = path[owner]
-        last = torch.cat([path[1:] != path[:-1], torch.ones_like(starts[:1])])
-        final = torch.zeros(len(closed), dtype=torch.long, device=index.device)
-        final[path[last]] = index[last]
-        wraps = (closed[path] & (index == low[first][owner]) & (index % 2 == 0) & (final[path] % 2 == 0)
-                 & (final[path] != index))
-        index = torch.where(wraps, final[path], index)
-        order = torch.argsort(2 * path + wraps, stable=True)
-        order = order[index[order] % 2 == 0]
-        path, index, pieces = path[order], index[order], pieces[order]
-        fresh = torch.ones_like(path, dtype=torch.bool)
-        fresh[1:] = (path[1:] != path[:-1]) | (index[1:] != index[:-1])
-        parts.append([pieces, torch.full_like(path, number), fresh.cumsum(0) - 1 + len(closed),
-                      ((k == 0) & starts[owner])[order]])
+        pieces, fresh, starts = dashes_of(lines, size, path, starts, closed, pattern, offset)
+        number = torch.full_like(fresh, number, dtype=torch.long)
+        parts.append([pieces, number, fresh.cumsum(0) - 1 + len(closed), starts])
         closed = torch.cat([closed, torch.zeros_like(closed[:1]).expand(int(fresh.sum()))])
-    return *(torch.cat(x) for x in zip(*parts)), closed
+    return *(torch.cat(x) for x in zip(*parts, strict=True)), closed
+
+
+def dashes_of(lines, size, path, starts, closed, pattern, offset):
+    """The dashes of one layer: pieces [D, 4], whether each starts a dash [D], whether it starts at a vertex [D].
+
+    lines [S, 4] and their lengths `size`, subpaths and corners [S]; closed [subpaths]; see `dash`.
+    """
+    marks = lines.new_tensor(np.cumsum([0.0, *pattern]))
+    period, count = float(marks[-1]), len(pattern)
+    ends = size.cumsum(0)
+    new = torch.ones_like(starts)
+    new[1:] = path[1:] != path[:-1]
+    first = torch.cummax(torch.where(new, torch.arange(len(new), device=new.device), 0), 0)[0]
+    begin = ends - size - take(ends - size, first)          # arc length along the subpath [S]
+
+    def interval(s, right):
+        s = (s.detach() + offset).clamp_min(-1e9)
+        turns = (s / period).floor()
+        return (turns * count).long() + torch.searchsorted(marks[1:], s - turns * period, right=right)
+    low = interval(begin, True)
+    low = low - (new & (marks.diff() == 0)[(low - 1) % count]).long()         # a dot at the very start
+    owner, k = expand((interval(begin + size, False) - low).clamp_min(0) + 1, MAX_CHORDS)
+    index = low[owner] + k
+
+    def position(i):                      # where interval i starts, as a share of the segment
+        at = (i // count) * period + marks[i % count] - offset
+        return ((at - take(begin, owner)) / take(size, owner).clamp_min(1e-12)).clamp(0, 1)[:, None]
+    a, b = take(lines, owner).split(2, dim=1)
+    pieces = torch.cat([torch.lerp(a, b, position(index)), torch.lerp(a, b, position(index + 1))], 1)
+    # at the start of a closed subpath the last dash continues into the first
+    path = path[owner]
+    last = torch.cat([path[1:] != path[:-1], torch.ones_like(starts[:1])])
+    final = torch.zeros(len(closed), dtype=torch.long, device=index.device)
+    final[path[last]] = index[last]
+    wraps = (closed[path] & (index == low[first][owner]) & (index % 2 == 0) & (final[path] % 2 == 0)
+             & (final[path] != index))
+    index = torch.where(wraps, final[path], index)
+    order = torch.argsort(2 * path + wraps, stable=True)
+    order = order[index[order] % 2 == 0]
+    path, index = path[order], index[order]
+    fresh = torch.ones_like(path, dtype=torch.bool)
+    fresh[1:] = (path[1:] != path[:-1]) | (index[1:] != index[:-1])
+    return pieces[order], fresh, ((k == 0) & starts[owner])[order]
 
 
 def stroke(segments, layer, subpath, corner, closed, style):
-    """Centre lines -> the directed boundary of their strokes, as an unordered bag of segments.
+    """Centre lines -> the directed boundary of their strokes, as an unordered set of segments.
 
-    Coverage sums signed areas, so the boundary needs no contour order: every segment gives two parallel
-    sides, every joint an outer chain and an inner one through the joint, every open end a cap.
+    Every segment gives two parallel sides, every joint an outer chain and an inner one through the joint, every open
+    end a cap.
 
     Args:
         segments [S, 4]; layer, subpath [S], both increasing.
-        corner [S] bool: starts at a path vertex, not inside a curve; closed [subpaths] bool.
+        corner [S] bool: the segment starts at a path vertex, not inside a curve; closed [subpaths] bool.
         style: tensors [L]: half (width), miter, arc (radians per chord of a round join), cap, join.
     Returns segments [B, 4] and layer [B].
     """
@@ -154,7 +164,7 @@ def stroke(segments, layer, subpath, corner, closed, style):
     new = torch.ones_like(corner)
     new[1:] = subpath[1:] != subpath[:-1]
     alive = torch.zeros_like(closed).index_put((subpath[size > 1e-6],), torch.ones_like(closed[:1]))
-    keep = ((size > 1e-6) | new & ~alive[subpath]).nonzero()[:, 0]      # of no length at all: a dot
+    keep = ((size > 1e-6) | new & ~alive[subpath]).nonzero()[:, 0]      # a subpath of no length is a dot
     closed = closed & alive
     segments, layer, subpath, corner = segments[keep], layer[keep], subpath[keep], corner[keep]
     if len(keep) == 0:
@@ -189,16 +199,16 @@ def stroke(segments, layer, subpath, corner, closed, style):
     add(b - h, a - h, slice(None))
     round_joins = add_joints(add, b, d, normal, half, joint, after[joint], corner, style)
     round_caps = add_caps(add, a, b, d, half, h, ends, heads, style)
-    add_arcs(add, *(torch.cat(pair) for pair in zip(round_joins, round_caps)), style)
+    add_arcs(add, *(torch.cat(pair) for pair in zip(round_joins, round_caps, strict=True)), style)
     return torch.cat(bag), torch.cat(owners)
 
 
 def add_joints(add, b, d, normal, half, joint, following, corner, style):
-    """Joints: the outer side bulges by the join's kind, the inner side passes through the joint.
+    """Joints: the shape of the outer side depends on the join, the inner side passes through the joint.
 
     b, d, normal [S, 2]: ends, directions and normals of the segments; half [S, 1] of the width;
     joint, following [J]: the segments before and after each joint.
-    Returns the arcs of round joins as add_arcs takes them.
+    Returns the arcs of round joins, the arguments of add_arcs.
     """
     n0, n1, v, h = normal[joint], normal[following], b[joint], half[joint]
     cos, cross = (n0 * n1).sum(1, keepdim=True), n0[:, :1] * n1[:, 1:] - n0[:, 1:] * n1[:, :1]
@@ -211,7 +221,7 @@ def add_joints(add, b, d, normal, half, joint, following, corner, style):
     add(v[sharp], inner0[sharp], joint[sharp], flip[sharp])
     kind = torch.where(corner[following], style["join"][joint], ROUND)
     within = 2 <= (1 + cos[:, 0]) * style["miter"][joint].square()      # 1 / sin <= limit
-    within &= 1 + cos[:, 0] > 1e-5        # beyond it, where a line folds onto itself, the tip is lost to rounding
+    within &= 1 + cos[:, 0] > 1e-5        # the tip of a line that folds onto itself is lost to rounding
     miter = (kind == MITER) & within & (cos[:, 0] < 0.9999)
     tip = v + h * (e0 + e1) / (1 + cos).clamp_min(1e-6)
     add((v + h * e0)[miter], tip[miter], joint[miter], flip[miter])
@@ -223,11 +233,11 @@ def add_joints(add, b, d, normal, half, joint, following, corner, style):
 
 
 def add_caps(add, a, b, d, half, h, ends, heads, style):
-    """Caps: at the end from +normal around to -normal, at the head the other way.
+    """Caps: at the end from +normal round to -normal, at the head in reverse.
 
     a, b, d, h [S, 2]: starts, ends, directions and half * normal of the segments; half [S, 1] of the width;
-    ends, heads: the segments with a cap there.
-    Returns the arcs of round caps as add_arcs takes them.
+    ends, heads: the segments with a cap at their end, at their start.
+    Returns the arcs of round caps, the arguments of add_arcs.
     """
     at = torch.cat([ends, heads])
     sign = torch.cat([torch.ones_like(ends), -torch.ones_like(heads)])[:, None].to(a)

@@ -1,9 +1,9 @@
-"""SVG files as they are: bytes to XML elements, with their names, references, lengths and styles, and bytes back.
+"""The XML of SVG files: bytes to elements, with their names, references, lengths and styles, and bytes back.
 
     source = Source("apple.svg", skip_unsupported=False)
     source.root, source.width, source.height, source.view, source.styles
 
-What could read other files, never end or expand without bounds is refused.
+Anything that could read other files, never end or expand without bounds is refused.
 """
 import math
 import re
@@ -20,13 +20,13 @@ from svg.style import INHERITED, STILL, URL, Styles
 
 MAX_BYTES, MAX_ELEMENTS, MAX_DEPTH = 32 << 20, 100_000, 200
 MOVING = {"animate", "animateColor", "animateMotion", "animateTransform", "set", "script"}
-MAX_ENTITIES, MAX_EXPANSION = 100, 1 << 20    # of a DTD, and the characters that they expand to in all
+MAX_ENTITIES, MAX_EXPANSION = 100, 1 << 20    # entities of a DTD, and the characters of all their expansions
 
 
 def read_file(path):
     """The bytes of a file, unpacked if it is an .svgz; at most MAX_BYTES."""
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):       # a device or a pipe may never end
+        if not stat.S_ISREG(Path(path).stat().st_mode):       # reading a device or a pipe may never end
             raise SVGError("cannot be read: not a regular file")
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -42,7 +42,7 @@ def read_file(path):
 
 
 def write_file(path, data):
-    """Write bytes, all at once or not at all; packed if the name ends with .svgz."""
+    """Write bytes atomically; gzipped if the name ends with .svgz."""
     try:
         if Path(path).suffix.lower() == ".svgz":
             packer = zlib.compressobj(wbits=31)
@@ -56,7 +56,7 @@ def write_file(path, data):
 def parse_xml(data):
     """bytes -> root element; names keep their prefixes as written, so that saving changes nothing else.
 
-    Entities of the file's own DTD, which Illustrator writes for its namespaces, are replaced where they are plain text.
+    Entities of the file's own DTD, which Illustrator writes for its namespaces, are expanded if they are plain text.
     """
     builder, depth, count, root = ET.TreeBuilder(insert_comments=True), 0, 0, None
     entities = expansion = 0
@@ -100,7 +100,7 @@ def parse_xml(data):
         parser.Parse(data, True)
     except SVGError:
         raise
-    except (expat.ExpatError, LookupError, ValueError) as error:      # the last two: unknown encodings
+    except (expat.ExpatError, LookupError, ValueError) as error:      # the latter two: unknown encodings
         raise SVGError(f"not well-formed XML: {error}") from None
     return root
 
@@ -126,26 +126,26 @@ class Source:
         view = numbers(self.root.get("viewBox"))
         has_view = len(view) == 4 and min(view[2:]) > 0
         props = self.styles.of(self.root)
-        # without a viewBox, per cent and missing sides have no meaning
+        # without a viewBox, percentages and missing sides have no meaning
         sizes = [length(props.get(k, self.root.get(k)), side, None, self.em)
-                 for k, side in zip(("width", "height"), view[2:] if has_view else (math.nan, math.nan))]
+                 for k, side in zip(("width", "height"), view[2:] if has_view else (math.nan, math.nan), strict=True)]
         self.sized = has_view or not any(size is None or math.isnan(size) for size in sizes)
         if self.sized:
             width, height = sizes
-            if width is None:             # one side follows from the other, by the viewBox
+            if width is None:             # one side follows from the other by the viewBox
                 width = view[2] if height is None else height * view[2] / view[3]
             self.see(view if has_view else None, width, width * view[3] / view[2] if height is None else height)
         else:
             self.see(None, 100.0, 100.0)
 
     def see(self, view, width, height):
-        """Set the size of the picture and what it shows: the viewBox, or None for the picture's own pixels."""
+        """Set the size of the picture and its viewBox; None: the picture's own pixels."""
         if not all(1e-9 < side < 1e9 for side in (width, height, *(view or [1, 1])[-2:])):
             raise SVGError(f"a picture of {width:g} x {height:g} cannot be drawn")
         self.width, self.height, self.view = width, height, view or [0, 0, width, height]
 
     def tag(self, element):
-        """The name without the root's prefix; "" for comments and foreign elements."""
+        """The element's name without the prefix of the root; "" for comments and foreign elements."""
         prefix, _, tag = element.tag.rpartition(":") if isinstance(element.tag, str) else ("-", "", "")
         return tag if prefix == self.prefix else ""
 
@@ -157,15 +157,15 @@ class Source:
             warnings.warn(f"{self.name}: {what} is not supported and left out", stacklevel=2)
 
     def not_understood(self, kind, text, what="is not understood and left out"):
-        """Warn about an invalid piece of CSS, once for each kind; as CSS asks, it counts as not written."""
+        """Warn about invalid CSS, once for each kind; it is ignored, as CSS requires."""
         if (kind, what) not in self.told:
             self.told.add((kind, what))
             text = text if len(text) <= 60 else text[:57] + "..."
             warnings.warn(f"{self.name}: {kind} '{text}' {what}", stacklevel=2)
 
     def reference(self, element):
-        """The element that href points at; None if there is none in this document."""
-        href = element.get("href")        # which overrules xlink:href
+        """The element that href refers to; None if it is not in this document."""
+        href = element.get("href")        # takes precedence over xlink:href
         if href is None:
             href = next((v for k, v in element.attrib.items() if k.rpartition(":")[2] == "href"), "")
         href = href.strip()
@@ -182,7 +182,7 @@ class Source:
         return self.ids.get(target[1:]) if match else None
 
     def units(self, text, name, style, default=0.0):
-        """A length in user units; by its name, per cent are of the viewport's width, height, or mean side."""
+        """A length in user units; its name decides whether 100 % is the viewport's width, height or mean side."""
         width, height = style["viewport"][0]
         of = dict(x=width, w=width, y=height, h=height).get(name.lstrip("cfr")[:1],
                                                             math.hypot(width, height) / math.sqrt(2))
@@ -195,11 +195,11 @@ class Source:
         return default if found is None else found
 
     def measure(self, element, name, style, default=0.0):
-        """A length that an attribute or, where it may, a style sheet sets."""
+        """A length set by an attribute or a style sheet."""
         return self.units(self.styles.of(element).get(name, element.get(name)), name, style, default)
 
     def holds(self, element):
-        """Whether the conditions for drawing the element hold (SVG 1.1, 5.8): features, extensions, language en."""
+        """Whether the element's conditions hold (SVG 1.1, 5.8): features, extensions, English as the language."""
         features, extensions, languages = map(element.get, ("requiredFeatures", "requiredExtensions", "systemLanguage"))
         known = re.compile(r"(http://www\.w3\.org/TR/SVG11/feature#|org\.w3c\.svg)")
         return ((features is None or bool(features.split()) and all(map(known.match, features.split())))

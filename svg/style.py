@@ -1,10 +1,10 @@
-"""SVG's style: what attributes, CSS style sheets and style="" set for every element, and CSS colours.
+"""SVG style: what attributes, CSS style sheets and style="" set for every element, and CSS colours.
 
-    styles = Styles(source, root)                      # source: names and warnings, see svg_document.Source
+    styles = Styles(source, root)                      # source: names and warnings, see source.Source
     styles.of(element)                                 # {property: value} that the element sets itself
 
-Read as browsers do: CSS Cascading 4, Selectors 4, Color 4, Custom Properties 1, by tinycss2 and cssselect2. What is
-invalid is dropped with a warning, so that the earlier or inherited declaration holds.
+Follows CSS Cascading 4, Selectors 4, Color 4 and Custom Properties 1, with tinycss2 and cssselect2. Invalid
+declarations are dropped with a warning, so that the earlier or inherited one applies.
 """
 import functools
 import math
@@ -18,30 +18,30 @@ from svg.outline import DIGITS, UNITS, SVGError, css_transform, length, origin
 
 MAX_DEPTH = 200                       # of blocks in each other
 MAX_CSS, MAX_RULES, MAX_STEPS = 8 << 20, 1000, 10_000_000       # characters, selectors, steps of matching
-MAX_INVOLVED = 30_000                 # different values that need a parser, about 0.1 ms each
+MAX_INVOLVED = 30_000                 # distinct values that need a parser, about 0.1 ms each
 SIMPLE = re.compile(r"[\w\s.,#%+-]*|rgb\([0-9\s,]*\)|url\(#[\w-]*\)")
 MAX_VALUE = 10_000                    # characters of a value after var() has been replaced
 
-INHERITED = {                         # properties that elements pass on, with their initial values
+INHERITED = {                         # inherited properties, with their initial values
     "fill": "black", "fill-opacity": "1", "fill-rule": "nonzero", "stroke": "none", "stroke-width": "1",
     "stroke-opacity": "1", "stroke-linecap": "butt", "stroke-linejoin": "miter", "stroke-miterlimit": "4",
     "stroke-dasharray": "none", "stroke-dashoffset": "0", "clip-rule": "nonzero", "color": "black",
     "visibility": "visible", "paint-order": "normal", "font-size": "16", "marker-start": "none", "marker-mid": "none",
     "marker-end": "none", "color-interpolation": "srgb"}
-OWN = {                               # and those that they do not
+OWN = {                               # properties that are not inherited, with their initial values
     "opacity": "1", "clip-path": "none", "display": "inline", "mask": "none", "filter": "none",
     "mix-blend-mode": "normal", "stop-color": "black", "stop-opacity": "1", "overflow": "hidden",
     "mask-type": "luminance", "transform-origin": "0 0", "transform-box": "view-box", "vector-effect": "none"}
-# properties that change the picture and are not drawn here, unless they say so with one of these values
+# unsupported properties that change the picture, with the values that have no effect
 REFUSED = dict.fromkeys(("filter", "backdrop-filter", "mask-image", "offset-path", "translate", "rotate", "scale",
                          "perspective"), {"none"})
 REFUSED |= {"mix-blend-mode": {"normal"}, "zoom": {"normal", "1", "100%"}}
-# older names of properties, of the same meaning (Compatibility Standard, 3.1)
+# legacy names of properties (Compatibility Standard, 3.1)
 ALIASES = {"-webkit-" + name: name for name in ("transform", "transform-origin", "filter", "clip-path", "mask",
                                                 "mask-image", "opacity")}
-KEYWORDS = {"inherit", "initial", "unset", "revert", "revert-layer"}      # a value of every property
+KEYWORDS = {"inherit", "initial", "unset", "revert", "revert-layer"}      # values of every property
 URL = r"url\(([^)]*)\)"
-CHOICES = {                           # the values of properties that are one word
+CHOICES = {                           # the values of properties that take one keyword
     "fill-rule": {"nonzero", "evenodd"}, "clip-rule": {"nonzero", "evenodd"},
     "stroke-linecap": {"butt", "round", "square"}, "stroke-linejoin": {"miter", "round", "bevel"},
     "visibility": {"visible", "hidden", "collapse"}, "overflow": {"visible", "hidden", "scroll", "auto", "clip"},
@@ -49,28 +49,29 @@ CHOICES = {                           # the values of properties that are one wo
                                                            "non-rotation", "fixed-position"},
     "transform-box": {"view-box", "fill-box", "stroke-box", "content-box", "border-box"}}
 COLOURS = {"fill", "stroke", "color", "stop-color"}
-WIDE = re.compile(r"\bcolor\((?!\s*srgb)", re.I)      # a colour of a space that need not fit into sRGB
-SIZES = {"x", "y", "cx", "cy", "r", "rx", "ry", "width", "height"}        # geometry that style sheets can set
+WIDE = re.compile(r"\bcolor\((?!\s*srgb)", re.I)      # a colour that may lie outside of sRGB
+SIZES = {"x", "y", "cx", "cy", "r", "rx", "ry", "width", "height"}        # geometry properties of CSS
 POSITIVE = {"r", "rx", "ry", "width", "height", "stroke-width", "stroke-miterlimit", "stroke-dasharray", "font-size"}
 FONT_SIZES = {"xx-small": 9, "x-small": 10, "small": 13, "medium": 16, "large": 18, "x-large": 24, "xx-large": 32,
               "xxx-large": 48}
 MARKERS = ("marker-start", "marker-mid", "marker-end")
+MASK_FRAME = {"x": "-10%", "y": "-10%", "width": "120%", "height": "120%"}        # the default region of a mask
 STILL = "is left out: what is drawn is a still picture"
-NO_NUMBER = float("nan")              # what `length` is told to return for what it cannot read
+NO_NUMBER = float("nan")              # the default of `length` for unreadable text
 # media queries that hold for a still picture on a light sRGB screen, and some that do not
 MEDIA = {"", "all", "screen", "only all", "only screen", "not print", "(prefers-color-scheme: light)",
          "(prefers-reduced-motion: no-preference)", "(color-gamut: srgb)", "(color)"}
 NO_MEDIA = {"print", "only print", "not all", "not screen", "speech", "(prefers-color-scheme: dark)",
             "(prefers-reduced-motion: reduce)", "(prefers-reduced-motion)", "(prefers-contrast: more)",
             "(forced-colors: active)", "(color-gamut: p3)", "(color-gamut: rec2020)", "(monochrome)"}
-# rules of style sheets that change no still picture without text
+# at-rules without effect on a still picture without text
 HARMLESS = re.compile("(font-.*|(-.*-)?keyframes|page|charset|counter-style|namespace|view-transition)$")
 
 
-# To linear sRGB: from XYZ, by its white point, and from the linear values of other spaces (CSS Color 4, section 10).
+# To linear sRGB from XYZ, by white point, and from the linear values of other spaces (CSS Color 4, section 10)
 FROM_D65 = ((3.2409699, -1.5373832, -0.4986108), (-0.9692436, 1.8759675, 0.0415551), (0.0556301, -0.203977, 1.0569715))
 FROM_D50 = ((3.1341359, -1.617386, -0.4906622), (-0.9787954, 1.9162544, 0.0334427), (0.0719554, -0.2289768, 1.4053861))
-SPACES = {                            # the matrix, and what makes a value in [0, 1] linear
+SPACES = {                            # the matrix, and the transfer function to linear values
     "srgb-linear": (((1, 0, 0), (0, 1, 0), (0, 0, 1)), lambda v: v),
     "display-p3": (((1.2249402, -0.2249402, 0), (-0.042057, 1.042057, 0), (-0.0196376, -0.078636, 1.0982736)),
                    lambda v: v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4),
@@ -83,8 +84,8 @@ SPACES = {                            # the matrix, and what makes a value in [0
 
 
 def to_srgb(linear, matrix):
-    """Three linear values -> (r, g, b), with sRGB's gamma."""
-    linear = [sum(m * c for m, c in zip(row, linear)) for row in matrix]
+    """Three linear values -> (r, g, b) in sRGB."""
+    linear = [sum(m * c for m, c in zip(row, linear, strict=True)) for row in matrix]
     return tuple(12.92 * c if c <= 0.0031308 else 1.055 * c ** (1 / 2.4) - 0.055 for c in linear)
 
 
@@ -94,11 +95,11 @@ PLAIN_HEX = re.compile("#([0-9a-f]{2})([0-9a-f]{2})([0-9a-f]{2})", re.I)
 
 @functools.lru_cache(4096)
 def colour(text):
-    """CSS colour (Color 4, and light-dark(), by day) -> (r, g, b, a) in [0, 1], or None.
+    """CSS colour (Color 4, and the light value of light-dark()) -> (r, g, b, a) in [0, 1], or None.
 
-    What lies outside of sRGB is cut off, as browsers do.
+    Colours outside of sRGB are clipped, as in browsers.
     """
-    if match := PLAIN_RGB.fullmatch(text):        # files hold thousands of these
+    if match := PLAIN_RGB.fullmatch(text):        # a shortcut: files contain thousands of these
         return (*(min(int(part) / 255, 1.0) for part in match.groups()), 1.0)
     if match := PLAIN_HEX.fullmatch(text):
         return (*(int(part, 16) / 255 for part in match.groups()), 1.0)
@@ -136,7 +137,7 @@ PLAIN = re.compile(r"\s*([a-zA-Z][\w-]*)\s*:((?:[\w\s.,#%+-]|\b(?:rgba?|hsla?|ro
 
 def declarations(css):
     """Text or tokens such as 'fill: red; stroke: none !important' -> [(property, value, important)]."""
-    if isinstance(css, str):              # files hold style attributes by the thousand, nearly all of them plain
+    if isinstance(css, str):              # a shortcut: files contain thousands of style attributes, most of them plain
         found = [PLAIN.fullmatch(part) for part in css.split(";") if part.strip()]
         if all(found):
             return [(match[1].lower(), match[2].strip(), False) for match in found]
@@ -147,7 +148,7 @@ def declarations(css):
 
 
 def font_size(text, parent):
-    """Pixels of a font-size; parent: of the element around, in pixels. NaN if it is none."""
+    """A font-size in pixels; parent: that of the parent element. NaN if it is invalid."""
     text = text.lower()
     if text in ("smaller", "larger"):
         return parent * (1.2 if text == "larger" else 1 / 1.2)
@@ -155,7 +156,7 @@ def font_size(text, parent):
 
 
 def calculated(tokens):
-    """Value of calc()'s tokens as (number, unit), the unit "", "px" or "%"; None where it is anything else."""
+    """The value of calc()'s tokens as (number, unit), the unit being "", "px" or "%"; otherwise None."""
     tokens = [token for token in tokens if token.type not in ("whitespace", "comment")]
 
     def operand():
@@ -190,7 +191,7 @@ def calculated(tokens):
 
 
 def supports_holds(tokens, depth=0):
-    """Whether the condition of @supports holds: every declaration that this file could read counts as supported."""
+    """Whether the condition of @supports holds: every readable declaration counts as supported."""
     tokens = [token for token in tokens if token.type not in ("whitespace", "comment")]
     if not tokens or depth > MAX_DEPTH:
         return False
@@ -211,7 +212,7 @@ def supports_holds(tokens, depth=0):
 
 
 def readable(name, value, authored):
-    """Whether a value is one of the property; authored: in CSS, where lengths need their unit."""
+    """Whether a value is valid for the property; authored: in CSS, where lengths need a unit."""
     text = value.lower()
     if text in KEYWORDS or "var(" in text or name.startswith("--"):
         return True
@@ -248,13 +249,13 @@ def readable(name, value, authored):
 
 
 def path_data(text):
-    """Path data of the CSS value path("..."); None if it is none."""
+    """Path data of the CSS value path("..."); None for other values."""
     match = re.fullmatch(r"""path\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""", text, re.I)
     return match and (match[1] if match[1] is not None else match[2])
 
 
 def media_holds(queries):
-    """Whether one of the comma-separated media queries holds; None where that is not known here."""
+    """Whether one of the comma-separated media queries holds; None if that is unknown."""
     found = []
     for query in queries.lower().split(","):
         parts = [re.sub(r"\s*:\s*", ": ", " ".join(part.split())) for part in re.split(r"\band\b", query)]
@@ -263,21 +264,21 @@ def media_holds(queries):
 
 
 class Sheets:
-    """The rules of all style sheets that hold, those of the blocks @media, @supports and @layer among them."""
+    """The rules of all style sheets that apply, including those in @media, @supports and @layer blocks."""
 
     def __init__(self, source):
-        self.source, self.layers = source, {}     # path of a cascade layer's names -> its rank
+        self.source, self.layers = source, {}     # names of a cascade layer from the outermost -> its rank
 
     def holds(self, queries):
-        """Whether media queries hold; those that are not known here do not, with a warning."""
+        """Whether media queries hold; unknown ones do not, with a warning."""
         if (holds := media_holds(queries)) is None:
             self.source.not_understood("the media query", queries.strip())
         return bool(holds)
 
     def layer(self, path):
-        """A key that orders cascade layers, the weakest first (CSS Cascading 5, 6.4.4): a tuple.
+        """A tuple that sorts cascade layers from the weakest (CSS Cascading 5, 6.4.4).
 
-        They are ranked by their first mention; what is in no inner layer is stronger than those.
+        Layers are ranked by their first mention; rules outside of inner layers are stronger than those inside.
         """
         for k in range(len(path)):
             self.layers.setdefault(path[:k + 1], len(self.layers))
@@ -286,14 +287,14 @@ class Sheets:
         return (*(self.layers[path[:k + 1]] for k in range(len(path))), math.inf)
 
     def rules(self, rules, inside=(), depth=0):
-        """(layer, rule) of every rule; inside: the names of the layers around."""
+        """(layer, rule) of every rule; inside: the names of the enclosing layers."""
         for rule in rules:
             if rule.type == "qualified-rule":
                 yield self.layer(inside), rule
             if rule.type != "at-rule" or depth > MAX_DEPTH:
                 continue
             name, prelude, path = rule.lower_at_keyword, tinycss2.serialize(rule.prelude).strip(), inside
-            if name == "layer":           # without a name it is a new one
+            if name == "layer":           # one without a name is a new layer
                 for names in [part.strip().split(".") for part in prelude.split(",")] if prelude else [[id(rule)]]:
                     path = (*inside, *names[:MAX_DEPTH])
                     self.layer(path)
@@ -307,7 +308,7 @@ class Sheets:
 
 
 class Steps:
-    """Counts the steps of matching: combinators can need as many as the depth to the power of their number."""
+    """Counts the steps of matching: combinators can need as many as depth to the power of their number."""
 
     def __init__(self):
         self.left = MAX_STEPS
@@ -319,7 +320,7 @@ class Steps:
 
 
 class Siblings(list):
-    """Children of an element; walking over them is counted."""
+    """The children of an element; iteration is counted."""
 
     def __init__(self, elements, steps):
         super().__init__(elements)
@@ -337,14 +338,14 @@ class Siblings(list):
 
 
 class Node(cssselect2.ElementWrapper):
-    """An element as selectors see it. Names here have prefixes instead of namespaces, so only local names count."""
+    """An element as selectors see it. Names have prefixes instead of namespaces, so only local names are compared."""
 
     namespace_url = ""
 
     def __init__(self, element, parent, *args, **options):
         super().__init__(element, parent, *args, **options)
         self.steps = parent.steps if parent else Steps()
-        self.steps.take(10)               # about what making a node costs
+        self.steps.take(10)               # the approximate cost of a node
 
     @functools.cached_property
     def local_name(self):
@@ -354,7 +355,7 @@ class Node(cssselect2.ElementWrapper):
     def etree_children(self):
         return Siblings((e for e in self.etree_element if isinstance(e.tag, str)), self.steps)
 
-    # The library's own two recurse and keep a tuple for every element.
+    # The library's own versions of these two recurse and keep a tuple for every element.
 
     @property
     def ancestors(self):
@@ -387,8 +388,8 @@ class Styles:
         self.source, self.parsed, self.read = source, {}, 0
         self.parents = {child: parent for parent in root.iter() for child in parent}
         self.cascaded, self.resolved, self.variables = {}, {}, {}
-        self.scoped, self.looked = set(), 0       # custom properties of elements below the root; steps to find them
-        self.involved = set()             # what is not SIMPLE
+        self.scoped, self.looked = set(), 0       # custom properties set below the root; steps to find them
+        self.involved = set()             # values that are not SIMPLE
         self.rules, self.important = 0, False     # selectors in all sheets; whether a sheet says !important
         matcher, sheets = Matcher(), Sheets(source)
         for element in root.iter():
@@ -412,7 +413,7 @@ class Styles:
         for layer, rule in sheets.rules(sheet):
             try:
                 selectors = cssselect2.compile_selector_list(rule.prelude)
-            # the library turns selectors into Python, which limits how deep they may be nested
+            # the library compiles selectors to Python, which limits their nesting
             except (cssselect2.SelectorError, SyntaxError, MemoryError, RecursionError, NotImplementedError):
                 self.source.not_understood("the CSS selector", tinycss2.serialize(rule.prelude[:40]).strip())
                 continue
@@ -428,7 +429,7 @@ class Styles:
                     matcher.add_selector(selector, (layer, body))
 
     def involve(self, text):
-        """Count a piece of CSS that takes time to read."""
+        """Count CSS that takes time to parse."""
         self.involved.add(text)
         if len(self.involved) > MAX_INVOLVED:
             raise SVGError(f"more than {MAX_INVOLVED} different values of style that are no plain words or numbers")
@@ -444,7 +445,7 @@ class Styles:
         return self.parsed[text]
 
     def understood(self, name, value, authored):
-        """The value to use; None, with a warning, for what is none: the declaration then counts as not written."""
+        """The value to use; None, with a warning, if it is invalid: the declaration is ignored."""
         text = value
         if not SIMPLE.fullmatch(value):
             self.involve(value)
@@ -458,9 +459,9 @@ class Styles:
         return None
 
     def blocks(self, element):
-        """The blocks of declarations for an element, weakest first: (block, whether it is CSS, which are meant) each.
+        """The blocks of declarations for an element, weakest first: (block, whether it is CSS, importance) each.
 
-        Attributes are overruled by sheets, these by style="", and all by what is !important, where weaker layers win.
+        Sheets overrule attributes, style="" overrules sheets, and !important overrules all, with layers in reverse.
         """
         sheets, inline = self.matched.get(element, ()), self.inline(element)
         yield [(k, v.strip(), False) for k, v in element.attrib.items() if k in INHERITED or k in OWN], False, False
@@ -470,7 +471,7 @@ class Styles:
             yield inline, True, important
 
     def cascade(self, element):
-        """{property: winning value}."""
+        """{property: winning value} of an element."""
         if element not in self.cascaded:
             found = {}
             for block, authored, important in self.blocks(element):
@@ -490,7 +491,7 @@ class Styles:
         return self.cascaded[element]
 
     def variable(self, element, name):
-        """Value of a custom property, var() in it replaced; None if there is none or it depends on itself."""
+        """The value of a custom property with var() replaced; None if it is not set or depends on itself."""
         while element is not None and name not in self.cascade(element):
             element = self.parents.get(element)
             self.looked += 1
@@ -499,7 +500,7 @@ class Styles:
         if element is None:
             return None
         if (element, name) not in self.variables:
-            self.variables[element, name] = None      # while it is being replaced: a circle
+            self.variables[element, name] = None      # found while it is being replaced: a cycle
             value = self.cascade(element)[name]
             if value.lower() == "initial":
                 value = None
@@ -511,7 +512,7 @@ class Styles:
         return self.variables[element, name]
 
     def replaced(self, element, tokens):
-        """Text of a value with var() and calc() replaced, by an element's custom properties; None if it is invalid."""
+        """A value with var() and calc() replaced, by an element's custom properties; None if it is invalid."""
         parts = []
         for token in tokens:
             kind = token.lower_name if token.type == "function" else token.type
@@ -542,7 +543,7 @@ class Styles:
         return any(self.variable(element, name) != self.variable(other, name) for name in sorted(self.scoped))
 
     def computed(self, element, name):
-        """Value of an inherited property, as it comes down from the elements around; without that of `use`."""
+        """The value of an inherited property, by the element's ancestors in the file, not by `use`."""
         while element is not None:
             if name in self.of(element):
                 return self.of(element)[name]
@@ -550,7 +551,7 @@ class Styles:
         return INHERITED[name]
 
     def of(self, element):
-        """{property: value} the element sets itself; what it only inherits as every element does is left out."""
+        """{property: value} that the element sets itself; inherited values are left out."""
         if element not in self.resolved:
             own = {}
             for name, value in self.cascade(element).items():
@@ -571,11 +572,10 @@ class Styles:
         return self.resolved[element]
 
     def inherit(self, style, element):
-        """style {property: (value, element that set it)} as the element passes it on; font-size in pixels."""
+        """The style {property: (value, element that set it)} for the element and its children; font-size in pixels."""
         passed = {name: (value, element) for name, value in self.of(element).items() if name in INHERITED}
         if not passed:
             return style
         if "font-size" in passed:
             passed["font-size"] = str(font_size(passed["font-size"][0], float(style["font-size"][0]))), element
         return {**style, **passed}
-MASK_FRAME = {"x": "-10%", "y": "-10%", "width": "120%", "height": "120%"}        # what a mask lets through at most

@@ -1,4 +1,4 @@
-"""svg_raster.SVG under an edit: smooth fields in the picture, smooth joints, what stays opaque, what may change."""
+"""svg_raster.SVG under an edit: smooth fields in the picture, smooth joints, opaque shapes, what may change."""
 import numpy as np
 import pytest
 import torch
@@ -14,7 +14,7 @@ CIRCLES = ('<circle id="a" cx="8" cy="8" r="4" fill="#c33"/><g id="g" transform=
 
 
 def steps(svg, count=20, sigma=4.0, shared=True):
-    """Adam steps along gradients that know nothing of each other."""
+    """Adam steps along random gradients."""
     adam, generator = SteadyAdam(svg.param_groups(0.5, 0.05, shared=shared)), torch.Generator().manual_seed(0)
     for _ in range(count):
         adam.fields = svg.fields(sigma) if sigma else {}
@@ -22,6 +22,22 @@ def steps(svg, count=20, sigma=4.0, shared=True):
             p.grad = torch.randn(p.shape, generator=generator)
         adam.step()
         svg.project_()
+
+
+@pytest.mark.parametrize("body", ['<path d="M0 0H9V9Z"/>', '<polygon points="1 1 9 9 3 8"/>', "<g/>"])
+@pytest.mark.parametrize("view", ["0 0 32 32", "0 0 0 0"])
+def test_a_drawing_without_curves_has_no_smooth_joints(load_svg, body, view):
+    svg = load_svg(body, f'viewBox="{view}"')
+    svg.restrict()
+    if svg.param_groups():
+        steps(svg, 2)
+    assert len(svg.constraints.joints[0]) == 0 and torch.isfinite(svg.render()).all()
+
+
+def test_colour_parameters_say_what_is_seen_not_where(load_svg):
+    svg = load_svg(CIRCLES)
+    others = {name for name, p in svg.named_parameters() if not any(p is q for q in svg.colour_parameters())}
+    assert others == {"points", "stroke_widths", "stop_offsets"}
 
 
 def test_all_shapes_move_by_one_field_in_the_picture(load_svg):
@@ -90,7 +106,8 @@ def test_only_the_named_elements_change(load_svg, tmp_path):
 
 
 def test_what_a_use_draws_belongs_to_it(load_svg):
-    svg = load_svg('<defs><circle id="c" cx="8" cy="8" r="4"/></defs><use id="u" href="#c"/><rect width="3" height="3"/>')
+    svg = load_svg('<defs><circle id="c" cx="8" cy="8" r="4"/></defs><use id="u" href="#c"/>'
+                   '<rect width="3" height="3"/>')
     svg.restrict(only=["u"])
     steps(svg)
     changed = (svg.points != svg.loaded["points"]).any(1)
