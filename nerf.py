@@ -488,6 +488,9 @@ class NeRF(SampledField):
 
     # ---- the fit
 
+    # Samples of a batch in occupied cells and shaded, to which its number of rays adapts; rays at first and at most.
+    BATCH, BATCH_GPU = (2 ** 16, 2 ** 13, 512, 8192), (2 ** 20, 2 ** 18, 4096, 2 ** 17)
+
     @staticmethod
     def sizes(device):
         """Default levels, table and width for a device, a dict."""
@@ -516,15 +519,13 @@ class NeRF(SampledField):
             FloatingPointError: the loss is not finite.
         """
         device = torch.device(device)
-        cpu = device.type == "cpu"
         sizes = cls.sizes(device) | sizes
         checks = {"nerf": dictionary, "rays": lambda value: count(value) and 0 < value <= 2 ** 17, "drawn": count}
         course = Course(scene, sizes, checks, seconds, steps, checkpoint, device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             nerf = cls(scene, **sizes).to(device)
-        # The number of rays in a batch adapts to these numbers of samples, in occupied cells and shaded.
-        marched, kept, rays, most = (2 ** 16, 2 ** 13, 512, 8192) if cpu else (2 ** 20, 2 ** 18, 4096, 2 ** 17)
+        marched, kept, rays, most = cls.BATCH if device.type == "cpu" else cls.BATCH_GPU
         drawn = 0
         if course.saved:
             restore(nerf, course.saved["nerf"], course.checkpoint)

@@ -393,6 +393,8 @@ class Splats(Representation):
 
     # ---- the fit
 
+    DENSIFY = 100  # steps from one densification to the next
+
     @staticmethod
     def sizes(device):
         """Default count, limit and degree for a device, a dict."""
@@ -482,7 +484,7 @@ class Splats(Representation):
             half = uv.new_tensor([[view.camera.width], [view.camera.height]]) / 2
             pull = (uv.grad * half).norm(dim=0)  # in half pictures, whatever their size
             moved += torch.stack((pull, (pull > 0).float()))
-            if (step + 1) % 100 == 0:
+            if (step + 1) % cls.DENSIFY == 0:
                 moved = parallel.summed(moved)
                 splats._densify(optimiser, moved[0] / moved[1].clamp_min(1), sizes["limit"],
                                 0.15 if course.share(step + 1) < 0.6 else 0, parallel.shared(generator, seed + step))

@@ -319,7 +319,7 @@ def lens_of(path, shot, own, shape):
             *(get.get(k, 0.0) for k in ("k1", "k2", "k3", "k4", "p1", "p2")))
     if not all(map(math.isfinite, lens)) or min(lens[:2]) <= 0:
         raise SceneError(f"{who} has a focal length or another intrinsic that is not finite and positive")
-    for f, c, side in zip(lens, lens[2:4], (shape[1], shape[0]), strict=True):
+    for f, c, side in zip(lens[:2], lens[2:4], (shape[1], shape[0]), strict=True):
         if not 0.01 < f / side < 1000:
             raise SceneError(f"{who} has a focal length of {f / side:g} times its picture's side")
         if not -1 <= c / side <= 2:

@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from conftest import nerf_scene, outputs
+from PIL import Image
 
 import run
 from loop.fit import kept_in
@@ -79,7 +79,7 @@ def test_gaussians_are_edited_without_photographs(ball, edit, tmp_path):
     again, before = tmp_path / "out" / "result.ply", outputs(tmp_path / "out")
     code, told = edit("--splats", again, "--up", "z")
     assert code == 2 and outputs(tmp_path / "out") == before
-    one_error(told, f"{again}: the run would write over it: choose another --out")
+    one_error(told, f"{again}: the run would overwrite it: choose another --out")
 
 
 @pytest.mark.parametrize("flags", [["--splats"], ["--scene"], ["--mode", "splat", "--fitted"],
@@ -111,11 +111,11 @@ def test_a_trained_model_is_measured(ball, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--mode", "nerf", "--splats", "a.ply"], "a.ply: --mode splat edits a .ply or .splat, --mode nerf a .safetensors"),
+    (["--mode", "nerf", "--splats", "a.ply"], "--splats: only with --mode splat"),
     (["--mode", "splat", "--fitted", "a.safetensors", "--scene", "."], "--mode nerf a .safetensors"),
-    (["--fitted", "a.safetensors"], "a.safetensors: also say --scene DIR, the photographs that it was fitted to"),
+    (["--fitted", "a.safetensors"], "a.safetensors: also give --scene DIR, the photographs that it was fitted to"),
     (["--mode", "nerf", "--scene", "a.splat"], "a.splat: --mode splat edits a .ply or .splat"),
-    (["--mode", "svg", "--splats", "a.ply"], "--fitted: only with --mode nerf and splat"),
+    (["--mode", "svg", "--splats", "a.ply"], "--splats: only with --mode splat"),
     (["--mode", "image", "--images", "b"], "--images: only with --mode nerf and splat"),
     (["--mode", "nerf", "--up", "z"], "--up: only with --mode splat")])
 def test_options_that_do_not_belong_together(flags, message, capsys):
@@ -133,7 +133,7 @@ def test_a_model_that_is_missing_or_damaged(ball, edit, tmp_path):
     (tmp_path / "cut.ply").write_bytes(file.read_bytes()[:-7])
     code, told = edit("--splats", tmp_path / "cut.ply")
     assert code == 2
-    one_error(told, "cut.ply: is cut short")
+    one_error(told, "cut.ply: is truncated")
 
 
 # ---- the user's files ---------------------------------------------------------------------------------

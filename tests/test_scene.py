@@ -8,11 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import nerf_pose as sphere_pose
+from conftest import nerf_scene
 from PIL import Image
-from conftest import nerf_pose as sphere_pose, nerf_scene
 from torch.testing import assert_close
 
-from loop.fit import Fit
+from files.checkpoint import CheckpointError
+from loop.fit import Course
 from scene.box import contract, uncontract, visual_hull
 from scene.cameras import Camera, directions, input_path, sides, turntable
 from scene.captures import SceneError
@@ -141,7 +143,7 @@ def opencv(rows):
     (nerf_broken(lambda f: nerf_matrix(f, [[1, 0], [0, 1]])), "frame 1 has no 4 x 4 transform_matrix"),
     (nerf_broken(lambda f: nerf_matrix(f, "no")), "frame 1 has no 4 x 4 transform_matrix"),
     (nerf_broken(lambda f: f.pop("camera_angle_x")), "frame 0 has no focal length"),
-    (nerf_broken(lambda f: f.update(fl_x="wide")), "frame 0 has an intrinsic that is no number"),
+    (nerf_broken(lambda f: f.update(fl_x="wide")), "frame 0 has an intrinsic that is not a number"),
     (nerf_broken(lambda f: f.update(fl_x=-3)), "not finite and positive"),
     (nerf_broken(lambda f: f.update(w=10, h=90)), "frame 0 is 24 x 24 pixels, the file says 10 x 90"),
     (nerf_broken(lambda f: f.update(camera_model="OPENCV_FISHEYE")), "camera model OPENCV_FISHEYE is not supported"),
@@ -151,15 +153,19 @@ def opencv(rows):
     (nerf_broken(lambda f: nerf_matrix(f, nerf_pose(10 ** 400))), "frame 1 is not finite, or larger"),
     (nerf_broken(lambda f: nerf_matrix(f, nerf_pose(True))), "frame 1 has no 4 x 4 transform_matrix"),
     (nerf_broken(lambda f: nerf_matrix(f, nerf_pose("4"))), "frame 1 has no 4 x 4 transform_matrix"),
-    (nerf_broken(lambda f: nerf_matrix(f, [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, 4], [0, 0, 0, 1]])), "frame 1 is no rotation"),
-    (nerf_broken(lambda f: nerf_matrix(f, [[1, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 1, 4], [0, 0, 0, 1]])), "no rotation"),
-    (nerf_broken(lambda f: nerf_matrix(f, [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 4, 1]])), "its last row must be"),
+    (nerf_broken(lambda f: nerf_matrix(f, [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, 4], [0, 0, 0, 1]])),
+     "frame 1 is not a rotation"),
+    (nerf_broken(lambda f: nerf_matrix(f, [[1, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 1, 4], [0, 0, 0, 1]])),
+     "not a rotation"),
+    (nerf_broken(lambda f: nerf_matrix(f, [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 4, 1]])),
+     "its last row must be"),
     (lambda p: (nerf_broken(lambda f: f.update(fl_x=2e4))(p), moved(p, (300.0, 0, 0))), "move the origin of the poses"),
-    (nerf_broken(lambda f: f.update(fl_x=True)), "frame 0 has an intrinsic that is no number, fl_x"),
-    (nerf_broken(lambda f: f.update(cx="12")), "frame 0 has an intrinsic that is no number, cx"),
+    (nerf_broken(lambda f: f.update(fl_x=True)), "frame 0 has an intrinsic that is not a number, fl_x"),
+    (nerf_broken(lambda f: f.update(cx="12")), "frame 0 has an intrinsic that is not a number, cx"),
     (nerf_broken(lambda f: f.update(fl_x=10 ** 400)), "not finite and positive, or too large, fl_x"),
     (nerf_broken(lambda f: f.update(fl_x=1e5)), "a focal length of 4166.67 times its picture's side"),
-    (nerf_broken(lambda f: f.update(cx=1e30)), "too large, cx"), (nerf_broken(lambda f: f.update(cy=500)), "optical axis"),
+    (nerf_broken(lambda f: f.update(cx=1e30)), "too large, cx"),
+    (nerf_broken(lambda f: f.update(cy=500)), "optical axis"),
     (nerf_broken(lambda f: f.update(x_fov=180)), "an angle of view of 180 degrees, x_fov"),
     (nerf_broken(lambda f: f.update(x_fov=400.0)), "an angle of view of 400 degrees, x_fov"),
     (nerf_broken(lambda f: f.update(camera_angle_x=0)), "an angle of view of 0 degrees, camera_angle_x"),
@@ -168,25 +174,29 @@ def opencv(rows):
     (nerf_broken(lambda f: f["frames"][2].update(is_fisheye=True)), "a fisheye camera is not supported, undistort"),
     (nerf_broken(lambda f: f["frames"][2].update(camera_model="FISHEYE624")), "camera model FISHEYE624 is not"),
     (nerf_broken(lambda f: f.update(mask_path="masks/0.png")), "the mask of frame 0, "),
-    (nerf_broken(lambda f: f["frames"][1].update(mask_path=3)), "the mask_path of frame 1 is no name of a picture"),
+    (nerf_broken(lambda f: f["frames"][1].update(mask_path=3)),
+     "the mask_path of frame 1 is not the name of a picture"),
     (nerf_broken(lambda f: f.update(mask_path="mask.png"), black=True), "its masks leave no pixel, e.g. "),
-    (nerf_broken(lambda f: f.update(mask_path="mask.png"), shape=(24, 30)), "mask.png: a mask of 24 x 30 pixels, its"),
-    (nerf_broken(lambda f: f.update(ply_file_path=["a"])), "its ply_file_path is no name of a file"),
-    (nerf_broken(lambda f: f.update(ply_file_path="transforms.json")), "transforms.json: no .ply: it has no header"),
-    (nerf_broken(lambda f: f.update(train_filenames="train/0.png")), "train_filenames is no list of names"),
+    (nerf_broken(lambda f: f.update(mask_path="mask.png"), shape=(24, 30)),
+     "mask.png: a mask of 24 x 30 pixels for a picture of"),
+    (nerf_broken(lambda f: f.update(ply_file_path=["a"])), "its ply_file_path is not the name of a file"),
+    (nerf_broken(lambda f: f.update(ply_file_path="transforms.json")), "transforms.json: not a .ply: it has no header"),
+    (nerf_broken(lambda f: f.update(train_filenames="train/0.png")), "train_filenames is not a list of names"),
     (nerf_broken(lambda f: f.update(test_filenames=["train/0.png", "train/9.png"])),
-     "1 of its test_filenames are no frames, e.g. 'train/9.png'"),
-    (nerf_broken(lambda f: f.update(test_filenames=[x["file_path"] for x in f["frames"]])), "none of its frames is left"),
+     "1 of its test_filenames are not frames, e.g. 'train/9.png'"),
+    (nerf_broken(lambda f: f.update(test_filenames=[x["file_path"] for x in f["frames"]])), "leave no frame to fit"),
     (nerf_broken(lambda f: [nerf_matrix(f, opencv(x["transform_matrix"]), x) for x in f["frames"]]),
      "its cameras look away from the object: if they should look at it, the poses have OpenCV's axes"),
     (nerf_broken(lambda f: f.update(aabb_scale=math.nan)), "aabb_scale is no number between"),
     (nerf_broken(lambda f: f.update(aabb_scale=-4)), "aabb_scale is no number between"),
     (nerf_broken(lambda f: f.update(aabb_scale=1e308)), "aabb_scale is no number between"),
     *((nerf_broken(lambda f, name=name: f["frames"][1].update(file_path=name)), message) for name, message in (
-        ("train", "the file_path of frame 1, 'train', is no picture"), ("/", "the file_path of frame 1, '/', is no picture"),
-        ("", "the file_path of frame 1, '', is no picture"), ("a" * 5000 + ".png", "File name too long"),
-        ("a\0b.png", "is no picture"))),
-    (lambda p: [Image.new("1", (6000, 6000)).save(p / "train" / f"{i}.png") for i in range(4)], "0.png: no readable picture: it has 6000 x 6000"),
+        ("train", "the file_path of frame 1, 'train', is not a picture"),
+        ("/", "the file_path of frame 1, '/', is not a picture"),
+        ("", "the file_path of frame 1, '', is not a picture"), ("a" * 5000 + ".png", "File name too long"),
+        ("a\0b.png", "is not a picture"))),
+    (lambda p: Image.new("1", (6000, 6000)).save(p / "train" / "0.png"),
+     "0.png: no readable picture: it has 6000 x 6000"),
     (lambda p: (p / "transforms.json").write_text("[]"), "transforms.json: no readable JSON: it holds a list"),
     (lambda p: (p / "transforms.json").write_text("[" * 10 ** 5), "transforms.json: no readable JSON"),
     (lambda p: (p / "transforms.json").write_text("{ nonsense"), "transforms.json: no readable JSON"),
@@ -267,7 +277,8 @@ def test_the_hull_is_that_of_max_pooling(nerf_sphere):
         u, v = cx + fx * p[0] / depth, cy - fy * p[1] / depth
         inside = (p[2] < 0) & (u > 0) & (u < view.camera.width) & (v > 0) & (v < view.camera.height)
         radius = math.ceil(fx * half / cells * 3 ** 0.5 / depth[inside & alive].min().item())
-        shown = torch.nn.functional.max_pool2d((view.pixels[None, None, ..., 3] > 0).float(), 2 * radius + 1, 1, radius)[0, 0]
+        shown = (view.pixels[None, None, ..., 3] > 0).float()
+        shown = torch.nn.functional.max_pool2d(shown, 2 * radius + 1, 1, radius)[0, 0]
         alive[inside] &= shown[v[inside].long(), u[inside].long()] > 0
     seen, hull = visual_hull(views, centre, half, 1, cells)
     assert torch.equal(hull, alive & seen) and 0 < hull.sum() < seen.sum()
@@ -344,7 +355,7 @@ def test_splits_by_name(tmp_path, lists, train, test):
 def test_a_view_that_is_fitted_is_not_held_out(tmp_path):
     names = [f"train/{i}.png" for i in range(5)]
     folder = nerf_scene(tmp_path, views=5, split=False, train_filenames=names[:4], test_filenames=names[3:])
-    with pytest.warns(UserWarning, match="1 frames stand in train_filenames and among those held out: they are fitted"):
+    with pytest.warns(UserWarning, match="1 frames are both in train_filenames and held out: they are fitted"):
         scene = load_scene(folder)
     assert [v.name for v in scene.test] == names[4:]
 
@@ -370,7 +381,7 @@ def test_reduced_pictures_of_a_transforms_file(tmp_path):
     (folder / "train").rename(folder / "train_4")
     for i in range(4):
         Image.open(folder / "train_4" / f"{i}.png").reduce(4).save(folder / "train_4" / f"{i}.png")
-    with pytest.raises(SceneError, match="none of its 4 pictures is there.*they are in train_4: say --images train_4"):
+    with pytest.raises(SceneError, match="none of its 4 pictures is there.*they are in train_4: use --images train_4"):
         load_scene(folder)
     scene = load_scene(folder, images="train_4")
     assert scene.train[0].camera.lens[:4] == (7.5, 7.5, 3, 3) and scene.train[0].pixels.shape == (6, 6, 4)
@@ -403,7 +414,7 @@ def moved(folder, shift, axes=None):
     file = json.loads((folder / "transforms.json").read_text())
     for frame in file["frames"]:
         rows = frame["transform_matrix"] = (axes or list)(frame["transform_matrix"])
-        for row, by in zip(rows, shift):
+        for row, by in zip(rows[:3], shift, strict=True):
             row[3] += by
     (folder / "transforms.json").write_text(json.dumps(file))
     return folder
@@ -417,7 +428,7 @@ def test_coordinates_of_a_map(tmp_path):
     scene = load_scene(moved(nerf_scene(tmp_path / "map", views=9, split=False, alpha=False), utm))
     away = torch.tensor(scene.origin, dtype=torch.float64) - torch.tensor(utm, dtype=torch.float64)
     assert away.norm() < 4  # the middle of the cameras
-    for ours, other in zip(scene.train, plain.train):
+    for ours, other in zip(scene.train, plain.train, strict=True):
         assert_close(ours.camera.pose[:, :3], other.camera.pose[:, :3])
         assert_close(ours.camera.pose[:, 3].double() + away, other.camera.pose[:, 3].double(), atol=2e-6, rtol=0)
     assert_close(scene.centre.double() + away, plain.centre.double(), atol=1e-5, rtol=0)
@@ -426,7 +437,7 @@ def test_coordinates_of_a_map(tmp_path):
     again = load_scene(tmp_path / "out")
     file = json.loads((tmp_path / "map" / "transforms.json").read_text())
     written = json.loads((tmp_path / "out" / "transforms.json").read_text())
-    for ours, theirs in zip(written["frames"], file["frames"][1:]):
+    for ours, theirs in zip(written["frames"], file["frames"][1:8], strict=True):
         assert_close(torch.tensor(ours["transform_matrix"], dtype=torch.float64),
                      torch.tensor(theirs["transform_matrix"], dtype=torch.float64), atol=2e-6, rtol=0)
     shift = torch.tensor(again.origin, dtype=torch.float64) - torch.tensor(scene.origin, dtype=torch.float64)
@@ -465,7 +476,7 @@ def write_cloud(path, points, colours=None, ascii=True):
     head = ["ply", f"format {'ascii' if ascii else 'binary_little_endian'} 1.0", "comment a cloud",
             f"element vertex {len(points)}"]
     head += [*(f"property {'double' if n in 'xyz' else 'uint8'} {n}" for n in names), "end_header"]
-    rows = points.tolist() if colours is None else [[*p, *c] for p, c in zip(points.tolist(), colours.tolist())]
+    rows = (points if colours is None else np.concatenate((points, colours), 1).astype(object)).tolist()
     text = "".join(" ".join(map(str, row)) + "\n" for row in rows)
     body = text.encode() if ascii else np.asarray(points, "<f8").tobytes()
     path.write_bytes("\n".join([*head, ""]).encode() + body)
@@ -491,14 +502,14 @@ def test_the_cloud_of_a_transforms_file(tmp_path):
     assert_close(old.points, scene.points) and old.colours is None and old.fingerprint != scene.fingerprint
     nerf_broken(lambda f: f.pop("applied_transform"))(folder)
     write_cloud(folder / "pc.ply", points + [0, 0, 500])
-    with pytest.warns(UserWarning, match="pc.ply: the cameras see 0% of its points, so these lie elsewhere"):
+    with pytest.warns(UserWarning, match="pc.ply: the cameras see 0% of its points, which must be in other"):
         assert load_scene(folder).points is None
     (folder / "pc.ply").rename(folder / "other.ply")
-    with pytest.warns(UserWarning, match="its ply_file_path, .*pc.ply, is missing: it is read without points"):
+    with pytest.warns(UserWarning, match="its ply_file_path, .*pc.ply, is missing: reading the scene without points"):
         assert load_scene(folder).points is None and folder / "pc.ply" not in scene_files(folder)
     (folder / "other.ply").rename(folder / "pc.ply")
     for matrix in ("x", [[1, 2]], [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, math.nan, 0]]):
-        nerf_broken(lambda f: f.update(applied_transform=matrix))(folder)
+        nerf_broken(lambda f, matrix=matrix: f.update(applied_transform=matrix))(folder)
         with pytest.raises(SceneError, match="its applied_transform is no 3 x 4 matrix of numbers"):
             load_scene(folder)
 
@@ -594,9 +605,9 @@ def test_turntable_input_path_and_export(ball, tmp_path):
 
 # ---- the course of a fit ------------------------------------------------------------------------------
 
-def course(scene, **options):
-    """A Fit of one number, which each step lowers by Adam."""
-    fit = Fit(scene, {}, **options)
+def course(scene, checks=None, **options):
+    """A fit of one number, which each step lowers by Adam: its Course, the number, its steps."""
+    fit = Course(scene, {}, checks or {}, **options)
     number = torch.nn.Parameter(torch.ones(()))
     return fit, number, fit.run(torch.optim.Adam([number]), torch.Generator(), lambda: {"number": number}, False)
 
@@ -622,18 +633,18 @@ def test_a_loss_that_is_not_finite_ends_the_fit(nerf_sphere, tmp_path):
 def test_a_checkpoint_of_something_else_is_refused(nerf_sphere, tmp_path):
     fit, _, steps = course(nerf_sphere, steps=2, checkpoint=tmp_path / "fit.pt")
     assert list(steps) == [0, 1] and [p.name for p in tmp_path.iterdir()] == ["fit.pt"]
-    again, _, steps = course(nerf_sphere, steps=5, checkpoint=tmp_path / "fit.pt", names=("number",))
+    again, _, steps = course(nerf_sphere, {"number": torch.is_tensor}, steps=5, checkpoint=tmp_path / "fit.pt")
     assert list(steps) == [2, 3, 4] and again.step == 5
-    with pytest.raises(SceneError, match="fit.pt: no readable checkpoint of a fit: 'nerf'"):
-        course(nerf_sphere, checkpoint=tmp_path / "fit.pt", names=("nerf",))
+    with pytest.raises(CheckpointError, match="fit.pt: no readable checkpoint of a fit: 'nerf'"):
+        course(nerf_sphere, {"nerf": torch.is_tensor}, checkpoint=tmp_path / "fit.pt")
     whole = torch.load(tmp_path / "fit.pt", weights_only=True)
     for key, value in {"step": -1, "spent": math.nan, "sizes": [], "optimiser": 3, "generator": torch.zeros(3)}.items():
         torch.save(whole | {key: value}, tmp_path / "fit.pt")
-        with pytest.raises(SceneError, match=f"fit.pt: no readable checkpoint of a fit: '{key}' is wrong; delete it"):
+        with pytest.raises(CheckpointError, match=f"fit.pt: no readable checkpoint of a fit: '{key}' is wrong; delete"):
             course(nerf_sphere, checkpoint=tmp_path / "fit.pt")
     for contents in ([], {}, 3):
         torch.save(contents, tmp_path / "fit.pt")
-        with pytest.raises(SceneError, match="fit.pt: no readable checkpoint of a fit: .*; delete it to start anew"):
+        with pytest.raises(CheckpointError, match="fit.pt: no readable checkpoint of a fit: .*; delete it"):
             course(nerf_sphere, checkpoint=tmp_path / "fit.pt")
 
 
