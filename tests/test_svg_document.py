@@ -568,8 +568,8 @@ def test_degenerate_file_renders_clean(load_svg, tmp_path, body):
 
 
 def test_a_stroke_a_million_pixels_wide_is_drawn(load_svg):
-    svg = load_svg('<path d="M0 0C9 9 20 9 32 30" stroke="red" stroke-width="9e5" stroke-linejoin="round"/>')
-    assert (svg.render(size=128)[0, 1] == 0).all()
+    svg = load_svg('<path d="M-50 0C9 9 20 9 82 30" stroke="red" stroke-width="9e5" stroke-linejoin="round"/>')
+    assert svg.render(size=128)[0, 1].max() < 1e-5
 
 
 def test_too_many_layers_are_refused_before_they_are_drawn(load_svg, monkeypatch):
