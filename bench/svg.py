@@ -141,15 +141,15 @@ GRADIENT_CASES = {                        # on a 32 px canvas
 }
 
 
-def gradient_errors(body, size=32, step=1e-5):
-    """{parameter: (cosine, relative error)} of the gradient against central differences, in float64."""
-    svg = load(drawing_text(body), size=size).double()
-    weights = torch.randn(3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def gradient_pairs(svg, step=1e-5):
+    """{parameter: (gradient, the same by central differences)} of a random weighting of the picture, in float64."""
+    svg = svg.double()
+    weights = torch.randn(3, svg.size, svg.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def loss():
         return (svg.render()[0] * weights).sum()
     loss().backward()
-    errors = {}
+    pairs = {}
     for name, p in svg.named_parameters():
         flat, numeric = p.detach().view(-1), torch.zeros(p.numel(), dtype=torch.float64)
         with torch.no_grad():
@@ -160,9 +160,8 @@ def gradient_errors(body, size=32, step=1e-5):
                 numeric[i] = (up - loss()) / (2 * step)
                 flat[i] = value
         if p.numel():
-            exact = p.grad.view(-1)
-            errors[name] = (cosine_of(exact, numeric), float((exact - numeric).norm() / numeric.norm()))
-    return errors
+            pairs[name] = p.grad.view(-1), numeric
+    return pairs
 
 
 def cosine_of(a, b):
@@ -173,7 +172,8 @@ def gradients(args):
     rows = []
     for name, body in GRADIENT_CASES.items():
         bound = 0.999 if name.startswith("stroke") else 0.9999
-        for parameter, (cosine, error) in gradient_errors(body).items():
+        for parameter, (exact, numeric) in gradient_pairs(load(drawing_text(body), size=32)).items():
+            cosine, error = cosine_of(exact, numeric), float((exact - numeric).norm() / numeric.norm())
             rows.append((f"{name}: {parameter}", f"{cosine:.6f} {error:.1e}", f">= {bound}, 0.01",
                          cosine >= bound and error <= 0.01))
     return table("cosine and relative error against finite differences, float64", rows)
