@@ -1,15 +1,14 @@
-"""Damaged scenes, COLMAP's models, files of Gaussians, pictures, checkpoints, settings: read, or refused in one line.
+"""Damaged scenes, COLMAP models, files of Gaussians, pictures, checkpoints, settings: read, or refused in one line.
 
-Structure-aware and seeded: a sound input is made, and one or two of its parts are replaced by values that fit there and
-mean nothing. A case fails where an error of any other kind comes out, a message of two lines or without the file's name,
-a result that is not finite, more than SECONDS or more than MEGABYTES.
+A case is a dict of sound files, of which one or two are spoiled: a value in them is replaced by one of the right kind
+that makes no sense, or their bytes are damaged. A case fails on any other error, a message of two lines or without the
+file's name, a result that is not finite, more than SECONDS or more than MEGABYTES.
 """
 import copy
 import io
 import json
 import math
 import random
-import re
 import shutil
 import signal
 import struct
@@ -18,12 +17,14 @@ import time
 import traceback
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, features
+from PIL import Image
 
 from bench.edits import read_row
 from bench.measure import memory_status
@@ -31,6 +32,7 @@ from edit import edit
 from files.checkpoint import read_checkpoint
 from files.pictures import read_picture
 from files.reading import read_json
+from image.picture import Picture
 from nerf import NeRF
 from pipelines.captions import read_captions
 from pipelines.settings import read_defaults
@@ -40,13 +42,14 @@ from splat import Splats
 
 SECONDS, MEGABYTES = 5, 1000
 COUNTS = {"scenes": 500, "colmap": 300, "ply": 300, "pictures": 300, "settings": 200}
-EVIL = (None, True, False, "", "x", "12", "/", "..", "a\nb", "y" * 5000, "\0", [], {}, [1], math.nan, math.inf, -math.inf, -1,
-        0, 1, 2, 0.5, -0.5, 1e-308, 1e-9, 1e3, 1e6, 1e10, -1e10, 1e30, -1e30, 1e38, 1e308, -1e308, 10 ** 400, 2 ** 63, 180,
-        179.999, 360, 3.2, math.pi, 800.0)
+GONE = object()  # takes a value out
+EVIL = (None, True, False, "", "x", "12", "/", "..", "a\nb", "y" * 5000, "\0", [], {}, [1], math.nan, math.inf,
+        -math.inf, -1, 0, 1, 2, 0.5, -0.5, 1e-308, 1e-9, 1e3, 1e6, 1e10, -1e10, 1e30, -1e30, 1e38, 1e308, -1e308,
+        10 ** 400, 2 ** 63, 180, 179.999, 360, 3.2, math.pi, 800.0)
 
 
 def scenes(args):
-    """Run all cases, print how they ended, and return how many failed."""
+    """Run args.share of all cases, print how they ended, and return how many failed."""
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         for kind, number in COUNTS.items():
@@ -66,32 +69,26 @@ def scenes(args):
 
 
 def run_case(kind, case, seed, folder):
-    """How a case ended ("read", "refused", or what went wrong), its seconds, and the MB that it needed more."""
+    """How a case ended ("read", "refused", or what went wrong), its seconds, and the MB by which memory grew."""
     rng, place = random.Random(f"{kind} {case} {seed}"), Path(folder) / "case"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    call = MAKE[kind](rng, place)
+    files, call = CASES[kind](rng, place)
+    spoil(rng, files, place)
 
     def stop(*_):
-        raise TimeoutError("it hangs")
+        raise TimeoutError
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(4 * SECONDS)
-    restart_peak()
-    memory, started, end = memory_status("VmRSS"), time.process_time(), "read"
+    try:  # Linux alone can reset the peak of memory
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+    memory, started = memory_status("VmRSS"), time.process_time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            call()
-    except TimeoutError:
-        end = "it hangs"
-    except (ValueError, OSError) as e:
-        end = "refused"
-        if "\n" in str(e) or str(place) not in str(e) or type(e) in (ValueError, OSError) and ": " not in str(e):
-            end = f"a poor message: {type(e).__name__}: {e}"
-    except FloatingPointError as e:
-        end = f"a result that is not finite: {e}"
-    except Exception as e:
-        end = f"{type(e).__name__}: {str(e)[:200]} at {traceback.extract_tb(e.__traceback__)[-1]}"
+            end = ending(call, place)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -103,114 +100,157 @@ def run_case(kind, case, seed, folder):
     return end, seconds, memory
 
 
-def restart_peak():
-    """Reset the peak of memory, where Linux allows it."""
+def ending(call, place):
+    """How a call ended; it may return a tensor, which must be finite."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
+        result = call()
+        finite = not isinstance(result, torch.Tensor) or torch.isfinite(result).all()
+        return "read" if finite else "a result that is not finite"
+    except TimeoutError:
+        return "it hangs"
+    except (ValueError, OSError) as e:
+        poor = "\n" in str(e) or str(place) not in str(e) or type(e) in (ValueError, OSError) and ": " not in str(e)
+        return f"a poor message: {type(e).__name__}: {e}" if poor else "refused"
+    except Exception as e:
+        return f"{type(e).__name__}: {str(e)[:200]} at {traceback.extract_tb(e.__traceback__)[-1]}"
 
 
-# ---- scenes -------------------------------------------------------------------------------------------
+# ---- the mutator --------------------------------------------------------------------------------------
 
-def write_scene(folder, alpha=True, views=5, size=16, **keys):
-    """A ball seen from `views` sides."""
-    y, x = np.mgrid[:size, :size] + 0.5 - size / 2
-    inside = x ** 2 + y ** 2 < (size / 4) ** 2
-    frames = []
-    for i in range(views):
-        pixels = np.zeros((size, size, 4), np.uint8)
-        pixels[..., i % 3], pixels[..., 3] = 200, inside * 255 if alpha else 255
-        picture = Image.fromarray(pixels)
-        (picture if alpha else picture.convert("RGB")).save(folder / f"{i}.png")
-        a = 2 * math.pi * i / views
-        pose = [[math.cos(a), 0, math.sin(a), 4 * math.sin(a)], [0, 1, 0, 0], [-math.sin(a), 0, math.cos(a), 4 * math.cos(a)],
-                [0, 0, 0, 1]]
-        frames.append({"file_path": f"{i}.png", "transform_matrix": pose})
-    file = {"camera_angle_x": 0.9, "w": size, "h": size, "frames": frames} | keys
-    (folder / "transforms.json").write_text(json.dumps(file))
-    return file
+def any_value(key, old):
+    """What may replace a value of a JSON file: lists of choices, of which one list is drawn first."""
+    number = isinstance(old, (int, float)) and not isinstance(old, bool)
+    return [(GONE, *EVIL)] + ([[old * factor for factor in (-1, 1e-4, 0.1, 0.9, 1.1, 30, 1e5)]] if number else [])
 
 
-def places(value, path=()):
-    """Paths to all values inside of nested lists and dicts."""
-    found = [path] if path else []
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        found += places(inner, (*path, key))
-    return found
+def as_bytes(value):
+    """A value as JSON; bytes as they are."""
+    return value if isinstance(value, bytes) else json.dumps(value).encode()
 
 
-def put(value, path, new):
-    """Put `new` at a path, and take it out where new is `put`."""
-    for key in path[:-1]:
-        value = value[key]
-    if new is put:
-        del value[path[-1]]
-    else:
-        value[path[-1]] = new
+class File(NamedTuple):
+    """A sound file: bytes, or a value of nested lists and dicts and how it is encoded.
+
+    evil: a function as any_value; weight: how often this file is the spoiled one; damage: how often its bytes are
+    damaged instead of its values.
+    """
+    value: object
+    encode: Callable = as_bytes
+    evil: Callable = any_value
+    weight: float = 1
+    damage: float = 0.1
 
 
-def broken(rng, value):
-    """A copy with one or two values replaced or left out."""
+def spoil(rng, files, place):
+    """Write files {path relative to `place`: File}, one of them spoiled."""
+    spoiled = rng.choices(list(files), [file.weight for file in files.values()])[0]
+    for name, file in files.items():
+        bytewise = isinstance(file.value, bytes) or rng.random() < file.damage
+        data = file.encode(mutated(rng, file.value, file.evil) if name == spoiled and not bytewise else file.value)
+        data = damaged(rng, data) if name == spoiled and bytewise else data
+        if data is not None:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(data)
+
+
+def mutated(rng, value, evil):
+    """A copy with one or two values replaced or taken out. Every level is walked down at random, so that a key beside
+    a long list is hit as often as all of the list."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 2))):
-        there = places(value)
-        kind = rng.random()  # a matrix has most of the values, and most of what is put there is no rotation
-        few = [path for path in there if kind < 0.5 and len(path) < 4 or 0.5 <= kind < 0.8 and len(path) == 5 and path[4] == 3]
-        there = few or there
-        if there:
-            path, old = rng.choice(there), value
-            for key in path:
-                old = old[key]
-            number = isinstance(old, (int, float)) and not isinstance(old, bool) and rng.random() < 0.5
-            put(value, path, old * rng.choice((-1, 1e-4, 0.1, 0.9, 1.1, 30, 1e5)) if number else rng.choice((put, *EVIL)))
+        inner, at, key = [value], 0, None
+        while isinstance(inner[at], (list, dict)) and inner[at] and (key is None or rng.random() < 0.9):
+            inner = inner[at]
+            at = rng.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+            key = at if isinstance(at, str) else key or ""
+        new = rng.choice(rng.choice(evil(key, inner[at])))
+        if new is not GONE:
+            inner[at] = new
+        elif key is not None:
+            del inner[at]
     return value
 
 
 def damaged(rng, data):
-    """Bytes that are cut short, or have a few others in their place."""
-    data = bytearray(data or b" ")
-    if rng.random() < 0.4:
+    """Bytes cut short, partly overwritten, doubled or replaced; None: no file at all."""
+    kind, data = rng.random(), bytearray(data or b" ")
+    if kind < 0.05:
+        return rng.choice((None, b"", b"\xff" * 64, bytes(data) * 2))
+    if kind < 0.4:
         return bytes(data[:rng.randrange(len(data))])
     for _ in range(rng.randrange(1, 12)):
         data[rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(64, len(data)))] = rng.randrange(256)
     return bytes(data)
 
 
-def make_scene(rng, place):
-    folder = place / "scene"
-    folder.mkdir()
-    extra = dict(aabb_scale=4, fl_x=16.0, fl_y=16.0, cx=8.0, cy=8.0, k1=0.01, k2=0.0, p1=0.0, camera_angle_y=0.9, x_fov=50.0)
-    file = write_scene(folder, rng.random() < 0.6, rng.choice((1, 2, 5)), **{
-        key: value for key, value in extra.items() if rng.random() < 0.3})
+def rows_of(value):
+    """A value as a list of lists, whatever was put in it."""
+    return [row if isinstance(row, list) else [row] for row in value] if isinstance(value, list) else []
+
+
+def as_text(rows, end="\n"):
+    return "".join(" ".join(map(str, row)) + end for row in rows_of(rows)).encode(errors="surrogatepass")
+
+
+def packed(form, row, order="<"):
+    """Numbers as struct writes them, all bits set where one does not fit; "s": a name that ends with a zero."""
+    data = b""
+    for kind, value in zip(form, row, strict=False):
+        try:
+            data += f"{value}\0".encode() if kind == "s" else struct.pack(order + kind, value)
+        except (struct.error, OverflowError):
+            data += b"\xff" * struct.calcsize(order + kind)
+    return data
+
+
+# ---- scenes -------------------------------------------------------------------------------------------
+
+def png(picture):
+    whole = io.BytesIO()
+    picture.save(whole, "PNG")
+    return whole.getvalue()
+
+
+def ball_scene(alpha=True, views=5, size=16, **keys):
+    """A ball seen from `views` sides: {path: File} of its pictures and its transforms.json."""
+    y, x = np.mgrid[:size, :size] + 0.5 - size / 2
+    files, frames = {}, []
+    for i in range(views):
+        pixels, a = np.zeros((size, size, 4), np.uint8), 2 * math.pi * i / views
+        pixels[..., i % 3], pixels[..., 3] = 200, (x ** 2 + y ** 2 < (size / 4) ** 2) * 255 if alpha else 255
+        files[f"{i}.png"] = File(png(Image.fromarray(pixels).convert("RGBA" if alpha else "RGB")), weight=1 / views)
+        frames.append({"file_path": f"{i}.png", "transform_matrix": [
+            [math.cos(a), 0, math.sin(a), 4 * math.sin(a)], [0, 1, 0, 0],
+            [-math.sin(a), 0, math.cos(a), 4 * math.cos(a)], [0, 0, 0, 1]]})
+    return files | {"transforms.json": File({"camera_angle_x": 0.9, "w": size, "h": size, "frames": frames} | keys,
+                                            weight=6)}
+
+
+def write_scene(folder, **options):
+    """Write a sound ball_scene."""
+    for name, file in ball_scene(**options).items():
+        (folder / name).write_bytes(as_bytes(file.value))
+
+
+def scene_case(rng, place):
+    extra = dict(aabb_scale=4, fl_x=16.0, fl_y=16.0, cx=8.0, cy=8.0, k1=0.01, k2=0.0, p1=0.0, camera_angle_y=0.9,
+                 x_fov=50.0, applied_transform=[[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0]])
+    files = ball_scene(rng.random() < 0.6, rng.choice((1, 2, 5)), **{
+        key: rng.choice(EVIL) if rng.random() < 0.04 else value for key, value in extra.items() if rng.random() < 0.3})
+    file = files["transforms.json"].value
     if rng.random() < 0.3:
         file["ply_file_path"], points = "cloud.ply", cloud_of(rng)
-        head = ["ply", "format ascii 1.0", f"element vertex {len(points)}", *(f"property float {axis}" for axis in "xyz")]
-        cloud = "\n".join([*head, "end_header", *(" ".join(map(str, point)) for point in points), ""]).encode()
-        (folder / "cloud.ply").write_bytes(damaged(rng, cloud) if rng.random() < 0.5 else cloud)
-    if rng.random() < 0.2:
-        file["applied_transform"] = [[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0]]
+        head = ["ply", "format ascii 1.0", f"element vertex {len(points)}", *(f"property float {a}" for a in "xyz")]
+        files["cloud.ply"] = File(as_text([*head, "end_header", *points]), weight=3)
     if rng.random() < 0.2:
         file[rng.choice(("train_filenames", "val_filenames", "test_filenames"))] = ["0.png"]
     if rng.random() < 0.3:
         file["frames"][0]["mask_path"] = "mask.png"
-        Image.linear_gradient("L").resize(rng.choice(((16, 16), (8, 8), (16, 5)))).save(folder / "mask.png")
-    (folder / "transforms.json").write_text(json.dumps(file))
-    kind = rng.random()
-    if kind < 0.75:  # several keys of a lens at the same time, too
-        file = broken(rng, file | {key: rng.choice(EVIL) for key in extra if rng.random() < 0.05})
-        (folder / "transforms.json").write_text(json.dumps(file))
-    elif kind < 0.85:
-        (folder / "transforms.json").write_bytes(damaged(rng, (folder / "transforms.json").read_bytes()))
-    else:
-        name = f"{rng.randrange(len(file['frames']))}.png"
-        if rng.random() < 0.5:
-            size = rng.choice(((1, 1), (16, 2000), (9000, 9000), (1, 60000), (3000, 3000), (16, 15)))
-            Image.new(rng.choice(("L", "RGB", "RGBA", "P", "1", "I;16")), size).save(folder / name)
-        else:
-            (folder / name).write_bytes(damaged(rng, (folder / name).read_bytes()))
-
-    return fitting(rng, folder)
+        files["mask.png"] = File(png(Image.linear_gradient("L").resize(rng.choice(((16, 16), (8, 8), (16, 5))))))
+    if rng.random() < 0.1:  # another picture than its neighbours
+        size = rng.choice(((1, 1), (16, 2000), (9000, 9000), (1, 60000), (3000, 3000), (16, 15)))
+        files["0.png"] = File(png(Image.new(rng.choice(("L", "RGB", "RGBA", "P", "1", "I;16")), size)))
+    return files, fitting(rng, place)
 
 
 def cloud_of(rng):
@@ -218,122 +258,80 @@ def cloud_of(rng):
 
 
 def fitting(rng, folder):
-    """A call that reads the scene in a folder, fits it for a step or two and looks at it."""
+    """A call that reads the scene in a folder, fits it for a step or two, and renders it."""
+    nerf = rng.random() < 0.5
+
     def call():
         scene = load_scene(folder)
-        if rng.random() < 0.5:
-            representation = NeRF.fit(scene, steps=2, progress=False, levels=2, table=2 ** 10, width=8)
-        else:
-            representation = Splats.fit(scene, steps=1, progress=False, count=40, limit=60, degree=1)
-        with torch.no_grad():
-            if not torch.isfinite(representation.render(0, 8)).all():
-                raise FloatingPointError("the render")
+        return looked_at(NeRF.fit(scene, steps=2, progress=False, levels=2, table=2 ** 10, width=8) if nerf else
+                         Splats.fit(scene, steps=1, progress=False, count=40, limit=60, degree=1))
     return call
+
+
+@torch.no_grad()
+def looked_at(representation):
+    return representation.render(0, 8)
 
 
 # ---- models of COLMAP ---------------------------------------------------------------------------------
 
-def make_colmap(rng, place):
-    folder, views = place / "scene", rng.choice((1, 2, 5))
-    (folder / "images").mkdir(parents=True)
-    write_scene(folder, rng.random() < 0.3, views)
-    (folder / "transforms.json").unlink()
-    for picture in folder.glob("*.png"):
-        picture.rename(folder / "images" / picture.name)
-    turns = [math.pi * i / views for i in range(views)]  # half of them, of cameras around the y axis
-    rows = {  # of every record: the format of its numbers, and those
-        "cameras": [["IiQQ4d", 1, 1, 16, 16, 16.0, 16.0, 8.0, 8.0]],
-        "images": [["I7dIs", i + 1, 0.0, -math.cos(a), 0.0, math.sin(a), 0.0, 0.0, 4.0, 1, f"{i}.png"]
-                   for i, a in enumerate(turns)],
-        "points3D": [["Q3d3Bd", i, *point, 200, 90, 30, 0.5] for i, point in enumerate(cloud_of(rng))]}
-    text, kind = rng.random() < 0.5, rng.random()
-    for _ in range(rng.choice((0, 1, 1, 2))):
-        part = rng.choice([part for part in ("cameras", "images", "images", "points3D") if rows[part]])
-        row = rng.choice(rows[part])
-        numbers = [x for x in EVIL if isinstance(x, (int, float)) and not x > 2 ** 64]
-        row[rng.randrange(1, len(row))] = rng.choice(EVIL if text else numbers)
-    model = folder / rng.choice(("sparse/0", "sparse", "colmap/sparse/0"))
-    model.mkdir(parents=True)
-    written = {part: text_records(part, found) if text else binary_records(rng, part, found) for part, found in rows.items()}
-    if kind < 0.5:
-        part = rng.choice(list(written))
-        written[part] = damaged(rng, written[part]) if kind < 0.4 else rng.choice((b"", b"\xff" * 64, written[part] * 2))
-    for part, data in written.items():
-        if rng.random() > 0.02:
-            (model / f"{part}.{'txt' if text else 'bin'}").write_bytes(data)
-    return fitting(rng, folder)
+# of every record: the numbers, and what follows them as text and as bytes
+RECORDS = {"cameras": ("IiQQdddd", "", b""),
+           "images": ("IdddddddIs", "\n1.5 2.5 -1", packed("Qddq", (1, 1.5, 2.5, -1))),
+           "points3D": ("QdddBBBd", "1 2 2 3 3 4", packed("QIIIIII", (3, 1, 2, 2, 3, 3, 4)))}
 
 
-def text_records(part, rows):
-    more = {"cameras": "", "images": "\n1.5 2.5 -1", "points3D": " 1 2 2 3 3 4"}[part]
-    model = lambda row: [row[0], "PINHOLE" if row[1] == 1 else row[1], *row[2:]] if part == "cameras" else row
-    return "".join(" ".join(map(str, model(row[1:]))) + more + "\n" for row in rows).encode(errors="surrogatepass")
-
-
-def binary_records(rng, part, rows):
-    track = struct.pack("<Q6I", 3, 1, 2, 2, 3, 3, 4)
-    more = {"cameras": b"", "images": struct.pack("<Qddq", 1, 1.5, 2.5, -1), "points3D": track}
-    count = len(rows) if rng.random() > 0.05 else rng.choice((0, len(rows) + 1, 2 ** 40, 2 ** 64 - 1))
-    return struct.pack("<Q", count) + b"".join(record(row) + more[part] for row in rows)
-
-
-def record(row):
-    """Numbers as a format says; what does not fit into their bytes is cut to them, and a name ends with a zero."""
-    data, forms = b"", [(form[-1], int(form[:-1] or 1)) for form in re.findall(r"\d*[a-zA-Z]", row[0])]
-    for form, value in zip((form for form, count in forms for _ in range(count)), row[1:]):
-        if form == "s":
-            data += str(value).encode() + b"\0"
-        elif form == "d":
-            data += struct.pack("<d", value)
-        else:
-            whole = int(value) if math.isfinite(value) else 2 ** 31
-            data += (whole % 256 ** struct.calcsize("<" + form)).to_bytes(struct.calcsize("<" + form), "little")
-    return data
+def colmap_case(rng, place):
+    views, text = rng.choice((1, 2, 5)), rng.random() < 0.5
+    files = {f"images/{name}": file for name, file in ball_scene(rng.random() < 0.3, views).items() if ".png" in name}
+    turns = [math.pi * i / views for i in range(views)]  # half the turn of a camera around the y axis
+    rows = {"cameras": [[1, "PINHOLE" if text else 1, 16, 16, 16.0, 16.0, 8.0, 8.0]],
+            "images": [[i + 1, 0.0, -math.cos(a), 0.0, math.sin(a), 0.0, 0.0, 4.0, 1, f"{i}.png"]
+                       for i, a in enumerate(turns)],
+            "points3D": [[i, *point, 200, 90, 30, 0.5] for i, point in enumerate(cloud_of(rng))]}
+    numbers = [x for x in (*EVIL, 2 ** 40, 2 ** 64 - 1) if isinstance(x, (int, float))]
+    model = rng.choice(("sparse/0", "sparse", "colmap/sparse/0"))
+    for part, (form, words, more) in RECORDS.items():
+        def encode(value, form=form, words=words, more=more):
+            found = rows_of(value.get("rows"))
+            if text:
+                return as_text([[*row, words] for row in found])
+            return packed("Q", [value.get("count")]) + b"".join(packed(form, row) + more for row in found)
+        files[f"{model}/{part}.{'txt' if text else 'bin'}"] = File(
+            {"rows": rows[part]} | ({} if text else {"count": len(rows[part])}), encode,
+            lambda key, old: [EVIL if text else numbers, (GONE,)], 3, 0.3)
+    return files, fitting(rng, place)
 
 
 # ---- files of Gaussians -------------------------------------------------------------------------------
 
-def make_ply(rng, place):
-    ball, file = place / "ball", place / rng.choice(("a.ply", "a.ply", "a.ply", "a.splat"))
-    ball.mkdir()
-    write_scene(ball)
-    scene = load_scene(ball)
-    degree = rng.choice((0, 1, 3))
-    splats = Splats.start(scene, 20, degree, torch.Generator().manual_seed(0))
-    splats.save(file)
-    data = file.read_bytes()
-    if file.suffix == ".ply":
-        head, body = data.split(b"end_header\n")
-        table, lines = np.frombuffer(body, "<f4").reshape(20, -1).copy(), head.decode().splitlines()
-        if rng.random() < 0.5:
-            evil = np.array([x for x in EVIL if isinstance(x, float)] + [20, 39, 89, 4e8])
-            for _ in range(rng.randrange(1, 4)):
-                with np.errstate(over="ignore"):
-                    table[rng.randrange(20), rng.randrange(table.shape[1])] = rng.choice(evil)
-        else:
-            at = rng.randrange(len(lines))
-            words = ("element vertex 0", f"element vertex {10 ** rng.randrange(1, 30)}", "element vertex -3", "element face 2",
-                     "property list uchar int x", "property float x", "property double opacity", "property", "element", "", "é",
-                     "format ascii 1.0", "format binary_big_endian 1.0", "comment " + "z" * 5000, lines[rng.randrange(len(lines))])
-            lines[at] = rng.choice(words) if rng.random() < 0.7 else lines[at][::-1]
-        layout, end = rng.choice(("little", "big", "ascii")), rng.choice(("\n", "\r\n"))
-        if layout != "little":
-            name = "ascii" if layout == "ascii" else "binary_big_endian"
-            lines = [line.replace("binary_little_endian", name) for line in lines]
-        body = table.astype("<f4" if layout == "little" else ">f4").tobytes()
-        if layout == "ascii":
-            body = "\n".join(" ".join(map(str, row)) for row in table).encode()
-        data = end.join([*lines, "end_header", ""]).encode() + body
-    if rng.random() < 0.3:
-        data = damaged(rng, data)
-    file.write_bytes(data)
+LINES = ("element vertex 0", "element vertex -3", "element face 2", "property list uchar int x", "property float x",
+         "property double opacity", "property", "element", "", "é", "format ascii 1.0", "format binary_big_endian 1.0",
+         "comment " + "z" * 5000, *(f"element vertex {10 ** digits}" for digits in (1, 2, 5, 9, 15, 29)))
 
-    def call():
-        loaded = Splats.load(file, scene)
-        with torch.no_grad():
-            if not torch.isfinite(loaded.render(0, 8)).all():
-                raise FloatingPointError("the render")
-    return call
+
+def ply_case(rng, place):
+    write_scene(place)
+    scene, name = load_scene(place), rng.choice(("a.ply", "a.ply", "a.ply", "a.splat"))
+    Splats.start(scene, 20, rng.choice((0, 1, 3)), torch.Generator().manual_seed(0)).save(place / name)
+    data = (place / name).read_bytes()
+    if name == "a.splat":
+        return {name: File(data)}, lambda: looked_at(Splats.load(place / name, scene))
+    head, body = data.split(b"end_header\n")
+    form, order = rng.choice((("binary_little_endian", "<"), ("binary_big_endian", ">"), ("ascii", "")))
+    head, end = head.decode().replace("binary_little_endian", form).splitlines(), rng.choice(("\n", "\r\n"))
+    table = np.frombuffer(body, "<f4").reshape(20, -1).tolist()
+
+    def encode(value):
+        rows = rows_of(value.get("table"))
+        body = b"".join(packed("f" * len(row), row, order) for row in rows) if order else as_text(rows)
+        return as_text([*rows_of(value.get("head")), ["end_header"]], end) + body
+
+    def evil(key, old):
+        floats = [x for x in EVIL if isinstance(x, float)] + [20.0, 39.0, 89.0, 4e8]
+        return [(*LINES, *head, str(old)[::-1], GONE)] if key == "head" else [floats]
+    return {name: File({"head": head, "table": table}, encode, evil, damage=0.3)}, lambda: looked_at(
+        Splats.load(place / name, scene))
 
 
 # ---- pictures -----------------------------------------------------------------------------------------
@@ -341,15 +339,14 @@ def make_ply(rng, place):
 FORMATS = {"PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), "JPEG": ("L", "RGB", "CMYK"), "GIF": ("L", "P", "RGB"),
            "TIFF": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"), "WEBP": ("RGB", "RGBA"),
            "BMP": ("1", "L", "P", "RGB", "RGBA"), "PPM": ("1", "L", "RGB", "I", "F"), "ICO": ("RGBA", "RGB"),
-           "TGA": ("L", "RGB", "RGBA"), "PCX": ("L", "RGB", "P"), "SGI": ("L", "RGB", "RGBA"), "IM": ("L", "RGB", "F", "I;16"),
-           "DDS": ("RGB", "RGBA"), "ICNS": ("RGBA",), "JPEG2000": ("L", "RGB", "RGBA"), "AVIF": ("RGB", "RGBA"),
-           "SPIDER": ("F",), "MSP": ("1",), "XBM": ("1",), "QOI": ("RGB", "RGBA")}
+           "TGA": ("L", "RGB", "RGBA"), "PCX": ("L", "RGB", "P"), "SGI": ("L", "RGB", "RGBA"),
+           "IM": ("L", "RGB", "F", "I;16"), "DDS": ("RGB", "RGBA"), "ICNS": ("RGBA",), "JPEG2000": ("L", "RGB", "RGBA"),
+           "AVIF": ("RGB", "RGBA"), "SPIDER": ("F",), "MSP": ("1",), "XBM": ("1",), "QOI": ("RGB", "RGBA")}
+SIDES = (0, 1, 16, 30000, 2 ** 20, 2 ** 31 - 1)
 
 
-def make_picture(rng, place):
+def picture_case(rng, place):
     kind, file = rng.choice(sorted(FORMATS)), place / "picture.png"
-    if kind == "AVIF" and not features.check("avif") or kind == "JPEG2000" and not features.check("jpg_2000"):
-        kind = "PNG"
     mode, size = rng.choice(FORMATS[kind]), rng.choice(((16, 12), (64, 64), (1, 40), (16, 16)))
     values = np.random.default_rng(rng.randrange(99)).integers(0, 255, (size[1], size[0], 4)).astype(np.uint8)
     if mode in ("F", "I", "I;16"):
@@ -358,154 +355,130 @@ def make_picture(rng, place):
             grey.flat[rng.randrange(grey.size)] = rng.choice((math.nan, math.inf, -5, 1e30))
         picture = Image.fromarray(grey)
     else:
-        picture = Image.fromarray(values).convert("RGB" if mode == "CMYK" else "RGBA" if "A" in mode else "RGB").convert(mode)
+        picture = Image.fromarray(values).convert("RGBA" if mode != "CMYK" and "A" in mode else "RGB").convert(mode)
     whole = io.BytesIO()
     try:
         picture.save(whole, kind)
         data = whole.getvalue()
-    except (OSError, ValueError, KeyError):  # a format that this Pillow does not write in this mode
+    except (OSError, ValueError, KeyError):  # a format that this Pillow does not write, or not in this mode
         data = b"P6 3 3 255\n" + bytes(27)
-    if kind == "PNG" and rng.random() < 0.3:  # of any size that it says it has
-        sides = [rng.choice((0, 1, 16, 30000, 2 ** 20, 2 ** 31 - 1)) for _ in "wh"]
-        data = data[:16] + struct.pack(">II", *sides) + data[24:]
-        crc = struct.pack(">I", zlib.crc32(data[12:29]))
-        data = data[:29] + crc + data[33:]
-    elif rng.random() < 0.9:
-        data = damaged(rng, data)
-    file.write_bytes(data)
+
+    def sized(sides):
+        head = data[12:16] + struct.pack(">II", *(sides.get(side, 0) for side in "wh")) + data[24:29]
+        return data[:12] + head + struct.pack(">I", zlib.crc32(head)) + data[33:]
+    sides = File({"w": size[0], "h": size[1]}, sized, lambda key, old: [SIDES], damage=0)
 
     def call():
         found = read_picture(file)
-        if found.mode not in ("RGB", "RGBA") or max(found.size) > 4096:
-            raise FloatingPointError(f"a picture of {found.mode} and {found.size}")
-    return call
+        assert found.mode in ("RGB", "RGBA") and max(found.size) <= 4096, f"{found.mode} and {found.size}"
+    return {file.name: sides if kind == "PNG" and rng.random() < 0.3 else File(data)}, call
 
 
 # ---- checkpoints and settings -------------------------------------------------------------------------
 
-class Dot(torch.nn.Module):
-    """The smallest thing that can be edited: a colour."""
-
-    def __init__(self):
-        super().__init__()
-        self.colour = torch.nn.Parameter(torch.full((3,), 0.5))
-
-    def render(self, view=None, size=8):
-        return self.colour.clamp(0, 1)[None, :, None, None].expand(1, 3, size, size)
-
-    def project_(self):
-        pass
-
-
 class Stage:
-    """The smallest stage of an edit."""
-    name, steps, guidance, rate, fresh = "dot", 4, 1.0, 1, False
+    """The smallest stage of an edit: pixels that follow noise."""
+    name, steps, rate, resets_optimiser, checks = "noise", 4, 1, False, {"views": lambda value: value == [None]}
 
     def __init__(self, scene):
         self.scene, self.state = scene, {"views": [None]}
 
     def backward(self, step, generators):
-        loss = (self.scene.colour - torch.rand(3, generator=generators[0])).square().sum()
+        loss = (self.scene.theta - torch.rand(1, 3, 8, 8, generator=generators[0])).square().sum()
         loss.backward()
         return loss.detach()
 
 
-def edit_dot(out, resume):
-    """An edit of the dot, with its checkpoint in `out`; returns its colour."""
-    dot = Dot()
+def edited(out, resume):
+    """The pixels of the smallest edit, with its checkpoint in `out`."""
+    scene = Picture(torch.full((1, 3, 8, 8), 0.5), SimpleNamespace(device="cpu", decode=None), in_pixels=True)
     args = SimpleNamespace(seed=0, resume=resume, every=2, smooth=0, rates="settle", batch=1)
-    edit(dot, [{"params": [dot.colour], "lr": 0.1, "name": "colour"}], [Stage(dot)], SimpleNamespace(guidance=1), args, out,
-         {"seed": 0})
-    return dot.colour.detach()
+    edit(scene, scene.param_groups(0.1), [Stage(scene)], None, args, out, {"seed": 0})
+    return scene.theta.detach()
 
 
-def broken_checkpoint(rng, file):
-    """Damage a checkpoint: its bytes, or a value in it."""
-    if rng.random() < 0.2:
-        return file.write_bytes(damaged(rng, file.read_bytes()))
-    state = read_checkpoint(file, {})
+def tensors(key, old):
+    """What may replace a value of a checkpoint."""
+    choices = [(GONE, *EVIL, torch.zeros(3), torch.tensor(math.nan))]
+    if isinstance(old, torch.Tensor) and old.is_floating_point():
+        choices.append((old * math.nan, old[None], old.double(), old.flatten()[:1], -old - 1))
+    elif isinstance(old, int):
+        choices.append((-1, -10 ** 6, 10 ** 9, 0))
+    return choices
+
+
+def checkpoint(rng, path):
+    """The File of a sound checkpoint, or of one that holds something else."""
+    state = read_checkpoint(path, {})
+
+    def encode(value):
+        whole = io.BytesIO()
+        torch.save(value, whole)
+        return whole.getvalue()
     if rng.random() < 0.1:
-        state = rng.choice((list(state), [], 3, torch.zeros(3), None, {}))
-    else:
-        path = rng.choice(places(state))
-        old = state
-        for key in path:
-            old = old[key]
-        choices = [put, *EVIL, torch.zeros(3), torch.tensor(math.nan)]
-        if isinstance(old, torch.Tensor) and old.is_floating_point():
-            choices += [old * math.nan, old[None], old.double(), old.flatten()[:1], -old - 1] * 6
-        elif isinstance(old, int):
-            choices += [-1, -10 ** 6, 10 ** 9, 0] * 6
-        put(state, path, rng.choice(choices))
-    torch.save(state, file)
+        return File(encode(rng.choice((list(state), [], 3, torch.zeros(3), None, {}))), bytes)
+    return File(state, encode, tensors, damage=0.2)
 
 
-def make_settings(rng, place):
-    kind = rng.choice(("edit", "nerf", "splat", "nerf-file", "pds", "captions", "row", "model"))
-    if kind == "edit":
-        edit_dot(place, False)
-        broken_checkpoint(rng, place / "checkpoint.pt")
+def edit_case(rng, place):
+    edited(place, False)
+    return {"checkpoint.pt": checkpoint(rng, place / "checkpoint.pt")}, lambda: edited(place, True)
 
-        def call():
-            if not torch.isfinite(edit_dot(place, True)).all():
-                raise FloatingPointError("the colour")
-    elif kind in ("nerf", "splat", "nerf-file"):
-        ball, file = place / "ball", place / ("a.safetensors" if kind == "nerf-file" else "fit.pt")
-        ball.mkdir()
-        write_scene(ball)
-        scene, kept = load_scene(ball), None if kind == "nerf-file" else file
+
+def fit_case(kind):
+    sizes = dict(count=40, limit=60, degree=1) if kind is Splats else dict(levels=2, table=2 ** 10, width=8)
+
+    def case(rng, place):
+        write_scene(place)
+        scene, path = load_scene(place), place / "fit.pt"
 
         def fit(steps):
-            if kind == "splat":
-                return Splats.fit(scene, steps=steps, checkpoint=kept, progress=False, count=40, limit=60, degree=1)
-            return NeRF.fit(scene, steps=steps, checkpoint=kept, progress=False, levels=2, table=2 ** 10, width=8)
-        fitted = fit(2)
-        if kind == "nerf-file":
-            fitted.save(file)
-            data = file.read_bytes()
-            if rng.random() < 0.5:  # the sizes that it says it has
-                words = (b'\\"levels\\": 2', b'\\"table\\": 1024', b'\\"width\\": 8')
-                number = rng.choice((b"0", b"-1", b"7", b"99999999999", b"null", b"1e9", b"true"))
-                word = rng.choice(words)
-                data = data[8:].replace(word, word.rsplit(b" ", 1)[0] + b" " + number)
-                length = struct.unpack("<Q", file.read_bytes()[:8])[0] + len(data) - (file.stat().st_size - 8)
-                data = struct.pack("<Q", length) + data
-            else:
-                data = damaged(rng, data)
-            file.write_bytes(data)
-        else:
-            broken_checkpoint(rng, file)
-
-        def call():
-            found = NeRF.load(file, scene) if kind == "nerf-file" else fit(4)
-            with torch.no_grad():
-                if not torch.isfinite(found.render(0, 8)).all():
-                    raise FloatingPointError("the render")
-    elif kind == "model":
-        model = place / "model"
-        shutil.copytree(Path(__file__).parent.parent / "models" / "emoji", model, ignore=shutil.ignore_patterns(
-            "*.png", "instruct*", "train.py"))
-        file = model / rng.choice(("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
-                                   "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"))
-        settings = read_json(file)
-        path = rng.choice(places(settings))
-        put(settings, path, rng.choice((put, *EVIL[:24])))  # sizes of a billion are for the library below
-        file.write_text(json.dumps(settings))
-
-        def call():
-            prior = Prior.from_pretrained(model)
-            if not torch.isfinite(prior.eps(torch.zeros(1, 4, 8, 8), torch.tensor([500]), prior.embed("red apple"))).all():
-                raise FloatingPointError("the prediction")
-    else:
-        file = place / f"{kind}.json"
-        sound = {"pds": {"guidance": {"pds": 3.0}, "steps": 5, "image": {"points": 0.1, "steps": 3}},
-                 "row": {key: 1.0 for key in ("s", "MB", "before", "log-odds", "PSNR", "SSIM")}, "captions": {"a": 1}}[kind]
-        file.write_text(json.dumps(broken(rng, sound)))
-        if rng.random() < 0.3:
-            file.write_bytes(damaged(rng, file.read_bytes()))
-        call = {"pds": lambda: read_defaults(file), "row": lambda: read_row(file),
-                "captions": lambda: read_captions(file.read_text(errors="replace"))}[kind]
-    return call
+            return kind.fit(scene, steps=steps, checkpoint=path, progress=False, **sizes)
+        fit(2)
+        return {path.name: checkpoint(rng, path)}, lambda: looked_at(fit(4))
+    return case
 
 
-MAKE = {"scenes": make_scene, "colmap": make_colmap, "ply": make_ply, "pictures": make_picture, "settings": make_settings}
+def trained_case(rng, place):
+    write_scene(place)
+    scene, path = load_scene(place), place / "a.safetensors"
+    NeRF.fit(scene, steps=2, progress=False, levels=2, table=2 ** 10, width=8).save(path)
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    head = json.loads(data[8:8 + length])
+    value = {"nerf": json.loads(head["__metadata__"]["nerf"])}
+
+    def encode(value):
+        text = json.dumps(head | {"__metadata__": {"nerf": json.dumps(value.get("nerf"))}}).encode()
+        return struct.pack("<Q", len(text)) + text + data[8 + length:]
+
+    def sizes(key, old):
+        return [(0, -1, 7, 99999999999, None, 1e9, True, GONE)]
+    return {path.name: File(value, encode, sizes, damage=0.5)}, lambda: looked_at(NeRF.load(path, scene))
+
+
+def model_case(rng, place):
+    shutil.copytree(Path(__file__).parent.parent / "models" / "emoji", place / "model", ignore=shutil.ignore_patterns(
+        "*.png", "instruct*", "train.py"))
+    parts = ("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
+             "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json")
+
+    def small(key, old):
+        return [(GONE, *EVIL[:24])]  # sizes of a billion are for the libraries
+
+    def call():
+        prior = Prior.from_pretrained(place / "model")
+        return prior.eps(torch.zeros(1, 4, 8, 8), torch.tensor([500]), prior.embed("red apple"))
+    return {f"model/{part}": File(read_json(place / "model" / part), as_bytes, small, damage=0) for part in parts}, call
+
+
+def settings_case(value, read):
+    return lambda rng, place: ({"a.json": File(value, damage=0.3)}, lambda: read(place / "a.json") and None)
+
+
+SETTINGS = (edit_case, fit_case(NeRF), fit_case(Splats), trained_case, model_case,
+            settings_case({"guidance": {"pds": 3.0}, "steps": 5, "image": {"latent": 0.1, "steps": 3}}, read_defaults),
+            settings_case({key: 1.0 for key in ("s", "MB", "before", "log-odds", "PSNR", "SSIM")}, read_row),
+            settings_case({"a": 1}, lambda file: read_captions(file.read_text(errors="replace"))))
+CASES = {"scenes": scene_case, "colmap": colmap_case, "ply": ply_case, "pictures": picture_case,
+         "settings": lambda rng, place: rng.choice(SETTINGS)(rng, place)}
