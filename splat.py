@@ -25,12 +25,12 @@ from loop.fit import Course
 from scene.box import cell_points, uncontract, visual_hull
 from scene.cameras import around
 from scene.captures import SceneError
-from scene.gaussians import FILES, origin_of, suffix_of, up_of
+from scene.gaussians import ATTRIBUTES, FILES, FITTED, PARSED, in_parsed, origin_of, suffix_of, up_of, usable
 from scene.photographs import Scene, View, over, undistorted
 from scene.representation import SH_DC, Representation, spherical_harmonics
 
-ATTRIBUTES = ("means", "log_scales", "quaternions", "opacities", "sh_dc", "sh_rest")
-LARGEST = (1e8, 40, 1e8, 1e4, 1e6, 1e6)  # magnitudes of these: squares and products of larger ones overflow
+WIDENED = 0.3  # square pixels that the low-pass filter adds to the variances
+FAINTEST = 2.5e-5  # least ratio of the determinants of which the opacity gets the root, as in the paper's code
 SEEN = 1 / 255  # least alpha that is drawn
 HIGHEST = 0.99  # largest alpha: each layer lets some gradient through
 SPENT = 1e-4  # transmittance below which the rest of a tile is not drawn
@@ -46,7 +46,9 @@ def project(means, log_scales, quaternions, camera, near):
         near: depth of the near plane.
     Returns:
         uv [2,N] in pixels; depth [N] along the optical axis; cov [3,N], the xx, xy, yy of the covariance in
-        square pixels, low-pass filter included. All are finite also in front of the near plane.
+        square pixels, low-pass filter included; factor [N] of the opacity that compensates for the filter: it keeps the
+        integral over the picture (Mip-Splatting, Yu et al., arXiv 2311.16493, eq. 9). All are finite also in front of
+        the near plane.
     """
     fx, fy, cx, cy, *_ = camera.lens
     pose = camera.pose.to(means.dtype)
@@ -63,8 +65,10 @@ def project(means, log_scales, quaternions, camera, near):
     y = y.clamp(-cy / fy - room_y, (camera.height - cy) / fy + room_y)
     axes = (world @ rotations(quaternions).view(3, -1)).view(3, 3, -1) * log_scales.T.exp()  # [camera's, own axis, N]
     du, dv = fx / z * (axes[0] - x * axes[2]), fy / z * (axes[1] - y * axes[2])  # [3,N]
-    cov = torch.stack(((du * du).sum(0) + 0.3, (du * dv).sum(0), (dv * dv).sum(0) + 0.3))
-    return uv, depth, cov
+    cov = torch.stack(((du * du).sum(0) + WIDENED, (du * dv).sum(0), (dv * dv).sum(0) + WIDENED))
+    # the determinant without the filter, as a sum of squares (Cauchy and Binet): a difference would cancel
+    plain = (du * dv.roll(1, 0) - dv * du.roll(1, 0)).square().sum(0)
+    return uv, depth, cov, (plain / (cov[0] * cov[2] - cov[1] * cov[1])).clamp_min(FAINTEST).sqrt()
 
 
 def rotations(quaternions):
@@ -76,18 +80,17 @@ def rotations(quaternions):
         2 * (i * k - w * j), 2 * (j * k + w * i), 1 - 2 * (i * i + j * j))).view(3, 3, -1)
 
 
-def quadratics(uv, cov, opacity_logits):
+def quadratics(uv, cov, peak):
     """Coefficients q [N,6] float64 of log alpha = q . (1, x, y, x^2, xy, y^2) at the point (x, y) of the picture.
 
     With polynomials, the alphas of a tile are one product of matrices. They must be moved to the tile before they are
-    rounded to float32, as their terms are large and cancel.
+    rounded to float32, as their terms are large and cancel. peak: [N], the log of alpha at the centres.
     """
     (u, v), (xx, xy, yy) = uv.double(), cov.double()
     det = xx * yy - xy * xy
     a, b, c = yy / det, -xy / det, xx / det
     p, q = a * u + b * v, b * u + c * v
-    peak = logsigmoid(opacity_logits.double())
-    return torch.stack((peak - (p * u + q * v) / 2, p, q, -a / 2, -b, -c / 2), 1)
+    return torch.stack((peak.double() - (p * u + q * v) / 2, p, q, -a / 2, -b, -c / 2), 1)
 
 
 class Tiles:
@@ -99,8 +102,9 @@ class Tiles:
         moved: [tiles,6,6]; q @ moved[t] are the coefficients q of `quadratics` about the centre of tile t.
     """
 
-    def __init__(self, uv, depth, cov, opacity, camera, near):
-        """uv [2,N], depth [N], cov [3,N] of `project`; opacity [N] in [0,1]."""
+    def __init__(self, uv, depth, cov, opacity, camera, near, least=SEEN):
+        """uv [2,N], depth [N], cov [3,N] of `project`; opacity [N] in [0,1]; least: alpha that is drawn."""
+        self.least = least
         # half width and height of the ellipse on which alpha falls below SEEN
         reach = (2 * (opacity / SEEN).log()).clamp_min(0).sqrt() * cov[::2].sqrt()  # [2,N]
         low, high = uv - reach, uv + reach
@@ -156,7 +160,7 @@ class Tiles:
         local = quadratic.index_select(0, index.view(-1)).view(*index.shape, 6) @ self.moved[part]
         # clamped, as exp is slow where it underflows
         alpha = (local.view(-1, 6).to(dtype) @ self.basis(dtype)).clamp_(min=-20).exp_()
-        return index, threshold_(alpha, SEEN, 0).clamp_(max=HIGHEST).view(*index.shape, -1)
+        return index, threshold_(alpha, self.least, 0).clamp_(max=HIGHEST).view(*index.shape, -1)
 
     def picture(self, tiles, camera):
         """[tiles,C,side^2] -> [C,H,W]."""
@@ -244,11 +248,14 @@ class Splats(Representation):
     Attributes:
         means: [N,3] in units of the scene; log_scales: [N,3]; quaternions: [N,4] as wxyz; opacities: [N] as logits.
         sh_dc, sh_rest: [N,3] and [N,K,3] with K = 0, 3, 8 or 15; the colour is 0.5 + their sum with the harmonics.
+        comments: of their file. With FITTED among them, the low-pass filter only widens the Gaussians, as in their fit;
+            without it, their opacities compensate, so that small pictures look like reduced large ones.
     """
 
-    def __init__(self, scene, means, log_scales, quaternions, opacities, sh_dc, sh_rest):
-        """scene: a Scene, whose photographs are undistorted; the others: tensors of the shapes above."""
+    def __init__(self, scene, means, log_scales, quaternions, opacities, sh_dc, sh_rest, comments=(FITTED,)):
+        """scene: a Scene, whose photographs are undistorted; the others: as above."""
         super().__init__(undistorted(scene))
+        self.comments = tuple(comments)
         for name, value in zip(ATTRIBUTES, (means, log_scales, quaternions, opacities, sh_dc, sh_rest), strict=True):
             setattr(self, name, torch.nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format)))
         position = torch.stack([v.camera.pose[:, 3] for v in scene.train])
@@ -267,11 +274,18 @@ class Splats(Representation):
 
     def draw(self, camera):
         """The picture [4,H,W] on black with its transmittance, and uv [2,N], the means in pixels."""
-        uv, depth, cov = project(self.means, self.log_scales, self.quaternions, camera, self.near)
+        quadratic, tiles, uv, _ = self._tiled(camera)
+        return tiles.picture(_Composite.apply(quadratic, self.colours(camera), tiles), camera), uv
+
+    def _tiled(self, camera):
+        """For a Camera: coefficients of `quadratics`, the Tiles, uv [2,N] in pixels and depth [N]."""
+        uv, depth, cov, factor = project(self.means, self.log_scales, self.quaternions, camera, self.near)
+        peak, least = logsigmoid(self.opacities.double()), SEEN
+        if FITTED not in self.comments:  # then thousands in a pixel may be faint, yet opaque together
+            peak, least = peak + factor.double().log(), SEEN * FAINTEST ** 0.5
         with torch.no_grad():
-            tiles = Tiles(uv, depth, cov, self.opacities.sigmoid(), camera, self.near)
-        drawn = _Composite.apply(quadratics(uv, cov, self.opacities), self.colours(camera), tiles)
-        return tiles.picture(drawn, camera), uv
+            tiles = Tiles(uv, depth, cov, self.opacities.sigmoid(), camera, self.near, least)
+        return quadratics(uv, cov, peak), tiles, uv, depth
 
     def rgb(self, camera):
         """The picture [3,H,W] of a Camera without its distortion."""
@@ -282,9 +296,8 @@ class Splats(Representation):
     def depth(self, view=None, size=None):
         """Expected depth [1,1,H,W] along the rays in units of the scene; 0 where a ray meets nothing opaque."""
         camera = self.camera(view, size)
-        uv, depth, cov = project(self.means, self.log_scales, self.quaternions, camera, self.near)
-        tiles = Tiles(uv, depth, cov, self.opacities.sigmoid(), camera, self.near)
-        drawn = _Composite.apply(quadratics(uv, cov, self.opacities), depth[:, None].expand(-1, 3).contiguous(), tiles)
+        quadratic, tiles, _, depth = self._tiled(camera)
+        drawn = _Composite.apply(quadratic, depth[:, None].expand(-1, 3).contiguous(), tiles)
         total, _, _, left = tiles.picture(drawn, camera)
         axis = camera.directions(left.device)[2].abs().view_as(left)  # the cosine between ray and optical axis
         return torch.where(left < 0.5, total / (1 - left).clamp_min(0.5) / axis, 0)[None, None]
@@ -311,14 +324,14 @@ class Splats(Representation):
     # ---- files
 
     def save(self, path):
-        """Write a 3DGS .ply or, without sh_rest and rounded to 8 bits, a .splat, atomically.
+        """Write a 3DGS .ply or, without sh_rest, comments and rounded to 8 bits, a .splat, atomically.
 
         Positions are in the coordinates of the scene's file. Map coordinates, too far from zero for float32, are
         written relative to the scene's origin, which a comment of the .ply ("origin X Y Z") and a warning state.
         """
         path, origin = Path(path), self.scene.origin
         values = {name: getattr(self, name).detach().cpu().float() for name in ATTRIBUTES}
-        data = FILES[suffix_of(path)][1](**values, origin=origin)
+        data = FILES[suffix_of(path)][1](**values, origin=origin, comments=self.comments)
         with replacing(path) as part:
             part.write_bytes(data)
         if any(origin):
@@ -330,8 +343,9 @@ class Splats(Representation):
         """Read the Gaussians of a 3DGS .ply or a .splat.
 
         Args:
-            scene: the Scene of their photographs; a warning is given where they look unlike these. None: cameras are
-                placed around them, see `around`, and their renderings serve as photographs.
+            scene: the Scene of their photographs; a warning is given where they look unlike these. Gaussians trained by
+                nerfstudio are moved to its coordinates by a dataparser_transforms.json beside them or beside the
+                scene. None: cameras are placed around them, see `around`, and their renderings serve as photographs.
             size, up: see `around`.
         Raises:
             SceneError: the file is missing, or cannot be drawn.
@@ -345,22 +359,17 @@ class Splats(Representation):
         (means, *others), comments = read(path, data)
         shift = origin_of(path, comments) - torch.tensor(scene.origin if scene else (0.0, 0, 0), dtype=torch.float64)
         values = [(means + shift if shift.any() else means).float(), *(value.float() for value in others)]
-        if not len(values[0]):
-            raise SceneError(f"{path}: holds no Gaussian")
-        largest = torch.stack([v.reshape(len(v), -1).abs().amax(1) if v[0].numel() else torch.zeros(len(v))
-                               for v in values])
-        wrong = ~torch.isfinite(largest).all(0)
-        if wrong.any():
-            raise SceneError(f"{path}: {int(wrong.sum())} of its {len(wrong)} Gaussians are not finite")
-        for name, most, figures in zip(ATTRIBUTES, LARGEST, largest, strict=True):
-            if (figures > most).any():
-                raise SceneError(f"{path}: {int((figures > most).sum())} of its {len(wrong)} Gaussians are too large: "
-                                 f"{name} of up to {figures.max():.3g}, {most:g} can be drawn")
+        values = usable(path, values)
+        comments = [text for text in comments if text.split()[:1] != ["origin"]]
         if scene is None:
             up = up or up_of(path, comments)
-            return cls._alone(path, values, hashlib.sha256(data).hexdigest(), device, size, up)
-        splats = cls(scene, *values).to(device)
+            return cls._alone(path, values, comments, hashlib.sha256(data).hexdigest(), device, size, up)
+        splats = cls(scene, *values, comments).to(device)
         error, spread = splats._likeness()
+        given = next(filter(Path.is_file, (folder / PARSED for folder in (path.parent, scene.path.parent))), None)
+        if error > spread and given:
+            moved = cls(scene, *in_parsed(given, values, scene.origin), comments).to(device)
+            splats, error = min((splats, error), (moved, moved._likeness()[0]), key=lambda pair: pair[1])
         if error > spread:
             psnr = -10 * math.log10(error)
             warnings.warn(one_line(f"{path}: looks unlike the photographs of {scene.path}, PSNR {psnr:.0f} dB: is it "
@@ -368,7 +377,7 @@ class Splats(Representation):
         return splats
 
     @classmethod
-    def _alone(cls, path, values, digest, device, size, up):
+    def _alone(cls, path, values, comments, digest, device, size, up):
         """The Gaussians `values` of the file `path` in a Scene of rendered views around them."""
         vector = [(axis == up[-1]) * (-1.0 if up[0] == "-" else 1.0) for axis in "xyz"]
         centre, radius, cameras = around(values[0], values[3], vector, size)
@@ -376,7 +385,7 @@ class Splats(Representation):
         views = [View(camera, blank, str(i)) for i, camera in enumerate(cameras)]
         fingerprint = hashlib.sha256(f"{digest} {size} {up}".encode()).hexdigest()
         scene = Scene(path, views, [], centre, 1.05 * radius, False, torch.ones(3), fingerprint)
-        splats = cls(scene, *values).to(device)
+        splats = cls(scene, *values, comments).to(device)
         with torch.no_grad():
             for i, view in enumerate(views):
                 views[i] = View(view.camera, to_uint8(splats.render(view.camera)[0]).cpu(), view.name)
@@ -417,7 +426,7 @@ class Splats(Representation):
         log_scales, quaternions = scales.log()[:, None].expand(-1, 3), torch.tensor([1.0, 0, 0, 0]).expand(count, 4)
         colour = torch.full((4, count), 1e-3)  # sums of rgb and of weights over the views
         for view in scene.train:
-            (u, v), depth, _ = project(means, log_scales, quaternions, view.camera, 1e-3 * scene.half)
+            (u, v), depth, *_ = project(means, log_scales, quaternions, view.camera, 1e-3 * scene.half)
             inside = (depth > 0) & (u > 0) & (u < view.camera.width) & (v > 0) & (v < view.camera.height)
             if view.mask is not None:
                 inside[inside.clone()] = view.mask[v[inside].long(), u[inside].long()]

@@ -1,6 +1,7 @@
 """NeRF: the hash grid against nn.Embedding, the PSNR of fits, deferred against direct gradients, steps of an edit."""
 import contextlib
 import functools
+import itertools
 import math
 import resource
 import subprocess
@@ -29,7 +30,7 @@ class EmbeddingGrid(torch.nn.Module):
         self.cells, self.dense, self.size = grid.cells, grid.dense, grid.size
         self.tables = torch.nn.ModuleList(
             torch.nn.Embedding.from_pretrained(grid.table.detach()[a:b].clone(), freeze=False)
-            for a, b in zip(grid.start, grid.start[1:], strict=True))
+            for a, b in itertools.pairwise(grid.start))
         self.corner = torch.tensor([(i & 1, i >> 1 & 1, i >> 2) for i in range(8)])
 
     def forward(self, x):
@@ -89,7 +90,7 @@ def fits(args, representation, figure):
         The last model, the rows of `table`, and their title.
     """
     scene, rows = load_scene(args.scene, args.downscale), []
-    bars = dict(zip(args.at, args.bars or [], strict=True))
+    bars = dict(zip(args.at, args.bars or [], strict=False))
     for seconds in args.at:
         fitted = representation.fit(scene, seconds=seconds, seed=args.seed, device=args.device)
         psnr, views = evaluate(fitted, scene)

@@ -42,7 +42,7 @@ def cloud(count, degree=1, seed=0):
 
 def ordered(splats, camera):
     """Projections, conics, opacities and colours of the Gaussians in front of the camera, from near to far."""
-    uv, depth, cov = project(splats.means, splats.log_scales, splats.quaternions, camera, splats.near)
+    uv, depth, cov, _ = project(splats.means, splats.log_scales, splats.quaternions, camera, splats.near)
     order = depth.argsort()
     order = order[depth[order] > splats.near]
     xx, xy, yy = cov[:, order]

@@ -6,6 +6,7 @@
 Poses are camera-to-world with OpenGL's axes, in float64: map coordinates reach millions of metres, where float32 has
 steps of half a metre.
 """
+import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -22,6 +23,12 @@ class SceneError(ValueError):
 
     def __init__(self, message):
         super().__init__(one_line(message))
+
+
+def check_pointer(path, data):
+    """Raise SceneError if the bytes of a file are a Git LFS pointer to it."""
+    if data.startswith(b"version https://git-lfs"):
+        raise SceneError(f"{path}: is a Git LFS pointer, not the file itself: run git lfs pull")
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,7 @@ def _capture(path, images):
     if not isinstance(file.get("frames"), list) or not file["frames"]:
         raise SceneError(f"{path}: no frames in it")
     shots, missing, notes = [], [], []
+    file["frames"] = _chosen(path, file, notes)
     split = _splits(path, file, notes)
     for i, frame in enumerate(file["frames"]):
         picture = _picture_path(path, i, frame, images)
@@ -134,6 +142,31 @@ def _capture(path, images):
             cloud = None
     keys = {key: file[key] for key in ("aabb_scale", "applied_transform") if key in file}
     return Capture(path, [path], shots, notes, cloud, keys)
+
+
+def _chosen(path, file, notes):
+    """The frames to be used: without those marked is_bad, with ScanNet++'s test_frames; refuses moving scenes."""
+    held_out, frames = file.get("test_frames", []), file["frames"]
+    if not isinstance(held_out, list):
+        raise SceneError(f"{path}: test_frames is not a list of frames")
+    names = [frame.get("file_path") if isinstance(frame, dict) else frame for frame in held_out]
+    own = [frame for frame in held_out if isinstance(frame, dict) and "transform_matrix" in frame]
+    if held_out and not any(f"{key}_filenames" in file for key in ("train", "val", "test")):
+        file["test_filenames"] = names  # names of frames, or further frames
+    frames = [*frames, *own]
+    times = {json.dumps(frame["time"]) for frame in frames if isinstance(frame, dict) and "time" in frame}
+    if len(times) > 1:
+        raise SceneError(f"{path}: its frames have {len(times)} times: a moving scene is not supported")
+    kept = [frame for frame in frames if not (isinstance(frame, dict) and frame.get("is_bad"))]
+    if not kept:
+        raise SceneError(f"{path}: all of its frames are marked is_bad")
+    if len(kept) < len(frames):
+        notes.append(f"{path}: {len(frames) - len(kept)} of {len(frames)} frames are marked is_bad: they are left out")
+        bad = {frame.get("file_path") for frame in frames if frame not in kept}
+        for key in ("train", "val", "test"):
+            if isinstance(names := file.get(f"{key}_filenames"), list):
+                file[f"{key}_filenames"] = [name for name in names if name not in bad]
+    return kept
 
 
 def note_missing(path, missing, there, notes, folder, name):
@@ -235,6 +268,13 @@ def _plain(name):
 FARTHEST = 1e7  # largest number in a pose: no map has larger coordinates
 
 
+def is_affine(value):
+    """Whether a value from JSON is a matrix of 3 or 4 rows of 4 numbers, none larger than FARTHEST."""
+    return (isinstance(value, list) and len(value) in (3, 4)
+            and all(isinstance(row, list) and len(row) == 4 for row in value)
+            and all(is_number(x, -FARTHEST, FARTHEST) for row in value for x in row))
+
+
 def _pose(path, i, frame):
     rows = frame.get("transform_matrix")
     if not (isinstance(rows, list) and len(rows) in (3, 4)
@@ -259,6 +299,7 @@ def _pose(path, i, frame):
     return pose[:3]
 
 
+OTHER_LENSES = {"is_fisheye": "a fisheye", "equirectangular": "an equirectangular", "latlong": "an equirectangular"}
 LENS_KEYS = ("w", "h", "x_fov", "y_fov", "fl_x", "fl_y", "camera_angle_x", "camera_angle_y", "cx", "cy",
              "k1", "k2", "k3", "k4", "p1", "p2")
 
@@ -284,8 +325,10 @@ def lens_of(path, shot, own, shape):
     model = keys.get("camera_model", "OPENCV")
     if model not in ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):
         raise SceneError(f"{path}: camera model {model} is not supported, undistort the pictures first")
-    if keys.get("is_fisheye"):
-        raise SceneError(f"{path}: a fisheye camera is not supported, undistort the pictures first")
+    wrong = next((key for key in keys if keys[key] and (key in OTHER_LENSES or key.startswith("ftheta_"))), None)
+    if wrong:
+        kind = OTHER_LENSES.get(wrong, "an f-theta")
+        raise SceneError(f"{path}: {kind} camera ({wrong}) is not supported, undistort the pictures first")
     get = {k: v for k, v in keys.items() if k in LENS_KEYS and v is not None}
     for key, value in get.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -17,7 +17,7 @@ import numpy as np
 
 from files.messages import one_line
 from files.reading import is_number
-from scene.captures import FARTHEST, Capture, SceneError, Shot, note_missing
+from scene.captures import FARTHEST, Capture, SceneError, Shot, check_pointer, note_missing
 
 ENDS = ("bin", "txt")
 FOLDERS = ("sparse/0", "sparse", "colmap/sparse/0", ".")  # of a model, in the folder of a scene
@@ -121,6 +121,7 @@ class _Bytes:
             self.data = path.read_bytes()
         except OSError as e:
             raise SceneError(f"{path}: cannot be read: {e.strerror}") from e
+        check_pointer(path, self.data)
 
     def take(self, form):
         form = struct.Struct("<" + form)
@@ -194,6 +195,7 @@ def _lines(path):
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as e:
         raise SceneError(f"{path}: cannot be read: {e.strerror}") from e
+    check_pointer(path, text.encode(errors="surrogateescape"))
     return [(i, line) for i, line in enumerate(text.split("\n"), 1) if not line.lstrip().startswith("#")]
 
 

@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from files.messages import one_line
-from scene.captures import FARTHEST, SceneError
+from scene.captures import FARTHEST, SceneError, check_pointer
 
 TYPES = {"char": "i1", "uchar": "u1", "short": "<i2", "ushort": "<u2", "int": "<i4", "uint": "<u4", "float": "<f4",
          "double": "<f8", "int8": "i1", "uint8": "u1", "int16": "<i2", "uint16": "<u2", "int32": "<i4", "uint32": "<u4",
@@ -21,6 +21,7 @@ def read_vertices(path, data):
 
     Raises SceneError: no header, an unknown format, a compressed or truncated file, vertices that do not come first.
     """
+    check_pointer(path, data)
     end = re.search(rb"(?<=[\r\n])end_header[ \t]*(\r\n|\n|\r)", data[:2 ** 20])
     if not end or not re.match(rb"ply\s", data):
         raise SceneError(f"{path}: not a .ply: it has no header")
@@ -32,7 +33,8 @@ def read_vertices(path, data):
         raise SceneError(f"{path}: a .ply of unknown format, neither ascii nor binary 1.0")
     elements = [words[1:] for words in lines if words[:1] == ["element"]]
     if any(words[:1] == ["chunk"] for words in elements) or b" packed_" in head:
-        raise SceneError(f"{path}: is a compressed .ply, export it uncompressed")
+        raise SceneError(f"{path}: is a compressed .ply (SuperSplat): export it uncompressed, or convert it with "
+                         "splat-transform (npm install -g @playcanvas/splat-transform)")
     try:
         first = next(i for i, words in enumerate(lines) if words[:1] == ["element"])
         last = next((i for i, words in enumerate(lines) if i > first and words[:1] == ["element"]), len(lines))

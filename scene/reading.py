@@ -11,6 +11,7 @@ import json
 import math
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from files.reading import is_number
 from scene import colmap, ply
 from scene.box import cell_points, visual_hull
 from scene.cameras import Camera, directions, distorted, in_picture
-from scene.captures import SceneError, find_transforms, lens_of, read_transforms, stands_upright
+from scene.captures import SceneError, find_transforms, is_affine, lens_of, read_transforms, stands_upright
 from scene.photographs import Scene, View, over
 
 
@@ -88,12 +89,23 @@ def scene_files(path, images=None):
     return list(dict.fromkeys(file for capture in _read(path, images) for file in capture.reads()))
 
 
+PROGRAMS = {"poses_bounds.npy": "LLFF", "keyframes/corrected_cameras": "Polycam", "keyframes/cameras": "Polycam",
+            "mesh_info.json": "Polycam", "*.r3d": "Record3D", "metadata": "Record3D", "rgbd": "Record3D",
+            "*.csv": "RealityCapture", "*.psx": "Metashape", "cameras.xml": "Metashape",
+            "opensfm/reconstruction.json": "OpenDroneMap", "reconstruction.json": "OpenSfM"}  # by what a folder holds
+
+
 def _read(path, images):
     """The files of a scene as a list of captures.Capture: one, or two with Blender's held-out views."""
     if find_transforms(path):
         return read_transforms(path, images)
     if colmap.find_model(path):
         return [colmap.read_model(path, images)]
+    for name, program in PROGRAMS.items():
+        found = next(Path(path).glob(name), None)
+        if found and (found.suffix != ".csv" or b"#name" in found.read_bytes()[:64]):
+            raise SceneError(f"{path}: a capture of {program} ({found.relative_to(path)}): convert it first, with "
+                             "nerfstudio's ns-process-data or COLMAP")
     raise SceneError(f"{path}: no transforms.json or transforms_train.json in it, and no COLMAP model in its sparse/0: "
                      "the poses of plain photographs have to be found first, by COLMAP for example")
 
@@ -194,7 +206,7 @@ def _points(capture, origin, views):
     points, colours = (colmap if capture.cloud.suffix in (".bin", ".txt") else ply).read_points(capture.cloud)
     choices, given = [points], capture.keys.get("applied_transform")
     if given is not None:
-        rows = np.array(given, dtype=np.float64) if _is_affine(given) else None
+        rows = np.array(given, dtype=np.float64) if is_affine(given) else None
         if rows is None:
             raise SceneError(f"{capture.path}: its applied_transform is no 3 x 4 matrix of numbers")
         choices.append(points @ rows[:3, :3].T + rows[:3, 3])
@@ -207,13 +219,6 @@ def _points(capture, origin, views):
     if not len(points) or shares[best] < LEAST_SEEN:
         return None, None
     return choices[best], None if colours is None else torch.from_numpy(colours).float()
-
-
-def _is_affine(value):
-    """Whether a value from JSON is a matrix of 3 or 4 rows of 4 numbers."""
-    return (isinstance(value, list) and len(value) in (3, 4)
-            and all(isinstance(row, list) and len(row) == 4 for row in value)
-            and all(is_number(x, -1e7, 1e7) for row in value for x in row))
 
 
 def _share_seen(points, views):
@@ -239,14 +244,9 @@ def _bounds(views, bounded, points, capture):
     position = torch.stack([v.camera.pose[:, 3] for v in views]).double()  # [V,3]
     axis = torch.stack([-v.camera.pose[:, 2] for v in views]).double()
     axis = axis / axis.norm(dim=1, keepdim=True)
-    across = torch.eye(3, dtype=torch.float64) - axis[:, :, None] * axis[:, None]  # [V,3,3]
-    A, b = across.mean(0), (across @ position[..., None]).mean(0)[:, 0]
-    spread = (position - position.mean(0)).norm(dim=1).max().clamp_min(1e-3)
-    # parallel axes meet nowhere: a weak pull to a point ahead of the cameras then decides
-    ahead = position.mean(0) + axis.mean(0) * 2 * spread
-    centre = torch.linalg.solve(A + 1e-3 * torch.eye(3, dtype=A.dtype), b + 1e-3 * ahead)
-    distance = (position - centre).norm(dim=1)
-    _check_axes(path, (((centre - position) * axis).sum(1) / distance.clamp_min(1e-12)), bounded, points)
+    centre, distance, ahead = _meeting(position, axis)
+    _check_places(path, position, torch.stack([v.camera.pose[:, :3] for v in views]).double())
+    _check_axes(path, ahead, bounded, points)
     if bounded:
         cameras = [v.camera for v in views]
         reach = [max(c.width / c.lens[0], c.height / c.lens[1]) / 2 for c in cameras]
@@ -271,6 +271,36 @@ def _bounds(views, bounded, points, capture):
         raise SceneError(f"{path}: its cameras are up to {position.abs().max():g} units from zero, but look at "
                          f"something {half:.3g} units large: move the origin of the poses there")
     return centre.float(), half
+
+
+def _meeting(position, axis):
+    """The point [3] nearest to the axes [V,3] of cameras at position [V,3]; the distances [V] of the cameras from it,
+    and the cosines [V] between axis and direction to it."""
+    across = torch.eye(3, dtype=torch.float64) - axis[:, :, None] * axis[:, None]  # [V,3,3]
+    A, b = across.mean(0), (across @ position[..., None]).mean(0)[:, 0]
+    spread = (position - position.mean(0)).norm(dim=1).max().clamp_min(1e-3)
+    # parallel axes meet nowhere: a weak pull to a point ahead of the cameras then decides
+    ahead = position.mean(0) + axis.mean(0) * 2 * spread
+    centre = torch.linalg.solve(A + 1e-3 * torch.eye(3, dtype=A.dtype), b + 1e-3 * ahead)
+    distance = (position - centre).norm(dim=1)
+    return centre, distance, ((centre - position) * axis).sum(1) / distance.clamp_min(1e-12)
+
+
+def _check_places(path, position, axes):
+    """Warn of cameras at position [V,3] with axes [V,3,3] that all stand in one place.
+
+    World-to-camera matrices of cameras around something do so nearly; their inverses stand apart and look at a common
+    point, unlike those of a panorama, which is only reported where it stands in exactly one place.
+    """
+    def spread(x):
+        return (x - x.mean(0)).norm(dim=1).max()
+    inverse = -(axes.mT @ position[..., None])[..., 0]
+    _, _, ahead = _meeting(inverse, -axes[:, 2])
+    around = spread(position) < 0.2 * spread(inverse) and ahead.abs().median() > 0.95
+    if len(position) < 3 or not (around or spread(position) < 1e-6):
+        return
+    warnings.warn(one_line(f"{path}: its cameras all stand in one place: are its poses world-to-camera matrices? They "
+                           "should be camera-to-world"), stacklevel=4)
 
 
 def _check_axes(path, ahead, bounded, points):

@@ -292,6 +292,14 @@ def test_binary_models_that_cannot_be_drawn_are_named(tmp_path, number, model):
         load_scene(folder)
 
 
+@pytest.mark.parametrize("name, end", [("points3D", "bin"), ("images", "txt")])
+def test_pointers_to_large_files_are_named(tmp_path, name, end):
+    folder = colmap_scene(tmp_path, end)
+    (folder / "sparse" / "0" / f"{name}.{end}").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(SceneError, match=f"{name}.{end}: is a Git LFS pointer, not the file itself: run git lfs pull"):
+        load_scene(folder)
+
+
 def test_a_nan_in_a_binary_model(tmp_path):
     folder = colmap_scene(tmp_path, "bin")
     for name, at, message in (("points3D", 16, "points3D.bin: a point that is not finite"),

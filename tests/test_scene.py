@@ -170,8 +170,16 @@ def opencv(rows):
     (nerf_broken(lambda f: f.update(x_fov=400.0)), "an angle of view of 400 degrees, x_fov"),
     (nerf_broken(lambda f: f.update(camera_angle_x=0)), "an angle of view of 0 degrees, camera_angle_x"),
     (nerf_broken(lambda f: f.update(k1=-50.0)), "distortion (k1 to k4, p1, p2) that cannot be undone"),
-    (nerf_broken(lambda f: f.update(is_fisheye=True)), "a fisheye camera is not supported"),
-    (nerf_broken(lambda f: f["frames"][2].update(is_fisheye=True)), "a fisheye camera is not supported, undistort"),
+    (nerf_broken(lambda f: f.update(is_fisheye=True)), "a fisheye camera (is_fisheye) is not supported"),
+    (nerf_broken(lambda f: f["frames"][2].update(is_fisheye=True)),
+     "a fisheye camera (is_fisheye) is not supported, undistort"),
+    (nerf_broken(lambda f: f.update(equirectangular=True)), "an equirectangular camera (equirectangular) is not"),
+    (nerf_broken(lambda f: f["frames"][2].update(latlong=1)), "an equirectangular camera (latlong) is not supported"),
+    (nerf_broken(lambda f: f.update(ftheta_p0=0.1, ftheta_p1=1e-3)), "an f-theta camera (ftheta_p0) is not supported"),
+    (nerf_broken(lambda f: [x.update(time=i) for i, x in enumerate(f["frames"])]), "its frames have 4 times: a moving"),
+    (nerf_broken(lambda f: [x.update(is_bad=True) for x in f["frames"]]), "all of its frames are marked is_bad"),
+    (nerf_broken(lambda f: f.update(test_frames={})), "test_frames is not a list of frames"),
+    (nerf_broken(lambda f: f.update(test_frames=[3])), "test_filenames is not a list of names"),
     (nerf_broken(lambda f: f["frames"][2].update(camera_model="FISHEYE624")), "camera model FISHEYE624 is not"),
     (nerf_broken(lambda f: f.update(mask_path="masks/0.png")), "the mask of frame 0, "),
     (nerf_broken(lambda f: f["frames"][1].update(mask_path=3)),
@@ -466,6 +474,70 @@ def test_cameras_that_look_away_are_told_and_panoramas_too(tmp_path):
     with warnings.catch_warnings():  # there is something in front of them
         warnings.simplefilter("error")
         assert len(load_scene(folder).points) == 500
+
+
+def inverted(rows):
+    """A world-to-camera matrix in the place of a pose, or the other way round."""
+    return torch.linalg.inv(torch.tensor(rows, dtype=torch.float64)).tolist()
+
+
+def test_world_to_camera_matrices_are_told(tmp_path):
+    """Also of a thing that does not stand at zero, and with OpenCV's axes; not what stands apart, nor few cameras."""
+    for i, (alpha, shift, axes) in enumerate((
+            (True, (0, 0, 0), inverted), (False, (0, 0, 0), inverted), (False, (0.4, -0.3, 0.2), inverted),
+            (False, (0, 0, 0), lambda rows: inverted(opencv(rows))))):
+        folder = moved(nerf_scene(tmp_path / str(i), views=9, split=False, alpha=alpha), shift)
+        with pytest.warns(UserWarning, match="its cameras all stand in one place: are its poses world-to-camera"):
+            load_scene(moved(folder, (0, 0, 0), axes))
+    folder = nerf_scene(tmp_path / "panorama", views=9, split=False, alpha=False)
+    with pytest.warns(UserWarning, match="its cameras all stand in one place"):
+        load_scene(moved(folder, (0, 0, 0), lambda rows: [[*row[:3], 0.0] for row in rows[:3]] + rows[3:]))
+    ahead = [[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+
+    def rows(i):
+        return [[*r[:3], (0.1 * i, 0, 5, 1)[k]] for k, r in enumerate(ahead)]
+    for name, pose in (("apart", None), ("row", rows)):
+        folder = nerf_scene(tmp_path / name, views=9, split=False, alpha=False)
+        if pose:
+            nerf_broken(lambda f, pose=pose: [nerf_matrix(f, pose(i), x) for i, x in enumerate(f["frames"])])(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load_scene(folder)
+
+
+def test_bad_frames_are_left_out_and_test_frames_held_out(tmp_path):
+    folder = nerf_scene(tmp_path, views=6, split=False)
+
+    def change(file):
+        frames = file["frames"]
+        frames[1]["is_bad"], frames[2]["is_bad"], frames[5]["is_bad"] = True, False, 1
+        file.update(frames=frames[:4], test_frames=frames[4:])  # as ScanNet++ has them
+        [frame.update(time=0.5) for frame in frames]
+    nerf_broken(change)(folder)
+    with pytest.warns(UserWarning, match="2 of 6 frames are marked is_bad: they are left out"):
+        scene = load_scene(folder)
+    assert [v.name for v in scene.train] == [f"train/{i}.png" for i in (0, 2, 3)]
+    assert [v.name for v in scene.test] == ["train/4.png"]
+    nerf_broken(lambda f: f.update(test_frames=["train/3.png"]))(folder)  # names of frames that are there
+    with pytest.warns(UserWarning, match="1 of 4 frames are marked is_bad"):
+        scene = load_scene(folder)
+    assert [v.name for v in scene.train + scene.test] == [f"train/{i}.png" for i in (0, 2, 3)]
+
+
+def test_captures_of_other_programs_are_named(tmp_path):
+    for i, (name, program, contents) in enumerate((
+            ("poses_bounds.npy", "LLFF", b""), ("keyframes/corrected_cameras/0.json", "Polycam", b"{}"),
+            ("mesh_info.json", "Polycam", b"{}"), ("rgbd/0.jpg", "Record3D", b""), ("a.r3d", "Record3D", b""),
+            ("cameras.csv", "RealityCapture", b"#name,x,y,alt"),
+            ("opensfm/reconstruction.json", "OpenDroneMap", b"[]"))):
+        file = tmp_path / str(i) / name
+        file.parent.mkdir(parents=True)
+        file.write_bytes(contents)
+        with pytest.raises(SceneError, match=f"a capture of {program} .*: convert it first, with nerf.* or COLMAP"):
+            load_scene(tmp_path / str(i))
+    (tmp_path / "table.csv").write_bytes(b"a,b")
+    with pytest.raises(SceneError, match="no transforms.json or transforms_train.json"):
+        load_scene(tmp_path)
 
 
 # ---- clouds of points and lenses ----------------------------------------------------------------------

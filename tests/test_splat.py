@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import nerf_scene
+from test_colmap import quaternion
+from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
 from files.checkpoint import CheckpointError
@@ -46,7 +48,7 @@ def splat_random(scene, count=60, degree=3, seed=0, spread=0.7, dtype=torch.floa
 
 def splat_dense(splats, camera):
     """[4,H,W]: every Gaussian at every pixel, plain autograd, nothing taken from the tiles."""
-    uv, depth, cov = project(splats.means, splats.log_scales, splats.quaternions, camera, splats.near)
+    uv, depth, cov, _ = project(splats.means, splats.log_scales, splats.quaternions, camera, splats.near)
     v, u = torch.meshgrid(torch.arange(camera.height) + 0.5, torch.arange(camera.width) + 0.5, indexing="ij")
     d = torch.stack((u.flatten(), v.flatten())).to(uv)[:, None] - uv[:, :, None]  # [2,N,P]
     inverse = torch.linalg.inv(torch.stack((cov[0], cov[1], cov[1], cov[2]), 1).view(-1, 2, 2))
@@ -112,9 +114,9 @@ def test_gradcheck_of_the_tiles(nerf_sphere):
     splats = splat_random(nerf_sphere, 6, 0, spread=0.3, dtype=torch.float64)
     with torch.no_grad():
         splats.opacities[0] = 12.0  # clamped
-        uv, depth, cov = project(splats.means, splats.log_scales, splats.quaternions, camera, 0.1)
+        uv, depth, cov, _ = project(splats.means, splats.log_scales, splats.quaternions, camera, 0.1)
         tiles = Tiles(uv, depth, cov, splats.opacities.sigmoid(), camera, 0.1)
-        quadratic = quadratics(uv, cov, splats.opacities)
+        quadratic = quadratics(uv, cov, logsigmoid(splats.opacities))
     colour = torch.rand(6, 3, dtype=torch.float64)
     assert len(tiles.index) > 6  # more than one tile each
     torch.autograd.gradcheck(lambda q, c: _Composite.apply(q, c, tiles),
@@ -403,16 +405,22 @@ def test_ply_attributes_are_found_by_name(nerf_sphere, tmp_path):
     ("a.ply", lambda s: splat_text(s)[:-400], "a.ply: is truncated"),
     ("a.ply", lambda s: splat_text(s).replace(b"element vertex 30", b"element vertex 0"), "a.ply: holds no Gaussian"),
     ("a.ply", lambda s: splat_ply(s).replace(b"vertex 30", b"vertex " + b"9" * 30), "a.ply: is truncated"),
-    ("a.ply", lambda s: splat_ply(s, element="chunk"), "a.ply: is a compressed .ply, export it uncompressed"),
+    ("a.ply", lambda s: splat_ply(s, element="chunk"), "a.ply: is a compressed .ply (SuperSplat): export"),
     ("a.ply", lambda s: splat_ply(s, element="face"), "does not begin with the vertices"),
-    ("a.ply", lambda s: splat_ply(s, drop=("scale_2", "opacity")), "it has no scale_2, opacity"),
+    ("a.ply", lambda s: splat_ply(s, drop=("scale_1", "opacity")), "it has no scale_1, opacity"),
     ("a.ply", lambda s: splat_ply(s, drop=("f_rest_8",)), "8 f_rest do not make harmonics of degree 0 to 3"),
     ("a.ply", lambda s: splat_ply(s)[:-1], "a.ply: is truncated: 2879 of 2880 bytes"),
     ("a.ply", lambda s: splat_ply(s).replace(b"property float x\n", b"property list uchar int x\n"),
      "a.ply: an unreadable header"),
-    ("a.ply", lambda s: splat_ply(s)[:-12] + b"\xff" * 12, "a.ply: 1 of its 30 Gaussians are not finite"),
+    ("a.ply", lambda s: splat_text(s, change={"opacity": math.nan}), "a.ply: 30 of its 30 Gaussians are not finite"),
+    ("a.ply", lambda s: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+     "a.ply: is a Git LFS pointer, not the file itself: run git lfs pull"),
+    ("a.splat", lambda s: b"version https://git-lfs.github.com/spec/v1\n", "a.splat: is a Git LFS pointer"),
     ("a.splat", lambda s: b"\0" * 33, "a.splat: is truncated: 33 bytes are not a multiple of 32"),
-    ("a.ksplat", lambda s: b"", "a.ksplat: the name of a file of Gaussians must end in .ply or .splat"),
+    ("a.obj", lambda s: b"", "a.obj: the name of a file of Gaussians must end in .ply or .splat"),
+    ("a.ksplat", lambda s: b"", "a.ksplat: GaussianSplats3D's format .ksplat is not supported: convert it to a"),
+    ("a.SPZ", lambda s: b"", "a.SPZ: Niantic's format .spz is not supported: convert it to a plain .ply, for example"),
+    ("a.sog", lambda s: b"", "a.sog: PlayCanvas's format .sog is not supported"),
 ])
 def test_files_of_gaussians_that_are_refused(nerf_sphere, tmp_path, name, contents, message):
     (tmp_path / name).write_bytes(contents(splat_random(nerf_sphere, 30, 1)))
@@ -452,6 +460,144 @@ def test_splat_file_within_its_quantisation(nerf_sphere, tmp_path):
     assert (again.colours(splat_camera()) - splats.colours(splat_camera()).clamp(0, 1)).abs().max() < 0.5 / 255 + 1e-5
     turned = (rotations(again.quaternions) - rotations(splats.quaternions)).abs().max()
     assert turned < 0.03
+
+
+# ---- what other programs write -----------------------------------------------------------------------
+
+def loaded(path, table, comments=(), scene=None, **options):
+    """Splats of a .ply with the columns {property: numbers [N]}, without a warning about the upward axis."""
+    head = ["ply", "format binary_little_endian 1.0", *(f"comment {text}" for text in comments),
+            f"element vertex {len(table['x'])}", *(f"property float {name}" for name in table), "end_header", ""]
+    path.write_bytes("\n".join(head).encode() + np.stack(list(table.values()), 1).astype("<f4").tobytes())
+    return Splats.load(path, scene, up=None if scene else "z", **options)
+
+
+def columns(count=40, scale=-2.5):
+    rng = np.random.default_rng(0)
+    table = {name: rng.normal(0, 0.4, count) for name in "xyz"}
+    table |= {f"f_dc_{i}": rng.normal(0, 1, count) for i in range(3)} | {"opacity": rng.normal(1, 1, count)}
+    table |= {f"scale_{i}": rng.normal(scale, 0.3, count) for i in range(3)}
+    return table | {f"rot_{i}": rng.normal(0, 1, count) for i in range(4)}
+
+
+def test_small_gaussians_of_others_are_as_bright_as_in_a_large_picture(tmp_path):
+    """Reduced, a large picture is the small one: the low-pass filter takes opacity back. Own fits are drawn as fitted.
+    Most are too faint to be drawn at all if each had to be visible."""
+    table = columns(3000, scale=-5.5) | {"opacity": np.full(3000, 0.5)}
+    with torch.no_grad():
+        splats = loaded(tmp_path / "a.ply", table, size=32)
+        own = Splats(splats.scene, *splats.parameters())
+        camera = splats.camera(0)
+        small, large = splats.render(camera), torch.nn.functional.avg_pool2d(splats.render(camera, 512), 16)
+        assert (small - large).square().mean() < 1e-3 and abs((small - large).mean()) < 2e-3
+        assert (small - own.render(camera)).mean() > 0.05
+        own.save(tmp_path / "own.ply")
+        again = Splats.load(tmp_path / "own.ply", up="z", size=32)
+        assert again.comments == own.comments and torch.equal(again.render(camera), own.render(camera))
+
+
+def test_the_compensated_opacity_has_the_right_gradient(tmp_path):
+    splats = loaded(tmp_path / "a.ply", columns(4, scale=-3.5), size=16).double()
+    camera, g = splats.camera(0), torch.Generator().manual_seed(0)
+    weighting = torch.randn(3, 16, 16, dtype=torch.float64, generator=g)
+
+    def loss(log_scales):
+        splats.log_scales.data.copy_(log_scales)
+        return (splats.rgb(camera) * weighting).sum()
+    start = splats.log_scales.detach().clone()
+    loss(start).backward()
+    for i in range(4):
+        for axis in range(3):
+            step = torch.zeros_like(start)
+            step[i, axis] = 1e-6
+            with torch.no_grad():
+                slope = (loss(start + step) - loss(start - step)).item() / 2e-6
+            assert splats.log_scales.grad[i, axis].item() == pytest.approx(slope, rel=1e-3, abs=1e-4)
+
+
+def test_comments_are_kept(tmp_path):
+    said = ("SplatRenderMode: mip", "antialiased 1", "Vertical axis: 0 0 -1", "Generated by someone")
+    splats = loaded(tmp_path / "a.ply", columns(), said, size=16)
+    assert splats.comments == said
+    splats.save(tmp_path / "b.ply")
+    assert b"\ncomment SplatRenderMode: mip\ncomment antialiased 1\ncomment Vert" in (tmp_path / "b.ply").read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = Splats.load(tmp_path / "b.ply", size=16)
+    assert again.comments == said and equal(splats, again)
+    assert all(view.camera.pose[2, 1] < -0.7 for view in again.scene.train)  # up is -z
+
+
+def test_a_smoothing_filter_is_fused(tmp_path):
+    """As Mip-Splatting draws it: each variance is larger by the filter's, the integral stays."""
+    table, width = columns(), np.random.default_rng(1).uniform(0, 0.2, 40)
+    width[0] = 0
+    plain = loaded(tmp_path / "a.ply", table, size=16)
+    fused = loaded(tmp_path / "b.ply", table | {"filter_3D": width}, size=16)
+    scale = plain.log_scales.detach().double().exp()
+    wider = (scale.square() + torch.from_numpy(width)[:, None].float().double().square()).sqrt()
+    alpha = plain.opacities.detach().double().sigmoid() * (scale / wider).prod(1)
+    assert_close(fused.log_scales.detach().double().exp(), wider, rtol=1e-5, atol=0)
+    assert_close(fused.opacities.detach().double().sigmoid(), alpha, rtol=1e-5, atol=1e-7)
+    assert torch.equal(fused.opacities[0], plain.opacities[0]) and torch.equal(fused.means, plain.means)
+
+
+def test_infinite_numbers_have_their_meaning_and_nan_none(tmp_path):
+    table = columns()
+    opacity, scale, x = table["opacity"].copy(), table["scale_1"].copy(), table["x"].copy()
+    opacity[:2] = math.inf, -math.inf
+    scale[2], scale[5] = -math.inf, math.inf
+    x[3], x[4] = math.nan, math.inf
+    with pytest.warns(UserWarning, match="a.ply: 3 of its 40 Gaussians are not finite: they are left out"):
+        splats = loaded(tmp_path / "a.ply", table | {"opacity": opacity, "scale_1": scale, "x": x}, size=16)
+    plain = loaded(tmp_path / "b.ply", table, size=16)
+    kept = [0, 1, 2, *range(6, 40)]
+    assert torch.equal(splats.means, plain.means[kept])
+    assert_close(splats.opacities[:2].sigmoid(), torch.tensor([1.0, 0]), atol=1e-6, rtol=0)
+    picture = splats.render(0)
+    picture.square().sum().backward()
+    assert splats.log_scales[2].exp()[1] < 1e-9 and all(
+        torch.isfinite(p.grad).all() for p in splats.parameters() if p.numel())
+    flat = dict(columns())
+    del flat["scale_2"]  # a 2DGS
+    flat = loaded(tmp_path / "c.ply", flat, size=16)
+    assert (flat.log_scales[:, 2].exp() < 1e-9).all() and torch.equal(flat.log_scales[:, :2], plain.log_scales[:, :2])
+    assert 0.3 < (flat.render(0) < 0.9).float().mean() / (plain.render(0) < 0.9).float().mean() <= 1
+
+
+@pytest.mark.parametrize("beside", ["scene", "splats"])
+def test_gaussians_in_nerfstudios_coordinates_are_moved_to_the_scene(splat_fitted, tmp_path, beside):
+    """Turned, scaled and moved as dataparser_transforms.json says, they draw the same, harmonics and all."""
+    scene = splat_fitted.scene
+    turn, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(2)))
+    turn = turn * torch.linalg.det(turn)
+    shift, scale = torch.tensor([0.3, -0.2, 0.9]), 0.37
+    where = tmp_path / ("scene" if beside == "scene" else ".")
+    where.mkdir(exist_ok=True)
+    (where / "dataparser_transforms.json").write_text(json.dumps(
+        {"transform": torch.cat((turn, shift[:, None]), 1).tolist(), "scale": scale}))
+    scene = replace(scene, path=tmp_path / "scene" / "transforms.json")
+    means = (splat_fitted.means @ turn.T + shift) * scale
+    g = torch.Generator().manual_seed(0)
+    rest = 0.3 * torch.randn(len(means), 15, 3, generator=g)
+    plain = Splats(scene, splat_fitted.means, *list(splat_fitted.parameters())[1:5], rest)
+    axes = torch.einsum("ij,jkn->nik", turn, rotations(plain.quaternions)).detach()
+    rotation = torch.stack([torch.tensor(quaternion(a.double().numpy())) for a in axes]).float()
+    d = torch.nn.functional.normalize(torch.randn(3, 40, generator=g), dim=0)
+    # the colour towards a direction, turned with the scene, is the one that it had
+    matrix = torch.linalg.lstsq(spherical_harmonics(turn @ d)[1:].T, spherical_harmonics(d)[1:].T).solution
+    theirs = Splats(scene, means, plain.log_scales + math.log(scale), rotation, plain.opacities, plain.sh_dc,
+                    torch.einsum("jk,nkc->njc", matrix, rest))
+    theirs.save(tmp_path / "splat.ply")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = Splats.load(tmp_path / "splat.ply", scene)
+    assert_close(again.means, plain.means, atol=1e-4, rtol=0)
+    assert_close(again.render(1), plain.render(1), atol=2e-3, rtol=0)
+    for wrong in ({"scale": 0, "transform": [[1, 0, 0, 0]] * 3}, {"scale": 1.0, "transform": [[2, 0, 0, 0]] * 3}, []):
+        (where / "dataparser_transforms.json").write_text(json.dumps(wrong))
+        with pytest.raises(SceneError, match="dataparser_transforms.json: "):
+            Splats.load(tmp_path / "splat.ply", scene)
 
 
 # ---- models that others have trained ------------------------------------------------------------------
