@@ -21,16 +21,8 @@ import torch
 from files.messages import one_line
 from pipelines.captions import plain, read_captions
 from pipelines.flow import Flow
-from pipelines.loading import (
-    DROPPED,
-    PriorError,
-    add_embedding,
-    add_lora,
-    as_stable_diffusion,
-    find_lora,
-    load_pipeline,
-    read_embedding,
-)
+from pipelines.loading import DROPPED, PriorError, as_stable_diffusion, load_pipeline
+from pipelines.lora import add_embedding, add_lora, find_lora, read_embedding
 from pipelines.networks import FlowUNet, Texts, UNet, network_of, spare_memory
 from pipelines.settings import PAPER, for_flow, read_defaults
 
@@ -106,7 +98,7 @@ class Prior:
         word, vectors = read_embedding(embedding) if embedding else (None, None)
         pipe, folder = load_pipeline(name, device, dtype, cls.LATENTS)
         if lora:
-            add_lora(pipe, *found, lora_scale)
+            add_lora(pipe, found, lora_scale)
         if embedding:
             add_embedding(pipe, word, vectors)
             print(f"{embedding}: in a prompt its word is {word}", file=sys.stderr)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from files.messages import one_line
-from files.reading import is_number
+from files.reading import is_number, refuse_pointer
 
 
 class CheckpointError(ValueError):
@@ -62,6 +62,7 @@ def read_checkpoint(path, needs, device="cpu", what="checkpoint"):
         CheckpointError: the file cannot be read, holds no dict, or a needed value is missing or fails its check.
     """
     try:
+        refuse_pointer(path)
         # explicit, since an environment variable can make torch run pickled code by default
         saved = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # damaged files raise a dozen kinds of errors

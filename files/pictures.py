@@ -1,17 +1,20 @@
-"""Reading pictures: 8-bit RGB or RGBA from any file that Pillow opens, bounded in memory, errors in one line.
+"""Reading pictures: 8-bit sRGB, with alpha or without, from any file that Pillow opens; bounded in memory.
 
     picture = read_picture("cat.jpg")                       # upright, reduced if it is huge
     picture = read_picture("0001.png", 2, upright=False)    # of a scene: half as large, not turned
 """
+import importlib
+import io
 import math
 import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from files.messages import one_line
+from files.reading import first_bytes, refuse_pointer
 
 MAX_PIXELS = 2 ** 25  # that one picture may be decoded to, 134 MB; a JPEG is read at a fraction of its size first
 LONGEST = 4096  # pixels of the longer side of a returned picture, unless the file of a scene says more
@@ -51,11 +54,26 @@ def frame_of(size):
 
 def open_picture(path):
     """The PIL picture of a file, not decoded yet; raises PictureError."""
+    try:
+        refuse_pointer(path)
+    except ValueError as e:
+        raise PictureError(one_line(e)) from e
     Image.init()
+    if _is_heic(path):
+        try:
+            importlib.import_module("pillow_heif").register_heif_opener()
+        except ImportError as e:
+            raise PictureError(f"{one_line(path)}: a HEIC picture: pip install pillow-heif to read it") from e
     # a PostScript file is a program, which Pillow would run in an interpreter
     formats = [name for name in Image.OPEN if name != "EPS"]
     with _told(path):
         return Image.open(path, formats=formats)
+
+
+def _is_heic(path):
+    head = first_bytes(path, 12)
+    brands = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+    return head[4:8] == b"ftyp" and head[8:12] in brands
 
 
 def picture_size(path):
@@ -67,7 +85,7 @@ def picture_size(path):
 def read_picture(path, downscale=None, upright=True):
     """A file as a PIL picture of mode RGB, or RGBA if its format has transparency; the first frame of an animation.
 
-    16-bit and float greys are scaled to 8 bits.
+    16-bit and float greys are scaled to 8 bits. Colours are converted to sRGB from the file's colour profile.
 
     Args:
         downscale: averages the picture to 1 / downscale of its size; None: to at most LONGEST pixels a side.
@@ -134,19 +152,24 @@ def _converted(image, wanted):
 
     It works strip by strip, so that memory never holds a huge picture twice.
     """
-    scale = _grey_scale(image)
+    scale, to_srgb = _grey_scale(image), _to_srgb(image)
     alpha = scale is None and image.has_transparency_data
     mode = "RGBA" if alpha else "RGB"
 
     def convert(part):
         if scale is not None:
             part = Image.fromarray((np.asarray(part, np.float32) * scale + 0.5).clip(0, 255).astype(np.uint8))
-        return part.convert(mode)
+        if to_srgb is None:
+            return part.convert(mode)
+        picture = to_srgb(part)
+        if alpha:
+            picture.putalpha(part.convert("RGBA").getchannel("A"))
+        return picture
     if image.size == wanted:
         return convert(image)
     # averaged with premultiplied alpha, or the colour under transparent pixels would bleed into the edges
     averaged = "RGBa" if alpha else "RGB"
-    if image.mode == averaged:  # nothing to convert
+    if image.mode == averaged and to_srgb is None:
         return image.resize(wanted, Image.BOX)
     if math.prod(image.size) <= 4 * STRIP:
         return convert(image).convert(averaged).resize(wanted, Image.BOX).convert(mode)
@@ -160,6 +183,30 @@ def _converted(image, wanted):
         box = (0, top * ratio - first, image.width, min(bottom * ratio - first, part.height))
         page.paste(part.resize((wanted[0], bottom - top), Image.BOX, box).convert(mode), (0, top))
     return page
+
+
+def _to_srgb(image):
+    """A function of a part of a picture -> RGB in sRGB, by its colour profile; None if there is nothing to convert.
+
+    As in browsers, a damaged profile, or one for other kinds of colours than the picture's, is ignored.
+    """
+    grey = image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[profile.profile.xcolor_space.strip()]
+        if (mode == "CMYK") != (image.mode == "CMYK") or mode == "L" and not grey:
+            return None
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB",
+                                            ImageCms.getDefaultIntent(profile))
+    except (KeyError, OSError, TypeError, ImageCms.PyCMSError):
+        return None
+    if mode != "CMYK":  # sRGB's own profile would change pixels by rounding
+        colours = Image.fromarray(np.indices((6, 6, 6), np.uint8).reshape(3, 12, 18).transpose(1, 2, 0) * 51)
+        plain = colours.convert(mode).convert("RGB")
+        changed = ImageCms.applyTransform(colours.convert(mode), transform)
+        if np.abs(np.asarray(changed, int) - np.asarray(plain, int)).max() <= 1:
+            return None
+    return lambda part: ImageCms.applyTransform(part.convert(mode), transform)
 
 
 def _grey_scale(image):

@@ -17,9 +17,28 @@ def digest(paths):
     return total.hexdigest()
 
 
+def first_bytes(path, count):
+    """The first bytes of a file; none if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(count)
+    except (OSError, ValueError):
+        return b""
+
+
+def refuse_pointer(path, shown=None):
+    """Raise ValueError if a file is a Git LFS pointer, which stands in for a file that was not downloaded.
+
+    shown: the name of the file in the message; None: the path.
+    """
+    if first_bytes(path, 40).startswith(b"version https://git-lfs.github.com/spec"):
+        raise ValueError(f"{shown or path}: a Git LFS pointer instead of the file itself; fetch it by: git lfs pull")
+
+
 def read_json(path, largest=2 ** 28, hint=""):
     """The dict in a JSON file of at most `largest` bytes; anything else raises ValueError, which ends in `hint`."""
     path = Path(path)
+    refuse_pointer(path)
     try:
         if path.stat().st_size > largest:
             raise ValueError(f"it is larger than {largest >> 20} MiB")

@@ -3,7 +3,6 @@ import gc
 import json
 import re
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -186,7 +185,7 @@ def test_files_that_are_no_whole_model(tmp_path):
     save_file({"lora_unet_down_blocks_0.lora_up.weight": one}, tmp_path / "style.safetensors")
     for name, message in [("model.ckpt", "a pickle can run code, so none is loaded; convert it where you trust it: c"),
                           ("torn.safetensors", "damaged, or no .safetensors file"),
-                          ("vae.safetensors", "no whole Stable Diffusion 1.x, 2.x or XL: no UNet, text encoder in it"),
+                          ("vae.safetensors", "not a whole Stable Diffusion 1.x, 2.x or XL: no UNet, text encoder in"),
                           ("style.safetensors", "a LoRA: give it as --lora")]:
         with pytest.raises(PriorError, match=re.escape(f"{tmp_path / name}: {message}")) as e:
             Prior.from_pretrained(tmp_path / name)
@@ -205,30 +204,140 @@ def write_lora(file, layer=LAYER):
     return up @ down
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_lora_is_fused_into_the_weights(pipelines, tmp_path, kind):
-    pytest.importorskip("peft", reason="diffusers reads a LoRA with peft, which is not installed")
-    change = write_lora(tmp_path / "mine.safetensors")
+def attention(kind="down_blocks_1_attentions_0_transformer_blocks_0_attn1"):
+    """Four matrices of an attention, each of another rank and alpha: {name: (down, up, alpha)}."""
+    return {f"{kind}_{name}": (rand(2 + i, 16, seed=i, dtype=torch.float32), rand(16, 2 + i, seed=9 + i,
+                                                                                  dtype=torch.float32), alpha)
+            for i, (name, alpha) in enumerate([("to_q", 1.0), ("to_k", 4.0), ("to_v", 8.0), ("to_out_0", 0.5)])}
+
+
+def kohya(modules, prefix="lora_unet_", **more):
+    """The tensors of modules as kohya's programs write them."""
+    state = {}
+    for name, (down, up, alpha) in modules.items():
+        state |= {f"{prefix}{name}.lora_down.weight": down, f"{prefix}{name}.lora_up.weight": up,
+                  f"{prefix}{name}.alpha": torch.tensor(alpha)} | {
+            f"{prefix}{name}.{key}": value for key, value in more.items()}
+    return {key: value.clone().contiguous() for key, value in state.items()}
+
+
+def dotted(name):
+    return re.sub(r"_(?=\d|attentions|transformer|attn|to_[qkvo])|(?<=\d)_|(?<=out)_", ".", name)
+
+
+def changes(pipelines, tmp_path, state, strength=1.0, metadata=None, name="mine.safetensors"):
+    """What a LoRA changes: {name of a parameter with underscores: the difference in float64}."""
+    from safetensors.torch import save_file
+    save_file(state, tmp_path / name, metadata=metadata)
+    prior = Prior.from_pretrained(pipelines["sd"], lora=tmp_path / name, lora_scale=strength)
     plain = Prior.from_pretrained(pipelines["sd"])
-    name = tmp_path if kind == "folder" else tmp_path / "mine.safetensors"
-    prior = Prior.from_pretrained(pipelines["sd"], lora=name, lora_scale=0.5)
-    before, after = (dict(p.network.module.named_parameters()) for p in (plain, prior))
-    assert before.keys() == after.keys()  # nothing of peft is left
-    for key, value in before.items():
-        assert_close(after[key], value + 0.5 * change if key == f"{LAYER}.weight" else value)
-    write_lora(tmp_path / "mine.safetensors", "down_blocks.7.attentions.0.to_q")
-    with pytest.raises(PriorError, match="mine.safetensors: no LoRA for this model") as e:
-        Prior.from_pretrained(pipelines["sd"], lora=tmp_path / "mine.safetensors")
-    assert "\n" not in str(e.value)
+    found = {}
+    for part in ("unet", "text_encoder"):
+        before, after = (dict(getattr(p.pipe, part).named_parameters()) for p in (plain, prior))
+        assert before.keys() == after.keys()
+        found |= {key: after[key].double() - value.double() for key, value in before.items()
+                  if not torch.equal(after[key], value)}
+    return {key.removesuffix(".weight").replace(".", "_"): value for key, value in found.items()}
 
 
-def test_a_lora_that_cannot_be_read(pipelines, tmp_path, monkeypatch):
+def test_each_module_of_a_lora_has_its_own_alpha_in_every_layout(pipelines, tmp_path):
+    modules = attention()
+    wanted = {name: up.double() @ down.double() * alpha / len(down) for name, (down, up, alpha) in modules.items()}
+    names = {name: dotted(name) for name in modules}
+    assert names["down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0"] == LAYER.replace("to_q", "to_out.0")
+    peft = {f"{names[name]}.{key}": value.contiguous() for name, (down, up, _) in modules.items()
+            for key, value in (("lora_A.weight", down), ("lora_B.weight", up))}
+    pattern = {names[name].split("attn1.")[1]: alpha for name, (_, _, alpha) in modules.items()}
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8.0, "unet.alpha_pattern": pattern})}
+    older = {f"unet.{names[name].replace('attn1.', 'attn1.processor.').removesuffix('.0')}_lora.{key}.weight": value
+             for name, (down, up, alpha) in modules.items()
+             for key, value in (("down", down), ("up", up * alpha / len(down)))}
+    adapter = {f"base_model.model.{key}": value for key, value in peft.items()}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "alpha_pattern": pattern}))
+    for state, options in [(kohya(modules), {}), (kohya(modules), {"strength": 0.5}), (older, {}),
+                           ({f"unet.{key}": value for key, value in peft.items()}, {"metadata": metadata}),
+                           (adapter, {"name": "adapter/adapter_model.safetensors"})]:
+        got = changes(pipelines, tmp_path, state, **options)
+        assert got.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert_close(got[name], options.get("strength", 1.0) * value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_a_dora_rescales_the_sum(pipelines, tmp_path, rows):
+    name, (down, up, alpha) = next(iter(attention().items()))
+    size = 1 + rand(16, dtype=torch.float32).abs()
+    size = size.view(16, 1) if rows else size.view(1, 16)
+    old = dict(Prior.from_pretrained(pipelines["sd"]).network.module.named_parameters())[f"{LAYER}.weight"].double()
+    new = old + up.double() @ down.double() * alpha / len(down)
+    wanted = size * new / new.norm(dim=1 if rows else 0, keepdim=True)
+    for strength in (1.0, 0.25):
+        got = changes(pipelines, tmp_path, kohya({name: (down, up, alpha)}, dora_scale=size), strength)
+        assert_close(got[name], strength * (wanted - old), atol=1e-5, rtol=0)
+    if rows:  # peft's name for it
+        state = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up,
+                 f"unet.{LAYER}.lora_magnitude_vector": size.flatten(), f"unet.{LAYER}.alpha": torch.tensor(alpha)}
+        assert_close(changes(pipelines, tmp_path, state)[name], wanted - old, atol=1e-5, rtol=0)
+
+
+def test_a_lora_for_convolutions_and_text_encoders(pipelines, tmp_path):
+    down, up = rand(2, 8, 3, 3, dtype=torch.float32), rand(8, 2, 1, 1, dtype=torch.float32)
+    got = changes(pipelines, tmp_path, kohya({"down_blocks_0_resnets_0_conv1": (down, up, 2.0)}))
+    wanted = torch.einsum("or,rikl->oikl", up[..., 0, 0].double(), down.double())
+    assert_close(got["down_blocks_0_resnets_0_conv1"], wanted, atol=1e-5, rtol=0)
+    down, up = rand(2, 16, dtype=torch.float32), rand(16, 2, dtype=torch.float32)
+    for prefix, name in [("lora_te_", "text_model_encoder_layers_0_self_attn_q_proj"),
+                         ("text_encoder.", "text_model.encoder.layers.0.self_attn.q_proj")]:
+        got = changes(pipelines, tmp_path, kohya({name: (down, up, 2.0)}, prefix))
+        (key, value), = got.items()
+        assert key.endswith("encoder_layers_0_self_attn_q_proj")
+        assert_close(value, up.double() @ down.double(), atol=1e-5, rtol=0)
+
+
+def test_a_lora_with_the_names_of_the_original_networks(pipelines, flows, tmp_path):
+    from safetensors.torch import save_file
+    down, up = rand(2, 16, dtype=torch.float32), rand(16, 2, dtype=torch.float32)
+    name = "input_blocks_3_1_transformer_blocks_0_attn1_to_q"  # down_blocks.1.attentions.0 where blocks have a layer
+    save_file(kohya({name: (down, up, 1.0)}), tmp_path / "xl.safetensors")
+    own = [dict(Prior.from_pretrained(pipelines["xl"], lora=lora).network.module.named_parameters())[f"{LAYER}.weight"]
+           for lora in (None, tmp_path / "xl.safetensors")]
+    assert_close(own[1] - own[0], up @ down / 2, atol=1e-5, rtol=0)
+    down, up = rand(2, 32, dtype=torch.float32), rand(96, 2, dtype=torch.float32)
+    joined = {"double_blocks_0_img_attn_qkv": (down, up, 1.0)}
+    save_file(kohya(joined), tmp_path / "flux.safetensors")
+    own = [dict(Prior.from_pretrained(flows["schnell"], lora=lora).network.module.named_parameters())
+           for lora in (None, tmp_path / "flux.safetensors")]
+    for i, part in enumerate("qkv"):
+        key = f"transformer_blocks.0.attn.to_{part}.weight"
+        assert_close(own[1][key] - own[0][key], up[32 * i:32 * i + 32] @ down / 2, atol=1e-5, rtol=0)
+    save_file(kohya(joined, dora_scale=torch.ones(96, 1)), tmp_path / "flux.safetensors")
+    with pytest.raises(PriorError, match="flux.safetensors: no LoRA for this model: a DoRA of the original network's"):
+        Prior.from_pretrained(flows["schnell"], lora=tmp_path / "flux.safetensors")
+
+
+def test_modules_of_a_lora_that_a_model_does_not_have_are_counted(pipelines, tmp_path):
+    from safetensors.torch import save_file
+    down, up = rand(2, 16, dtype=torch.float32), rand(16, 2, dtype=torch.float32)
+    unknown = {f"mid_block_attentions_{i}_to_q": (down, up, 1.0) for i in (7, 8)}
+    with pytest.warns(UserWarning, match="2 of its 6 modules are no part of this model, e.g. lora_unet_mid_block_att"):
+        assert len(changes(pipelines, tmp_path, kohya(attention() | unknown))) == 4
+    save_file(kohya(unknown), tmp_path / "mine.safetensors")
+    wide = kohya({"down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q": (rand(2, 24), rand(16, 2), 1.0)})
+    save_file(wide, tmp_path / "wide.safetensors")
+    save_file({"lora_unet_mid.hada_w1_a": down, "lora_unet_mid.hada_w1_b": up}, tmp_path / "loha.safetensors")
+    save_file({"unet.mid.lora_A.weight": down}, tmp_path / "half.safetensors")
+    for name, message in [("mine", "none of its 2 modules belongs to this model, e.g. lora_unet_mid_block_atten"),
+                          ("wide", r"a matrix for a weight \[16,24\], this model's has \[16, 16\]"),
+                          ("loha", "it holds hada_w1_a, hada_w1_b, which is neither LoRA nor DoRA"),
+                          ("half", "a matrix of unet.mid is missing")]:
+        with pytest.raises(PriorError, match=f"{name}.safetensors: no LoRA for this model: {message}") as e:
+            Prior.from_pretrained(pipelines["sd"], lora=tmp_path / f"{name}.safetensors")
+        assert "\n" not in str(e.value)
+
+
+def test_a_lora_that_cannot_be_read(pipelines, tmp_path):
     write_lora(tmp_path / "mine.safetensors")
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "peft", None)
-        with pytest.raises(PriorError, match="mine.safetensors: to read a LoRA diffusers needs peft: pip install peft"):
-            Prior.from_pretrained(pipelines["sd"], lora=tmp_path / "mine.safetensors")
-    monkeypatch.setitem(sys.modules, "peft", SimpleNamespace())
     shutil.copy(pipelines["sd"] / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "vae.safetensors")
     (tmp_path / "pickle.bin").write_bytes(b"\x80\x02}q\x00.")
     for name, message in [("vae.safetensors", "no LoRA in it, or no .safetensors file"),
@@ -237,6 +346,37 @@ def test_a_lora_that_cannot_be_read(pipelines, tmp_path, monkeypatch):
         with pytest.raises(PriorError, match=message) as e:
             Prior.from_pretrained(pipelines["sd"], lora=tmp_path / name)
         assert str(tmp_path / name) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_git_lfs_pointers_are_named(pipelines, tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
+    folder = copied(pipelines, tmp_path)
+    (tmp_path / "mine.safetensors").write_text(pointer)
+    message = "a Git LFS pointer instead of the file itself; fetch it by: git lfs pull"
+    for options in ({"lora": tmp_path / "mine.safetensors"}, {"embedding": tmp_path / "mine.safetensors"}):
+        with pytest.raises(PriorError, match=f"mine.safetensors: .*{message}"):
+            Prior.from_pretrained(folder, **options)
+    with pytest.raises(PriorError, match=f"mine.safetensors: {message}"):
+        Prior.from_pretrained(tmp_path / "mine.safetensors")
+    for file in ("unet/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json", "pds.json", "model_index.json"):
+        own = copied(pipelines, tmp_path / file.replace("/", "-"))
+        (own / file).write_text(pointer)
+        with pytest.raises(PriorError, match=f"{file}: {message}") as e:
+            Prior.from_pretrained(own)
+        assert "\n" not in str(e.value)
+
+
+def test_models_by_a_web_address_as_gguf_or_without_a_part(pipelines, tmp_path):
+    folder = copied(pipelines, tmp_path)
+    shutil.rmtree(folder / "tokenizer")
+    (tmp_path / "flux.gguf").write_bytes(b"GGUF")
+    for name, message in [("https://huggingface.co/owner/model/tree/main", "a web address is not a model: give own"),
+                          ("https://example.org/a.safetensors", "a web address is not a model: download it"),
+                          (tmp_path / "flux.gguf", "flux.gguf: a .gguf file holds quantised weights"),
+                          (folder, "sd: damaged, or no pipeline: its folder tokenizer is missing")]:
+        with pytest.raises(PriorError, match=message) as e:
+            Prior.from_pretrained(name)
+        assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("kind, state, word", [("sd", {"<mine>": 16}, "<mine>"), ("sd", {"emb_params": 16}, "mine"),
@@ -260,9 +400,10 @@ def test_embeddings_that_cannot_be_used(pipelines, tmp_path):
     from safetensors.torch import save_file
     save_file({"<mine>": torch.zeros(1, 7)}, tmp_path / "narrow.safetensors")
     save_file({"a": torch.zeros(1, 16), "b": torch.zeros(1, 16)}, tmp_path / "two.safetensors")
-    (tmp_path / "pickle.pt").write_bytes(b"\x80\x02}q\x00.")
+    for name in ("pickle.pt", "pickle.npz"):
+        (tmp_path / name).write_bytes(b"\x80\x02}q\x00.")
     for name, message in [("two.safetensors", "no textual inversion: 2 tensors"),
-                          ("pickle.pt", "nothing in it, or no .safetensors"),
+                          ("pickle.pt", "a pickle can run code"), ("pickle.npz", "nothing in it, or no .safetens"),
                           ("none.safetensors", "no textual inversion: "),
                           ("narrow.safetensors", "<mine> is not for this model")]:
         with pytest.raises(PriorError, match=message) as e:
@@ -275,16 +416,16 @@ def test_embeddings_that_cannot_be_used(pipelines, tmp_path):
 @pytest.mark.parametrize("index, message", [
     ({"_class_name": "StableDiffusionInpaintPipeline"}, "a StableDiffusionInpaintPipeline paints into a hole"),
     ({"_class_name": "FluxFillPipeline"}, "paints into a hole"),
-    ({"_class_name": "FluxKontextPipeline"}, "edits a picture"),
-    ({"_class_name": "StableDiffusionDepth2ImgPipeline"}, "is also told a depth map"),
+    ({"_class_name": "FluxKontextPipeline"}, "edits a given picture"),
+    ({"_class_name": "StableDiffusionDepth2ImgPipeline"}, "takes a depth map"),
     ({"_class_name": "StableDiffusionUpscalePipeline"}, "enlarges pictures"),
-    ({"_class_name": "StableDiffusionControlNetPipeline"}, "is also told a control picture"),
+    ({"_class_name": "StableDiffusionControlNetPipeline"}, "takes a control picture"),
     ({"_class_name": "WanPipeline"}, "makes videos"), ({"_class_name": "KandinskyV22Pipeline"}, "in two stages"),
     ({"_class_name": "WuerstchenDecoderPipeline"}, "in two stages"), ({"_class_name": "IFPipeline"}, "works on pixels"),
-    ({"_class_name": "LatentConsistencyModelPipeline"}, "predicts the end of the way at once"),
+    ({"_class_name": "LatentConsistencyModelPipeline"}, "predicts the end of the trajectory at once"),
     ({"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"],
-      "unet": [None, None]}, "a PixArtAlphaPipeline is not known here, it has no unet.*FLUX.1"),
-    ({"_class_name": "StableDiffusionXLImg2ImgPipeline", "tokenizer": [None, None]}, "it has no tokenizer")])
+      "unet": [None, None]}, "a PixArtAlphaPipeline without unet is not supported: .*FLUX.1 are"),
+    ({"_class_name": "StableDiffusionXLImg2ImgPipeline", "tokenizer": [None, None]}, "without tokenizer is not")])
 def test_pipelines_of_another_kind_are_named(pipelines, tmp_path, monkeypatch, index, message):
     folder = copied(pipelines, tmp_path)
     change_json(folder / "model_index.json", **index)
@@ -310,7 +451,7 @@ def test_places_without_a_pipeline_say_what_is_there(pipelines, tmp_path):
     write_lora(tmp_path / "other" / "style.safetensors")
     for name, message in [("lora", "a LoRA: give it as --lora"), ("other", "a LoRA: give it as --lora"),
                           ("inversion", "give its file as --embedding"),
-                          ("control", "a ControlNetModel is also told a control picture"),
+                          ("control", "a ControlNetModel takes a control picture"),
                           ("alone", "a UNet2DConditionModel is one part of a pipeline"),
                           ("parts", "but parts of one: unet, vae"), ("empty", "no model_index.json"),
                           ("single", "give one of its files as --model, as v1-5.safetensors")]:
@@ -384,7 +525,7 @@ def test_a_model_of_another_kind_is_refused_before_it_is_downloaded(pipelines, t
     (tmp_path / "owner" / "control").mkdir()
     (tmp_path / "owner" / "control" / "config.json").write_text('{"_class_name": "ControlNetModel"}')
     for name, message in [("other", "makes videos"), ("hole", "an inpainting model"),
-                          ("lora", "a LoRA: give it as --lora"), ("control", "is also told a control picture")]:
+                          ("lora", "a LoRA: give it as --lora"), ("control", "takes a control picture")]:
         hub.clear()
         with pytest.raises(PriorError, match=f"owner/{name}: .*{message}") as e:
             Prior.from_pretrained(f"owner/{name}")
@@ -414,12 +555,12 @@ def test_an_editor_on_the_hub_may_take_twice_the_channels(pipelines, tmp_path, h
 
 # ---- the command line ---------------------------------------------------------------------------------
 
-def test_a_run_names_what_is_wrong_with_a_lora(command, tmp_path, capsys, monkeypatch):
-    write_lora(tmp_path / "mine.safetensors")
-    monkeypatch.setitem(sys.modules, "peft", None)
+def test_a_run_names_what_is_wrong_with_a_lora(command, tmp_path, capsys):
+    write_lora(tmp_path / "mine.safetensors", "down_blocks.7.attentions.0.to_q")
     assert command("--lora", tmp_path / "mine.safetensors") == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"run.py: error: {tmp_path / 'mine.safetensors'}: to read a LoRA diffusers needs peft: pip install peft"]
+        f"run.py: error: {tmp_path / 'mine.safetensors'}: no LoRA for this model: none of its 1 modules belongs to "
+        "this model, e.g. unet.down_blocks.7.attentions.0.to_q"]
     assert not (tmp_path / "out").exists()
 
 
