@@ -1,0 +1,172 @@
+"""How well a prior knows colours: `python -m bench colours ICONS` and `python -m bench colours-pull ICONS`.
+
+ICONS is the folder of icon sets that models/emoji/train.py takes; the recolouring of that script paints the drawings of
+its held-out styles. The probe asks the diffusion classifier (Li et al., arXiv 2303.16203) for the colour of a drawing,
+one of eleven. The pull test measures how far one denoising step moves a drawing in a wrong colour to the colour of its
+caption.
+"""
+import importlib.util
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.judge import COLOURS
+from bench.measure import table
+from prior import Prior
+
+# The drawings of the pull test: set and name, wrong colour, caption, right colour.
+PULLED = [("noto-v1", "umbrella", "brown", "red umbrella", "red"), ("noto-v1", "bear", "grey", "polar bear", "white"),
+          ("noto-v1", "bear", "slate", "polar bear", "white"), ("emojione", "fox", "turquoise", "fox", "orange"),
+          ("noto-v1", "wolf", "turquoise", "fox", "orange"),
+          ("emojione", "slightly-smiling-face", "purple", "slightly smiling face", "yellow"),
+          ("emojione", "slightly-smiling-face", "purple", "smiling face with sunglasses", "yellow"),
+          ("emojione", "slightly-smiling-face", "green", "smiling face with sunglasses", "yellow"),
+          ("noto-v1", "t-shirt", "brown", "red t shirt", "red"), ("emojione", "red-apple", "pink", "red apple", "red")]
+MORE = {"turquoise": (64, 192, 176), "slate": (124, 144, 170)}  # colours without a name in train.py
+
+
+def load_trainer(path):
+    """train.py of the prior as a module: the sets, their captions, the recolouring; raises ValueError."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; it is the training script of the prior")
+    spec = importlib.util.spec_from_file_location("trainer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def drawings(trainer, args):
+    """The drawings of the held-out styles: their names, and RGBA uint8 [N,4,128,128]."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    sets = [trainer.render_icons(args.icons, style, args.work) for style in trainer.HELD_OUT]
+    return [name for names, _ in sets for name in names], torch.cat([rgba for _, rgba in sets])
+
+
+def flat(trainer, rgba):
+    """RGBA uint8 [4,128,128] -> RGB [1,3,64,64] in [0,1] on white, as the prior's training sees a drawing at rest."""
+    return trainer.augment(rgba[None], torch.Generator(), white=1.0, strength=0.0)
+
+
+def painted(trainer, names, rgba, count, seed=0):
+    """`count` nouns in every colour, one drawing for each noun: [(picture [1,3,64,64], noun, colour)]."""
+    vocab, found, seen = trainer.vocabulary(), [], set()
+    nouns = {n: [c[7:] for c in vocab[n] if c.startswith("COLOUR ")] for n in names}
+    able = [i for i, n in enumerate(names) if nouns[n]]
+    for i in random.Random(seed).sample(able, len(able)):
+        paint = trainer.dominant(rgba[i])
+        if paint[3] > 0.3 and names[i] not in seen and len(seen) < count:
+            seen.add(names[i])
+            found += [(flat(trainer, trainer.recolour(rgba[i], colour, None, paint)), nouns[names[i]][0], colour)
+                      for colour in COLOURS]
+    return found
+
+
+def natural(trainer, names, rgba, count, seed=0):
+    """At most `count` drawings of each colour that have it in their set: [(picture [1,3,64,64], noun, colour)]."""
+    vocab, picker, found, counts = trainer.vocabulary(), random.Random(seed), [], Counter()
+    for i in picker.sample(range(len(names)), len(names)):
+        nouns = [c[7:] for c in vocab[names[i]] if c.startswith("COLOUR ")]
+        colour = trainer.colour_of(trainer.dominant(rgba[i])) if nouns else None
+        if colour and counts[colour] < count:
+            counts[colour] += 1
+            found.append((flat(trainer, rgba[i]), nouns[0], colour))
+    return found
+
+
+@torch.no_grad()
+def errors(prior, picture, captions, t, noise):
+    """[captions,noises] noise errors of one picture [1,3,H,W] at the timesteps t [noises] and noises [noises,C,h,w]."""
+    x0, abar = prior.encode(picture), prior.abar[t].float().view(-1, 1, 1, 1)
+    x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+    parts = zip(*(prior.embed(caption) for caption in captions), strict=True)
+    y = tuple(torch.cat(part).repeat_interleave(len(t), 0) for part in parts)
+    eps = prior.eps(x_t.repeat(len(captions), 1, 1, 1), t.repeat(len(captions)), y)
+    return (eps - noise.repeat(len(captions), 1, 1, 1)).square().mean((1, 2, 3)).view(len(captions), len(t))
+
+
+def hits(prior, items, noises=8, low=4):
+    """Whether the diffusion classifier finds the colour of each item, [N,2] bool: by `noises` timesteps from 200 to
+    900,
+    and by t = 300 alone with the first `low` noises. The prior has a guidance of 1."""
+    shape = prior.encode(items[0][0]).shape[1:]
+    noise = torch.randn(max(noises, low), *shape, generator=torch.Generator().manual_seed(5))
+    t = torch.cat([torch.linspace(200, 900, noises).long(), torch.full((low,), 300)])
+    noise, found = torch.cat([noise[:noises], noise[:low]]), []
+    for picture, noun, colour in items:
+        error = errors(prior, picture, [f"{c} {noun}" for c in COLOURS], t, noise)
+        own = COLOURS.index(colour)
+        found.append([error[:, :noises].sum(1).argmin() == own, error[:, noises:].sum(1).argmin() == own])
+    return torch.tensor(found)
+
+
+def colours(args):
+    """The command: the colour probe on painted drawings and on those of the sets; returns the number of bars missed."""
+    trainer, prior = load_trainer(args.trainer), load_prior(args.model, torch.bfloat16).at(1.0)
+    names, rgba = drawings(trainer, args)
+    missed = 0
+    for title, items, bar in (
+            (f"{args.nouns} nouns painted in {len(COLOURS)} colours", painted(trainer, names, rgba, args.nouns), 0.95),
+            ("drawings in the colours of their sets", natural(trainer, names, rgba, args.natural), None)):
+        if not items:
+            continue
+        found = hits(prior, items, args.noises).float()
+        rows = [(f"which of {len(COLOURS)} colours, {len(items)} drawings", f"{found[:, 0].mean():.1%}",
+                 f">= {bar:.0%}" if bar else "", found[:, 0].mean().item() >= bar if bar else None),
+                ("at t = 300", f"{found[:, 1].mean():.1%}", "", None)]
+        for colour in COLOURS:
+            own = torch.tensor([c == colour for *_, c in items])
+            if own.any():
+                rows.append((f"{colour} ({own.sum()})", "{:.0%}, {:.0%}".format(*found[own].mean(0)), "", None))
+        missed += table(f"{args.model}: {title}", rows)
+    return missed
+
+
+def load_prior(model, dtype=None):
+    """The prior without its list of captions: no warnings about those that it was never taught."""
+    prior = Prior.from_pretrained(model, dtype=dtype)
+    prior.captions = []
+    return prior
+
+
+@torch.no_grad()
+def shares(prior, trainer, rgba, wrong, caption, right, noises, steps=(350, 500)):
+    """The share of the way from a wrong colour to the right one that one denoising step at guidance 8 goes, for each t.
+
+    The change of the mean colour of the painted region, in the decoded prediction of x0, is projected on the difference
+    between the right and the wrong colour, and averaged over `noises` noises. 0: the colour stays, 1: it is the right
+    one.
+    """
+    paint = trainer.dominant(rgba)
+    mask = torch.nn.functional.interpolate(torch.from_numpy(paint[1] * rgba[3].numpy() / 255)[None, None].float(),
+                                           (prior.size, prior.size), mode="area")
+
+    def mean(picture):  # [B,3,H,W] -> [B,3]
+        return (picture * mask).sum((2, 3)) / mask.sum()
+    first, last = (flat(trainer, trainer.recolour(rgba, colour, None, paint)) for colour in (wrong, right))
+    x0, way, found = prior.encode(first), (mean(last) - mean(first))[0], []
+    noise = torch.randn(noises, *x0.shape[1:], generator=torch.Generator().manual_seed(0))
+    guided, y = prior.at(8.0), prior.embed(caption)
+    for t in steps:
+        abar = prior.abar[t].float()
+        eps = guided.eps(abar.sqrt() * x0 + (1 - abar).sqrt() * noise, torch.full((noises,), t), y)
+        gone = mean(prior.decode(x0 + (1 / abar - 1).sqrt() * (noise - eps))) - mean(first)
+        found.append((gone @ way / way.square().sum()).mean().item())
+    return found
+
+
+def pull(args):
+    """The command: the pull test on ten drawings painted wrong; returns the number of bars missed."""
+    trainer, prior = load_trainer(args.trainer), load_prior(args.model)
+    trainer.PAINTED.update({name: trainer.to_lab(np.array([rgb]) / 255) for name, rgb in MORE.items()})
+    sets = {style: trainer.render_icons(args.icons, style, args.work) for style in trainer.HELD_OUT}
+    found = [shares(prior, trainer, rgba[names.index(name)], wrong, caption, right, args.noises)
+             for style, name, wrong, caption, right in PULLED for names, rgba in [sets[style]]]
+    rows = [(f"{wrong} {name} as {caption}", "{:.2f}, {:.2f}".format(*share), "", None)
+            for (_, name, wrong, caption, _), share in zip(PULLED, found, strict=True)]
+    means = np.mean(found, 0)
+    rows += [(f"mean at t = {t}", f"{mean:.3f}", f">= {bar}", bool(mean >= bar))
+             for t, mean, bar in zip((350, 500), means, (0.45, 0.6), strict=True)]
+    return table(f"{args.model}: the share of the way back to the captioned colour, t = 350 and 500", rows)
