@@ -1,4 +1,4 @@
-"""The command line: the options of a run, what its model fills in, what the user's files allow.
+"""The command line: every option in one table, what the model fills in, and what the user's files allow.
 
     args = parse(["--mode", "svg", "--svg", "cat.svg", "--source", "cat face", "--target", "dog face"])
     args = complete(args, prior, "pds")            # what the user left open: the model's own settings
@@ -8,237 +8,273 @@ import argparse
 import copy
 import hashlib
 import re
-import sys
 import unicodedata
 import warnings
+from collections import namedtuple
 from pathlib import Path
 
 import torch
 
 import pds
-from edit import COEFFICIENTS, EDITABLE, EDITORS, LOSSES, MODES, RATES, SCENES, guidance_of
+from edit import COEFFICIENTS, EDITABLE, LOSSES, MODES, SCENES, guidance_of
 from files.messages import Parser, device, number
 from files.pictures import Frame
 from files.reading import digest
+from image.editors import EDITORS
 from loop import parallel
-from pipelines.settings import COMMON, DREAMCATALYST, laid_over
+from pipelines.loading import PriorError
+from pipelines.settings import SETTINGS, read_defaults, settings_for
 from scene.captures import SceneError
 from scene.reading import scene_files
 
 HERE = Path(__file__).resolve().parent
-MEANT = {"--svg": "svg", "--image": "image", "--scene": "nerf", "--splats": "nerf", "--fitted": "nerf"}  # as a mode
+SHIPPED = HERE / "models" / "emoji"
+INPUTS = {"svg": "svg", "image": "image", "scene": "nerf"}  # the flags that name what is edited, and the modes they mean
+METHODS = (*LOSSES, *EDITORS)
 UP = ("x", "y", "z", "-x", "-y", "-z")
 OUTPUTS = {"source.png", "sheet.png", "progress.gif", "turntable.gif", "depth.png", "config.json",
            "checkpoint.pt"}  # of a run
-PATHS = ("turntable", "input")  # of the camera in turntable.gif
+PATHS = ("turntable", "input")  # camera paths of turntable.gif
+
+# modes: those that read the option, all if empty; elsewhere it is refused. kept: whether the result depends on it, so that
+# config.json holds it. more: further arguments of argparse's add_argument.
+Option = namedtuple("Option", "flag help modes kept more")
+POSITIVE, RATE, SHARE = number(int, 1, 10 ** 6), number(float, 0, 1e6), number(float, 0, 1)
 
 
-def parse(argv=None, about=None):
-    """The options of a command line, a Namespace; what depends on the model is None until `complete`."""
-    p = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a = p.add_argument
-    positive, share = number(int, 1, 10 ** 6), number(float, 0, 1)
-    rate = number(float, 0, 1e6)
-    a("--mode", choices=[*MODES, "toy", "bench"], help="what is edited; toy: the method in the plane; bench: every edit "
-      "of a list, one table (default: what --svg or --image says, nerf for --scene, else svg)")
-    a("--svg", "--image", "--scene", dest="input", type=Path,
-      help="the file, or folder with a transforms.json or a COLMAP model, to edit (default: a shipped example)")
-    a("--splats", "--fitted", dest="fitted", type=Path, metavar="FILE", help="scenes: edit this trained model, without "
-      "a fit: Gaussians (.ply or .splat, also of other programs) in front of the cameras of --scene or, without it, of "
-      "cameras around them; or the result.safetensors of --mode nerf with its --scene")
-    a("--source", help="prompt that describes the file")
-    a("--target", help="prompt that describes the edit")
-    a("--suffix", help="words that end both prompts (default: the model's own; the paper has some for drawings)")
-    a("--loss", choices=[*LOSSES, *EDITORS], default="pds",
-      help="the method; sdedit, inv2n and in2n edit pictures, of a scene one after the other (default: pds)")
-    a("--compare", nargs="*", choices=[*LOSSES, *EDITORS], metavar="LOSS",
-      help="run these from one seed and lay them side by side (without a list: sds dds pds)")
-    a("--model", default=str(HERE / "models" / "emoji"),
-      help="diffusers folder, hub id, or .safetensors file of Stable Diffusion (default: the shipped models/emoji)")
-    a("--dtype", choices=["float32", "float16", "bfloat16"],
-      help="number format of the networks (default: float32 on a CPU, elsewhere float16, of FLUX bfloat16)")
-    a("--lora", help="LoRA that is fused into the model: .safetensors file, folder or hub id")
-    a("--lora-scale", type=number(float, -100, 100), default=1.0, help="how much of it (default: 1)")
-    a("--embedding", type=Path, help="textual inversion for the model, a .safetensors file; its word is printed")
-    a("--steps", type=positive, help="optimiser steps (default: the model's own)")
-    a("--guidance", type=rate, help="classifier-free guidance (default: the model's own for each loss)")
-    a("--seed", type=number(int, 0, 2 ** 62), default=0, help="seed of views, timesteps and noise (default: 0)")
-    a("--batch", type=number(int, 1, 1024), metavar="N",
-      help="views, timesteps and noises of a step, one network call for all (default: the model's own, mostly 1)")
-    a("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
-      help="default: cuda where there is one")
-    a("--out", type=Path, help="output folder (default: out/<file>-<target>-<loss>)")
-    a("--resume", action="store_true", help="go on from the checkpoint in the output folder")
-    a("--every", type=positive, default=50, help="steps between checkpoints (default: 50)")
-    a("--square", action="store_true", help="show the model squares: the middle of a photograph, a drawing or picture "
-      "between white bars (default: whole frames, the shorter side as the model has it)")
-    a("--t-min", type=share, help="lowest timestep as a share of T (default: the model's own)")
-    a("--t-max", type=share, help="highest timestep as a share of T (default: the model's own)")
-    a("--schedule", choices=["uniform", "decreasing"], help="of the timesteps (default: the model's own)")
-    a("--rates", choices=RATES, help="course of the rates; settle: a short start, down to 0 in the second half; "
-      "released: that of the paper's code (default: the model's own)")
-    a("--stride", type=positive, default=2, help="t - s of the PDS posterior (default: 2)")
-    a("--coefficients", choices=COEFFICIENTS, default="official", help="psi and chi of PDS; dreamcatalyst brings its own "
-      "guidance and timesteps, with --instruct its InstructPix2Pix prior (default: official)")
-    a("--identity", type=rate, metavar="K", help="pds: times the pull to the source (default: the model's own, else 1)")
-    a("--local", action="store_true", help="edit only where the two prompts disagree about the source")
-    a("--mask", type=Path,
-      help="edit only where this picture is white; scenes: a folder of masks named as the photographs")
-    a("--points", type=rate, help="svg: rate of the points in pixels (default: the model's own)")
-    a("--smooth", type=rate, metavar="PX", help="svg: width of the field that moves all points, falls to a quarter; 0: "
-      "every point for itself, as in the paper (default: the model's own, an eighth of the picture)")
-    a("--steady", action=argparse.BooleanOptionalAction,
-      help="svg: one second moment of Adam for all points, one for all colours (default: the model's own)")
-    a("--opacities", action=argparse.BooleanOptionalAction,
-      help="svg: let opaque shapes become transparent (default: the model's own)")
-    a("--only", nargs="+", metavar="ID", help="svg: change these elements alone")
-    a("--colours", type=rate, help="rate of colours and pixels (default: the model's own)")
-    a("--colours-t-min", type=share, help="svg: the timestep, as a share of T, below which no colour learns; 0: every step "
-      "is for all, as in the paper (default: the model's own)")
-    a("--colours-only", action="store_true", help="svg: keep the geometry")
-    a("--jitter", type=rate, help="svg: random shift at each step, pixels (default: the model's own)")
-    a("--ss", type=int, choices=[1, 2, 4], default=1, help="svg: supersampling (default: 1)")
-    a("--skip-unsupported", action="store_true", help="svg: drop mask, filter, text and image with a warning")
-    a("--instruct", help="in2n: InstructPix2Pix directory or hub id (default: --model, if it is one too)")
-    a("--instruction", help='in2n: what to do (default: "make it a TARGET")')
-    a("--image-guidance", type=rate, default=1.5, help="in2n: guidance to the photograph (default: 1.5)")
-    a("--list", type=Path, help="bench: the edits (default: examples/edits.txt)")
-    a("--modes", nargs="+", choices=MODES, help="bench: edits of these modes alone")
-    a("--front", action="store_true",
-      help="bench: drawings by PDS at several --identity K and by its rivals, as a chart")
-    a("--clip", help="bench: CLIP directory or hub id, for its score and its directional score")
-    a("--pixels", action="store_true", help="image: optimise the pixels instead of the latent")
-    a("--latent", type=rate, help="image: rate of the latent (default: the model's own)")
-    a("--decay", type=share, help="image: weight decay of AdamW on the latent (default: the model's own)")
-    a("--fit-seconds", type=number(float, 0.001, 1e7), default=60.0,
-      help="scenes: time of the fit, process CPU time on a CPU (default: 60)")
-    a("--fit-only", action="store_true", help="scenes: fit, print the PSNR of the test views, and stop")
-    a("--downscale", type=number(int, 1, 1000), default=1,
-      help="scenes: reduce the photographs by this factor (default: 1)")
-    a("--images", metavar="FOLDER", help="scenes: the folder of the photographs in that of the scene, as images_4 "
-      "(default: images for COLMAP's models, else what the transforms.json says)")
-    a("--up", choices=UP, help="splat: the direction that is up in --splats without a --scene, written --up=-y "
-      "(default: what the file says, else -y as in captures by COLMAP)")
-    a("--table", type=rate, help="nerf: rate of the hash grid (default: the model's own)")
-    a("--mlps", type=rate, help="nerf: rate of the MLPs (default: the model's own; a tenth with --local or --mask)")
-    for name, what in (("means", "means, in extents of the cameras"), ("scales", "log scales"),
-                       ("rotations", "quaternions"), ("opacity", "opacity logits")):
-        a(f"--{name}", type=rate, help=f"splat: rate of the {what} (default: the model's own)")
-    a("--refine", type=number(int, 0, 10 ** 6), metavar="N",
-      help="image and scenes: steps of the refining stage, 0: none (default: the model's own)")
-    a("--path", choices=PATHS, default="turntable", help="scenes: camera path of turntable.gif (default: turntable)")
-    a("--export", action="store_true", help="scenes: write every view, its depth, and a transforms.json")
-    args = p.parse_args(argv)
-    gaussians = args.fitted.suffix.lower() != ".safetensors" if args.fitted else _is_gaussians(args.input)
-    args.mode = args.mode or ("splat" if gaussians else mode_of(sys.argv[1:] if argv is None else argv))
-    only_with = dict(fit_only=SCENES, refine=EDITABLE, export=SCENES, list=["bench"], modes=["bench"], front=["bench"],
-                     only=["svg"], opacities=["svg"], colours_t_min=["svg"], local=MODES, mask=MODES,
-                     fitted=SCENES, images=SCENES, up=["splat"])
-    for flag, modes in only_with.items():
-        if getattr(args, flag) and args.mode not in modes:
-            p.error(f"--{flag.replace('_', '-')}: only with --mode {' and '.join(modes)}")
+def _option(flag, text, modes=(), kept=True, **more):
+    return Option(flag, text, modes, kept, more)
+
+
+def _switch(flag, text, modes=(), kept=True):
+    return Option(flag, text, modes, kept, {"action": "store_true"})
+
+
+def _setting(name):
+    """The option of a setting that a model may bring, from pipelines/settings.py."""
+    _, kind, least, _, modes, text = SETTINGS[name]
+    types = {int: number(int, least, 10 ** 6), float: SHARE if name in ("t_min", "t_max", "decay") else RATE, str: str}
+    more = ({"action": argparse.BooleanOptionalAction} if kind is bool else {"choices": kind} if isinstance(kind, tuple)
+            else {"type": types[kind], "metavar": {"identity": "K", "smooth": "PX"}.get(name, name.split("_")[-1].upper())})
+    return Option("--" + name.replace("_", "-"), text, () if modes == MODES else modes, True, more)
+
+
+GROUPS = {
+    "what is edited": [
+        _option("--mode", "what is edited, or toy: the method in the plane (default: what the next options imply, else svg)",
+                choices=[*MODES, "toy"]),
+        _option("--svg", "an SVG file (default: a shipped example of the mode)", ("svg",), type=Path, metavar="FILE"),
+        _option("--image", "a picture", ("image",), type=Path, metavar="FILE"),
+        _option("--scene", "posed photographs, fitted before the edit: a folder with a transforms.json or a COLMAP model",
+                SCENES, type=Path, metavar="DIR"),
+        _option("--splats", "edit trained Gaussians without a fit: a .ply or .splat file, with the cameras of --scene or with "
+                "some around it", ("splat",), type=Path, metavar="FILE"),
+        _option("--fitted", "the same for the result of an earlier run: result.safetensors with its --scene, or result.ply",
+                SCENES, type=Path, metavar="FILE"),
+        _option("--source", "prompt that describes it now", metavar="PROMPT"),
+        _option("--target", "prompt that describes it after the edit", metavar="PROMPT"),
+        _setting("suffix")],
+    "the model": [
+        _option("--model", "diffusers folder, hub id, or .safetensors file of Stable Diffusion (default: the shipped "
+                "models/emoji)", default=str(SHIPPED)),
+        _option("--lora", "LoRA that is fused into the model: .safetensors file, folder or hub id"),
+        _option("--lora-scale", "its strength (default: %(default)g)", type=number(float, -100, 100), default=1.0),
+        _option("--embedding", "textual inversion, a .safetensors file; its word is printed", type=Path, metavar="FILE"),
+        _option("--instruct", "InstructPix2Pix folder or hub id for in2n (default: --model, if it is one too)"),
+        _option("--dtype", "number format of the networks (default: float32 on a CPU, elsewhere float16, bfloat16 for FLUX)",
+                choices=["float32", "float16", "bfloat16"]),
+        _option("--device", "torch device (default: cuda if available, else cpu)", kept=False, type=device,
+                default="cuda" if torch.cuda.is_available() else "cpu")],
+    "the edit": [
+        _option("--loss", "the method; the last four edit pictures, those of a scene one after another (default: "
+                "%(default)s)", choices=METHODS, default="pds"),
+        _option("--compare", "run these methods from one seed, side by side on one sheet (without names: sds dds pds)",
+                kept=False, nargs="*", choices=METHODS, metavar="LOSS"),
+        _setting("steps"), _setting("batch"),
+        _option("--guidance", "classifier-free guidance scale", type=RATE),
+        _option("--image-guidance", "in2n: guidance towards the photograph (default: %(default)g)", type=RATE, default=1.5),
+        _option("--instruction", 'in2n: the instruction (default: "make it a TARGET")'),
+        _setting("identity"),
+        _option("--coefficients", "psi and chi of PDS; dreamcatalyst brings its own guidance and timesteps and, with "
+                "--instruct, its InstructPix2Pix prior (default: %(default)s)", choices=COEFFICIENTS, default="official"),
+        _option("--stride", "t - s of the PDS posterior (default: %(default)s)", type=POSITIVE, default=2),
+        _setting("t_min"), _setting("t_max"), _setting("schedule"), _setting("rates"),
+        _switch("--local", "edit only where the two prompts disagree about the source (DiffEdit's mask)", MODES),
+        _option("--mask", "edit only where this picture is white; for scenes a folder of masks named like the photographs",
+                MODES, type=Path, metavar="FILE"),
+        _switch("--square", "show the model square crops: the centre of a photograph, a drawing or picture between white "
+                "bars (default: whole frames, the shorter side at the model's size)"),
+        _option("--seed", "seed of views, timesteps and noise (default: %(default)s)", type=number(int, 0, 2 ** 62),
+                default=0)],
+    "drawings and pictures": [
+        _setting("points"), _setting("colours"), _setting("smooth"), _setting("steady"), _setting("opacities"),
+        _setting("jitter"),
+        _option("--only", "change these elements alone", ("svg",), nargs="+", metavar="ID"),
+        _switch("--colours-only", "keep the geometry", ("svg",)),
+        _option("--ss", "supersampling (default: %(default)s)", ("svg",), type=int, choices=[1, 2, 4], default=1),
+        _switch("--skip-unsupported", "drop what cannot be drawn, with a warning", ("svg",)),
+        _switch("--pixels", "optimise the pixels instead of the latent", ("image",)),
+        _setting("latent"), _setting("decay")],
+    "scenes": [
+        _option("--fit-seconds", "time of the fit, process CPU time on a CPU (default: %(default)g)", SCENES,
+                type=number(float, 0.001, 1e7), default=60.0),
+        _switch("--fit-only", "fit, print the PSNR of the test views, and stop", SCENES, kept=False),
+        _option("--downscale", "reduce the photographs by this factor (default: %(default)s)", SCENES,
+                type=number(int, 1, 1000), default=1),
+        _option("--images", "folder of the photographs inside the scene's, such as images_4 (default: the one that the "
+                "scene's file names)", SCENES, metavar="FOLDER"),
+        _option("--up", "direction that is up in --splats without a --scene, written --up=-y (default: what the file says, "
+                "else -y as in COLMAP)", ("splat",), choices=UP),
+        _setting("table"), _setting("mlps"), _setting("means"), _setting("scales"), _setting("rotations"),
+        _setting("opacity"), _setting("refine"),
+        _option("--path", "camera path of turntable.gif (default: %(default)s)", SCENES, kept=False, choices=PATHS,
+                default="turntable"),
+        _switch("--export", "write every edited view, its depth and a transforms.json", SCENES, kept=False)],
+    "output": [
+        _option("--out", "output folder (default: out/FILE-TARGET-LOSS)", kept=False, type=Path, metavar="DIR"),
+        _switch("--resume", "go on from the checkpoint in the output folder", kept=False),
+        _option("--every", "steps between checkpoints (default: %(default)s)", kept=False, type=POSITIVE, default=50)]}
+OPTIONS = {option.flag[2:].replace("-", "_"): option for group in GROUPS.values() for option in group}
+
+
+def parse(argv=None, about=None, strict=True):
+    """The options of a command line, a Namespace; what depends on the model is None until `complete`.
+
+    Attributes besides those of OPTIONS: input, the file or folder that is edited, None: the shipped example; losses, the
+    methods to run. Exits with one line on stderr for contradictions. strict: refuse options that the mode does not read;
+    False: ignore them, for a list of edits of several modes.
+    """
+    parser = _parser(about)
+    args = parser.parse_args(argv)
+    given = {flag: getattr(args, flag) for flag in INPUTS if getattr(args, flag)}
+    if len(given) > 1:
+        parser.error(f"--{' and --'.join(given)} name two things to edit: choose one")
+    args.fitted = args.fitted or args.splats
+    args.input = next(iter(given.values()), None)
+    gaussians = _is_gaussians(args.fitted) if args.fitted else _is_gaussians(args.input)
+    args.mode = args.mode or ("splat" if gaussians else "nerf" if args.fitted else INPUTS[next(iter(given), "svg")])
+    for name, option in OPTIONS.items():
+        if option.modes and args.mode not in option.modes and getattr(args, name) != parser.get_default(name):
+            if strict:
+                parser.error(f"{option.flag}: only with --mode {' and '.join(option.modes)}")
+            setattr(args, name, parser.get_default(name))
     if args.mode in SCENES and (args.fitted or gaussians):
         if gaussians != (args.mode == "splat"):
-            p.error(f"{args.fitted or args.input}: --mode splat edits a .ply or .splat, --mode nerf a .safetensors")
+            parser.error(f"{args.fitted or args.input}: --mode splat edits a .ply or .splat, --mode nerf a .safetensors")
         if args.input is None and not gaussians:
-            p.error(f"{args.fitted}: also say --scene DIR, the photographs that it was fitted to")
+            parser.error(f"{args.fitted}: also give --scene DIR, the photographs that it was fitted to")
         args.fitted = args.fitted or args.input
         args.input = args.input or args.fitted
-    args.list = args.list or HERE / "examples" / "edits.txt"
-    several = list(dict.fromkeys(args.compare or LOSSES))
-    args.losses = [args.loss] if args.compare is None and args.mode != "bench" else several
+    args.losses = [args.loss] if args.compare is None else list(dict.fromkeys(args.compare or LOSSES))
     editors = [name for name in args.losses if name in EDITORS]
-    if editors and args.mode not in (*EDITABLE, "bench"):
-        p.error(f"{editors[0]} edits pictures: only with --mode image, nerf and splat")
+    if editors and args.mode not in EDITABLE:
+        parser.error(f"{editors[0]} edits pictures: only with --mode image, nerf and splat")
+    for flag in (*INPUTS, "splats"):
+        delattr(args, flag)
     return args
 
 
+def _parser(about):
+    """The argparse parser of OPTIONS, in groups; the help shows the shipped model's settings."""
+    parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shown = _Shipped()
+    for title, options in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            text, name = option.help, option.flag[2:].replace("-", "_")
+            if option.modes and option.modes != MODES and name not in INPUTS:
+                text = f"{', '.join(option.modes)}: {text}"
+            if name in SETTINGS or name == "guidance":
+                text += f" (default: {shown.values(name)})"
+            group.add_argument(option.flag, help=text, **option.more)
+    return parser
+
+
+class _Shipped:
+    """The settings of the shipped model, for the help."""
+
+    def __init__(self):
+        try:
+            defaults = read_defaults(SHIPPED / "pds.json")
+        except PriorError:  # a copy of the code without models
+            defaults = {"guidance": {}}
+        self.own = {mode: settings_for(defaults, mode, "pds") for mode in MODES}
+
+    def values(self, name):
+        """A setting as text: one value, or one for each mode that reads it."""
+        modes = SETTINGS[name].modes if name in SETTINGS else MODES
+        each = {mode: own["guidance"].get("pds") if name == "guidance" else own.get(name) for mode, own in self.own.items()
+                if mode in modes}
+        words = {mode: "none" if value in (None, "") else {True: "yes", False: "no"}[value] if isinstance(value, bool)
+                 else f"{value:g}" if isinstance(value, (int, float)) else value for mode, value in each.items()}
+        if len(set(words.values())) == 1:
+            return next(iter(words.values()))
+        return ", ".join(f"{mode} {word}" for mode, word in words.items())
+
+
 def _is_gaussians(path):
-    """Whether a path is that of Gaussians by its ending, in a format that can be read or not."""
+    """Whether a path has the ending of a file of Gaussians, in a format that can be read or not."""
     endings = (".ply", ".splat", ".ksplat", ".spz", ".sog")
     return path is not None and path.suffix.lower() in endings and not path.is_dir()
 
 
-def mode_of(words):
-    """The mode that a command line without --mode means, from its words: that of the last flag with a file."""
-    flags = [word.split("=")[0] for word in words]
-    return next((MEANT[flag] for flag in reversed(flags) if flag in MEANT), "svg")
-
-
 def complete(args, prior, name=None):
-    """A copy of the options in which nothing that the model decides is open any more.
+    """A copy of the options with everything that the model decides filled in; what the user gave stays.
 
-    What the user gave stands. The rest is, in this order, what the coefficients, smooth points, the method `name`, and the
-    mode bring of the model's settings, then its settings for all modes, then COMMON. `own` of the copy holds the model's
-    settings.
+    `own` of the copy holds the model's settings for this mode and method, `frame` the sides that the model sees.
 
     Raises:
-        ValueError: timesteps that lead out of the model's schedule.
+        ValueError: timesteps outside of the model's schedule.
     """
     args, name = copy.copy(args), name or args.losses[0]
-    own = COMMON | prior.defaults
-    for key in (args.mode, name):
-        own = laid_over(own, own.get(key, {}))
-    if args.mode != "svg":
-        args.smooth = 0
-    elif args.smooth is None:
-        args.smooth = own.get("width", prior.size / 8)
-    if args.smooth:
-        own = laid_over(own, own.get("smooth", {}))  # smooth steps may be larger, and fewer
-    if args.coefficients == "dreamcatalyst" and name == "pds":
-        own = laid_over(laid_over(own, DREAMCATALYST), own.get("dreamcatalyst", {}))
-    if args.mode == "nerf" and (args.local or args.mask):  # what all of the field shares would carry an edit out of place
-        own = own | {"mlps": own["mlps"] / 10, "table": own["table"] * 2}
-    for key in (*COMMON, "points"):
+    own = settings_for(prior.defaults, args.mode, name, prior.size, args.smooth if args.mode == "svg" else 0,
+                       args.coefficients, local=bool(args.local or args.mask))
+    for key in SETTINGS:
         if getattr(args, key, None) is None:
             setattr(args, key, own.get(key))
     if args.points is None and "canvas_points" not in own:
         args.points = 2.4 if args.smooth else 0.8
     args.guidance = guidance_of(own, name, args.guidance)
     if args.mode not in SCENES and name in EDITORS:
-        args.refine = 0  # the edit is one of these itself
+        args.refine = 0  # the edit is itself one of these
     args.own, args.frame = own, Frame(prior.size, prior.multiple, args.square)
     check_timesteps(args, prior.abar)
     return args
 
 
 def settings(args, prior, name):
-    """Everything that a result depends on, for config.json; args: completed."""
-    skip = {"out", "resume", "every", "device", "fit", "fit_only", "export", "path", "compare", "losses",
-            "list", "modes", "front", "clip", "own", "frame"}
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in skip}
+    """Everything that a result depends on, as a dict for config.json; args: completed."""
+    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+              if key in ("input", "fitted") or key in OPTIONS and OPTIONS[key].kept}
     config |= {"loss": name, "size": prior.size, "device": str(prior.device), "threads": torch.get_num_threads(),
                "processes": parallel.world(), "sha256": digest(files_of(args)), "versions": {"torch": torch.__version__}}
     return config
 
 
 def check_prompts(args):
-    """Raise ValueError where --source or --target is missing; warn where they are the same."""
+    """Raise ValueError if --source or --target is missing; warn if they are the same."""
     for prompt in ("source", "target"):
         if not (getattr(args, prompt) or "").strip():
-            raise ValueError(f"--{prompt} is missing or empty: say in a few words what the {prompt} shows")
+            raise ValueError(f"--{prompt} is missing or empty: describe the {prompt} in a few words")
     if args.source.split() == args.target.split():
         warnings.warn("--source and --target are the same: there is nothing to change", stacklevel=2)
 
 
 def check_timesteps(args, abar):
-    """Raise ValueError where --stride, --t-min or --t-max lead out of the schedule abar [T] of the model, or where
-    --colours-t-min leaves no timestep to the colours of a drawing."""
+    """Raise ValueError if --stride, --t-min or --t-max lead out of the model's schedule abar [T]."""
     lowest, highest = (pds.sample_timesteps(1, len(abar), args.t_min, args.t_max, progress=share).item()
                        for share in (1.0, 0.0))
     if lowest < args.stride:
         raise ValueError(f"--stride {args.stride} is longer than the lowest timestep, {lowest}: raise --t-min")
-    if args.mode == "svg" and args.colours_t_min > args.t_max:
-        raise ValueError(f"--colours-t-min {args.colours_t_min:g} is above --t-max {args.t_max:g}: no colour would change")
     if abar[highest] < 1e-9:
-        raise ValueError(f"--t-max {args.t_max:g}: the model's schedule ends in zero there, pure noise: lower it, as to "
-                         "0.98")
+        raise ValueError(f"--t-max {args.t_max:g}: the model's schedule has no signal left there; lower it, for example "
+                         "to 0.98")
 
 
 def slug(text, longest=40):
-    """A prompt as a part of a file's name: small letters, digits and hyphens.
+    """A prompt as part of a file name: lower-case letters, digits and hyphens.
 
-    Where it is cut off, or has letters that cannot be spelled so, a short hash tells it apart from others.
+    If it is cut off or loses letters, a short hash keeps it apart from other prompts.
     """
     plain = "".join(c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
     found = re.sub("[^a-z0-9]+", "-", plain).strip("-")
@@ -248,7 +284,7 @@ def slug(text, longest=40):
 
 
 def files_of(args):
-    """All files of the user's that a result depends on; of a scene that cannot be read none, loading it says why."""
+    """All of the user's files that a result depends on; none of a scene that cannot be read, which loading reports."""
     try:
         around = args.mode in SCENES and args.input != args.fitted
         files = scene_files(args.input, args.images) if around else [args.input]
@@ -261,8 +297,8 @@ def files_of(args):
 
 
 def kept_apart(args, out):
-    """Raise ValueError where a run in the folder `out` would write over a file of the user's."""
+    """Raise ValueError if a run in the folder `out` would overwrite one of the user's files."""
     for file in files_of(args):
         inside = file.resolve().relative_to(out.resolve()) if file.resolve().is_relative_to(out.resolve()) else Path()
         if str(inside) in OUTPUTS or inside.stem == "result" or args.export and inside.parts[:1] == ("export",):
-            raise ValueError(f"{file}: the run would write over it: choose another --out")
+            raise ValueError(f"{file}: the run would overwrite it: choose another --out")

@@ -1,20 +1,18 @@
-"""Edit an SVG, a picture, a NeRF or 3D Gaussians towards a prompt with Posterior Distillation Sampling, or a rival.
+"""Edit an SVG, a picture, a NeRF or 3D Gaussians towards a prompt with Posterior Distillation Sampling.
 
     python run.py --mode svg                                  # the shipped example
-    python run.py --mode svg --svg cat.svg --source "a cat face" --target "a dog face" --compare
-    python run.py --mode image --image cat.png --source "a cat face" --target "a dog face"
-    python run.py --mode toy                                  # SDS, DDS and PDS in the plane
-    python run.py --mode nerf --scene examples/apple --source "red apple" --target "green apple"
-    python run.py --mode splat                                # the same scene as 3D Gaussians
-    python run.py --mode nerf --compare in2n inv2n sds dds pds            # the paper's Figure 2: every method
-    python run.py --mode image --loss in2n                    # an editor of pictures alone
-    python run.py --mode bench --compare sds dds pds          # one table over every edit of examples/edits.txt
-    python run.py --mode bench --list FILE --only svg         # over the drawings of another list
-    python run.py --mode nerf --scene DIR --fit-only --fit-seconds 60     # fit, and measure the test views
-    python run.py --splats trained.ply --source "a chair" --target "a throne"     # Gaussians that are trained already
+    python run.py --svg cat.svg --source "cat face" --target "dog face" --compare                # SDS, DDS and PDS
+    python run.py --image apple.png --source "red apple" --target "green apple" --loss in2n      # an editor of pictures
+    python run.py --scene DIR --source "red apple" --target "green apple" --refine 200           # a NeRF, both stages
+    python run.py --scene DIR --fit-only --fit-seconds 60                                        # fit, measure test views
+    python run.py --mode splat --scene DIR --source "red apple" --target "green apple"           # 3D Gaussians
+    python run.py --splats trained.ply --source "chair" --target "throne"                        # trained Gaussians
+    python run.py --mode nerf --compare in2n inv2n sds dds pds                                   # the paper's Figure 1
+    python run.py --mode toy                                  # SDS, DDS and PDS in the plane, the paper's Figure 2
 
-The output folder gets source.*, result.*, progress.gif, sheet.png (before and after, labelled; of a scene from several
-sides) and config.json; of a scene also turntable.gif and depth.png, with --export every view as nerfstudio reads it.
+The output folder gets source.*, result.*, progress.gif, sheet.png (before and after; of a scene from several sides) and
+config.json; of a scene also turntable.gif and depth.png, and with --export every view in nerfstudio's format.
+python -m bench edits runs every edit of a list and prints one table.
 """
 import contextlib
 import copy
@@ -35,15 +33,14 @@ from PIL import Image
 
 import options
 import toy
-from bench.edits import Maker, make_table, read_edits
-from bench.front import make_front
-from edit import EDITORS, LOSSES, SCENES, TITLES, edit, prompts, stages_of
+from edit import LOSSES, SCENES, edit, stages_of
 from files import sheets
 from files.checkpoint import fingerprint, read_run
 from files.messages import exit_code, one_line
 from files.pictures import read_picture, to_pil, to_tensor
 from files.sheets import beside, sheet, snapshot
 from files.writing import check_writable, locked, write
+from image.editors import EDITORS, TITLES, prompts
 from image.figures import outside
 from image.masks import Where, agree, local_masks, read_mask, read_masks, subject_masks
 from image.picture import Picture
@@ -62,13 +59,16 @@ EXAMPLE = {"svg": ("smiling-face.svg", "slightly smiling face", "smiling face wi
            "image": ("red-apple.png", "red apple", "green apple"),
            "nerf": ("apple", "red apple", "green apple"), "splat": ("apple", "red apple", "green apple")}
 
-# A loader returns the scene (what edit.py asks of it stands there; it also has save(path)), its parameter groups for
-# Adam, and the source, whose render(view) is the picture before.
+
+# ---- what can be edited -------------------------------------------------------------------------------
+# A loader returns the scene (see edit.py; it also has save(path)), its parameter groups for Adam, and the source, whose
+# render(view) is the picture before.
 
 def load_svg(args, prior):
+    """An SVG file; its points may move as one smooth field, and opaque shapes stay opaque (see --smooth, --opacities)."""
     scene = SVG.load(args.input, skip_unsupported=args.skip_unsupported, size=args.frame, ss=args.ss).to(prior.device)
     scene.jitter = args.jitter
-    if args.points is None:  # the model's rate is in units of the canvas
+    if args.points is None:  # the model gives the rate in units of the canvas
         args.points = args.own["canvas_points"] * scene.document.unit
     groups = scene.param_groups(args.points, args.colours, args.colours_only, shared=args.steady)
     if not any(p.numel() for g in groups for p in g["params"]):
@@ -79,6 +79,7 @@ def load_svg(args, prior):
 
 
 def load_image(args, prior):
+    """A picture on white, whole or with --square between white bars."""
     picture = read_picture(args.input).convert("RGBA")
     wide, high = [max(picture.size)] * 2 if args.square else picture.size
     page = Image.new("RGBA", (wide, high), "white")
@@ -90,15 +91,17 @@ def load_image(args, prior):
 
 
 class Photographs:
-    """What a scene is edited from: its own pictures."""
+    """The source of a scene's edit: its photographs."""
 
     def __init__(self, scene):
         self.render = scene.photograph
 
 
 def fit(args, size=256):
-    """The scene as a NeRF or as splats: a model that the user has, or a fit. That is kept beside the output, so that a
-    second edit starts at once. size: of the pictures of a model without photographs, in pixels."""
+    """The scene as a NeRF or as splats: --fitted, or a fit, which is kept beside the output for later edits.
+
+    size: of the pictures of a model without photographs, in pixels.
+    """
     kind = FITTED[args.mode]
     if args.fitted == args.input:
         return kind.load(args.fitted, None, args.device, size, args.up)
@@ -108,20 +111,22 @@ def fit(args, size=256):
     file = kept_in(args.fit, scene, kind.sizes(args.device))
     file.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.nullcontext() if parallel.rank() else locked(file, wait=True):
-        parallel.largest(0)  # the others wait until the first process has the lock
+        parallel.largest(0)  # the other processes wait until the first one has the lock
         return kind.fit(scene, args.fit_seconds, checkpoint=file, device=args.device)
 
 
 def load_nerf(args, prior):
+    """A scene as a NeRF, fitted before."""
     nerf = fit(args)
     nerf.learn_from(args.frame)
     groups = nerf.param_groups(args.table, args.mlps)
-    if args.rates == "released":  # nerfstudio's Adam, whose rates fall to a tenth in 100,000 steps
+    if args.rates == "released":  # nerfstudio's Adam; rates fall to a tenth in 100,000 steps
         groups = [group | {"betas": (0.9, 0.999), "warm": 1000, "fall": (0.1, 99000)} for group in groups]
     return nerf, groups, Photographs(nerf)
 
 
 def load_splat(args, prior):
+    """A scene as 3D Gaussians, fitted before."""
     splats = fit(args, max(256, args.frame.short))
     groups = splats.param_groups(args.means, args.scales, args.rotations, args.opacity, args.colours)
     if args.rates == "released":
@@ -130,13 +135,13 @@ def load_splat(args, prior):
 
 
 LOAD = {"svg": load_svg, "image": load_image, "nerf": load_nerf, "splat": load_splat}
-SUFFIX = {"svg": ".svg", "image": ".png", "nerf": ".safetensors", "splat": ".ply"}  # of what save() writes
-FITTED = {"nerf": NeRF, "splat": Splats}  # what a scene of many views is fitted as
+SUFFIX = {"svg": ".svg", "image": ".png", "nerf": ".safetensors", "splat": ".ply"}  # of the file that save() writes
+FITTED = {"nerf": NeRF, "splat": Splats}  # representations that are fitted to a scene
 AROUND = {"turntable": turntable, "input": input_path}  # camera paths of turntable.gif
 
 
 def where_of(scene, source, prior, args):
-    """The masks of where the edit may act, a masks.Where: the user's own, or with --local those of the prompts."""
+    """Where the edit may act, a masks.Where: the user's masks, or with --local those of the prompts; None: everywhere."""
     if not (args.local or args.mask):
         return None
     around, size = args.mode in SCENES, args.frame
@@ -154,7 +159,7 @@ def where_of(scene, source, prior, args):
 
 
 def editor_of(name, args, prior):
-    """The InstructPix2Pix that a method needs: IN2N, and DreamCatalyst where --instruct names one; else None."""
+    """The InstructPix2Pix of IN2N, and of DreamCatalyst if --instruct names one; None for other methods."""
     if name == "in2n" or name == "pds" and args.coefficients == "dreamcatalyst" and args.instruct:
         return load_editor(args.instruct or args.model, args.device, args.dtype, prior.size)
     return None
@@ -162,7 +167,7 @@ def editor_of(name, args, prior):
 
 @functools.cache
 def load_editor(model, device, dtype, size):
-    """The InstructPix2Pix in a directory or hub id; ValueError where it is not made for pictures of `size` pixels."""
+    """The InstructPix2Pix in a folder or hub id; raises ValueError if it is not made for pictures of `size` pixels."""
     editor = InstructPix2Pix.from_pretrained(model, device, dtype)
     if editor.size != size:
         raise ValueError(f"{model}: made for {editor.size} pixels, the prior for {size}")
@@ -170,10 +175,12 @@ def load_editor(model, device, dtype, size):
 
 
 def load_prior(args):
-    """The prior in --model, with what --lora and --embedding lay over it."""
+    """The prior in --model, with --lora and --embedding applied."""
     return Prior.from_pretrained(args.model, args.device, args.dtype, lora=args.lora, lora_scale=args.lora_scale,
                                  embedding=args.embedding)
 
+
+# ---- one run ------------------------------------------------------------------------------------------
 
 def run_one(prior, name, args, out):
     """One edit by a loss or an editor, and its files in the folder `out`.
@@ -185,63 +192,83 @@ def run_one(prior, name, args, out):
         KeyboardInterrupt: after Ctrl-C, once the files of the edit so far are written.
         ValueError, OSError: bad input; nothing has been written then.
     """
-    with contextlib.ExitStack() as held:
-        return _run_one(prior, name, args, out, held)
-
-
-def _run_one(prior, name, args, out, held):
     args, editor = complete(args, prior, name), editor_of(name, args, prior)
     scene, groups, source = LOAD[args.mode](args, editor if editor and name in LOSSES else prior)
-    around = args.mode in SCENES
-    turn = AROUND[args.path](scene, sheets.VIEWS, sheets.FRAME_SIZE) if around else []
-    views = sides(scene, sheets.SIDES, sheets.SIDE_SIZE) if around else [None]
-    size = sheets.SIDE_SIZE if around else sheets.SHEET_SIZE
-    look = lambda: [snapshot(scene, size, view) for view in views]
-    before, turned = look(), [snapshot(scene, view=camera) for camera in turn]
+    shown = Shown(scene, args)
     where = where_of(scene, source, prior, args) if name in LOSSES else None
     stages = stages_of(scene, source, prior, name, args, editor, where)
-    config = settings(args, prior, name) | ({"fit": fingerprint(scene)} if around else {})
+    config = settings(args, prior, name) | ({"fit": fingerprint(scene)} if args.mode in SCENES else {})
     kept_apart(args, out)
     original, first = args.input.read_bytes() if args.input.is_file() else None, parallel.rank() == 0
+    with contextlib.ExitStack() as held:
+        if first:
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(out / "run"))
+        if args.resume:
+            read_run(out / "checkpoint.pt", config)  # its errors come before anything is written
+        elif first:
+            (out / "checkpoint.pt").unlink(missing_ok=True)  # of an earlier run, which --resume must not mix with this one
+        if name in EDITORS and args.mode not in SCENES:
+            picture, generator = source.render(None, args.frame), torch.Generator().manual_seed(args.seed)
+            scene.put(stages[0].edited(picture, picture, EDITORS[name].strength, generator))
+            frames, interrupted = [to_pil(source.render(None, sheets.FRAME_SIZE)), snapshot(scene)], False
+        else:
+            frames, interrupted = edit(scene, groups, stages, prior, args, out, config)
+        if first:  # the results before the pictures: torchrun kills its processes soon after Ctrl-C
+            write(out / "config.json", json.dumps(config, indent=1) + "\n")  # only now: else it would describe old results
+            scene.save(out / f"result{SUFFIX[args.mode]}")
+            if original is not None:
+                write(out / f"source{args.input.suffix.lower()}", original)
+            after = shown.write(out, scene, stages, TITLES[name], frames)
+        else:
+            after = shown.look(scene)
     if first:
-        out.mkdir(parents=True, exist_ok=True)
-        held.enter_context(locked(out / "run"))
-    if args.resume:
-        read_run(out / "checkpoint.pt", config)  # its errors come before anything is written
-    elif first:
-        (out / "checkpoint.pt").unlink(missing_ok=True)  # of an earlier run: a --resume must never mix the two
-    if name in EDITORS and not around:
-        prior.guidance, picture = stages[0].guidance, source.render(None, args.frame)
-        scene.put(stages[0].edited(picture, picture, EDITORS[name].strength, torch.Generator().manual_seed(args.seed)))
-        frames, interrupted = [to_pil(source.render(None, sheets.FRAME_SIZE)), snapshot(scene)], False
-    else:
-        frames, interrupted = edit(scene, groups, stages, prior, args, out, config)
-    after = look()
-    if not first:
-        return before, after
-    write(out / "config.json", json.dumps(config, indent=1) + "\n")  # not before: an old result would lie beside it
-    if original is not None:
-        write(out / f"source{args.input.suffix.lower()}", original)
-    write(out / "source.png", beside(before))
-    write(out / "result.png", beside(after))
-    scene.save(out / f"result{SUFFIX[args.mode]}")
-    write(out / "progress.gif", frames)
-    write(out / "sheet.png", sheet([("source", args.source, before), (TITLES[name], args.target, after)]))
-    if around:
-        write(out / "turntable.gif", [beside([a, snapshot(scene, view=camera)]) for a, camera in zip(turned, turn)])
-        for stage in stages:
-            if stage.state.get("edited"):
-                write(out / f"{stage.name}-views.png", sheet(stage.pictures()))
-        write(out / "depth.png", beside([to_pil(depth_picture(scene.depth(view))) for view in views]))
-    if args.export:
-        export(scene, out / "export", [view.camera for view in scene.scene.train])
-    pictures = [to_tensor(p.resize(args.frame.sides(*p.size), Image.LANCZOS)).float() for p in before]
-    masks = subject_masks(prior, pictures, *prompts(args))
-    print(f"{name}: {outside(before, after, masks)}")
-    if interrupted:
-        raise KeyboardInterrupt(f"what is there is in {out}; the same command with --resume goes on")
-    return before, after
+        print(f"{name}: {change_outside(prior, shown.before, after, args)}")
+        if interrupted:
+            raise KeyboardInterrupt(f"the edit so far is in {out}; the same command with --resume goes on")
+    return shown.before, after
 
+
+class Shown:
+    """The pictures of a run: from which sides a scene is shown, and how it looked before."""
+
+    def __init__(self, scene, args):
+        self.args, self.around = args, args.mode in SCENES
+        self.turn = AROUND[args.path](scene, sheets.VIEWS, sheets.FRAME_SIZE) if self.around else []
+        self.views = sides(scene, sheets.SIDES, sheets.SIDE_SIZE) if self.around else [None]
+        self.before, self.turned = self.look(scene), [snapshot(scene, view=camera) for camera in self.turn]
+
+    def look(self, scene):
+        """The scene as it is now, a list of PIL pictures, one per view."""
+        size = sheets.SIDE_SIZE if self.around else sheets.SHEET_SIZE
+        return [snapshot(scene, size, view) for view in self.views]
+
+    def write(self, out, scene, stages, title, frames):
+        """Write all pictures of a run to the folder `out`; returns those of the edited scene."""
+        args, after = self.args, self.look(scene)
+        write(out / "source.png", beside(self.before))
+        write(out / "result.png", beside(after))
+        write(out / "sheet.png", sheet([("source", args.source, self.before), (title, args.target, after)]))
+        write(out / "progress.gif", frames)
+        if self.around:
+            turned = [beside([a, snapshot(scene, view=camera)]) for a, camera in zip(self.turned, self.turn, strict=True)]
+            write(out / "turntable.gif", turned)
+            for stage in stages:
+                if stage.state.get("edited"):
+                    write(out / f"{stage.name}-views.png", sheet(stage.pictures()))
+            write(out / "depth.png", beside([to_pil(depth_picture(scene.depth(view))) for view in self.views]))
+        if args.export:
+            export(scene, out / "export", [view.camera for view in scene.scene.train])
+        return after
+
+
+def change_outside(prior, before, after, args):
+    """One line about the change outside of the subject, which DiffEdit's mask finds in the pictures before."""
+    pictures = [to_tensor(p.resize(args.frame.sides(*p.size), Image.LANCZOS)).float() for p in before]
+    return outside(before, after, subject_masks(prior, pictures, *prompts(args)))
+
+
+# ---- the command line ---------------------------------------------------------------------------------
 
 def parse(argv=None):
     """The options of a command line: see options.py."""
@@ -249,7 +276,7 @@ def parse(argv=None):
 
 
 def work(args):
-    """Every mode but toy and bench: one edit, the edits that --compare names, or a fit alone."""
+    """Every mode but toy: one edit, the edits that --compare names, or a fit alone."""
     args.device = parallel.start(args.device)
     if args.input is None:
         name, source, target = EXAMPLE[args.mode]
@@ -285,33 +312,15 @@ def work(args):
         print(f"done: {args.out / 'sheet.png'}")
 
 
-def bench(args):
-    """--mode bench: every edit of a list with the model's own settings, one table; processes share the edits out."""
-    args.device = parallel.start(args.device)
-    edits = read_edits(args.list, ["svg"] if args.front else args.modes)
-    prior = load_prior(args)
-
-    def options_of(mode, file, source, target, fit, *flags):
-        own = parse(["--mode", mode, f"--svg={file}", f"--source={source}", f"--target={target}",
-                     f"--model={args.model}", f"--device={args.device}", f"--seed={args.seed}",
-                     f"--fit-seconds={args.fit_seconds}", *flags])
-        own.fit, own.steps, own.square, own.dtype = fit, args.steps, args.square, args.dtype
-        own.lora, own.lora_scale, own.embedding = args.lora, args.lora_scale, args.embedding
-        return own
-    maker = Maker(options_of, complete, settings, fit, run_one)
-    if args.front:
-        return make_front(edits, prior, maker, args.out or Path("out/front"))
-    make_table(edits, args.losses, prior, maker, args.out or Path("out/edits"), args.clip)
-
-
 def main(argv=None):
+    """Run a command line; returns the exit code."""
     args = parse(argv)
     warnings.showwarning = lambda message, *_, **__: parallel.rank() or print(
         f"warning: {one_line(message)}", file=sys.stderr)
     if args.mode == "toy":
         return exit_code("run.py", lambda: toy.main(["--out", str(args.out or "out"), "--seed", str(args.seed)]))
     try:
-        return exit_code("run.py", lambda: bench(args) if args.mode == "bench" else work(args))
+        return exit_code("run.py", lambda: work(args))
     finally:
         parallel.stop()
 

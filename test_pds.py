@@ -1,15 +1,9 @@
-"""The method: pds.py, the editors of pictures in edit2d.py, and the plane of toy.py. The other tests are in tests/."""
-import math
-
+"""The method, pds.py: copy this file along with it; it needs torch and pytest. All other tests are in tests/."""
 import pytest
 import torch
-from PIL import Image
 from torch.testing import assert_close
 
 import pds
-import toy
-from image.editors import ddim, ddim_timesteps, ddpm_inversion, sdedit
-from image.masks import diffedit_mask
 
 torch.set_num_threads(1)
 BETAS = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion's
@@ -45,11 +39,19 @@ def grad_of(loss, *args, **kwargs):
 
 # ---- pds.py: the coefficients -------------------------------------------------------------------------
 
-@pytest.mark.parametrize("t, psi, chi", [(20, 1.69513, 0.23736), (100, 0.31778, 0.11591),
-                                         (500, 0.03224, 0.08212), (980, 0.00418, 0.10962)])
-def test_official_coefficients_have_the_reference_values(t, psi, chi):
-    got = pds.pds_coefficients(ABAR, torch.tensor([t]), torch.tensor([t - 2]))
-    assert_close(torch.stack(got)[:, 0], torch.tensor([psi, chi], dtype=torch.float64), atol=5e-6, rtol=0)
+def test_official_coefficients_are_those_of_the_released_code():
+    """compute_posterior_mean of the released code, at t and two steps before, with the scheduler's one-step beta_t."""
+    t = torch.arange(20, 981)
+    beta, abar_t, abar_s = BETAS[t], ABAR[t], ABAR[t - 2]
+    c_x0 = abar_s.sqrt() * beta / (1 - abar_t)
+    c_xt = (1 - beta).sqrt() * (1 - abar_s) / (1 - abar_t)
+    sigma = ((1 - abar_s) / (1 - abar_t) * beta).sqrt()
+    # of z = (x_s - c_x0 x0_hat - c_xt x_t) / sigma: the factors of x0 and of eps, the noises being shared
+    psi = (abar_s.sqrt() - c_x0 - c_xt * abar_t.sqrt()) / sigma
+    chi = c_x0 * (1 - abar_t).sqrt() / abar_t.sqrt() / sigma
+    for got, wanted in zip(pds.pds_coefficients(ABAR, t, t - 2), (psi, chi), strict=True):
+        assert_close(got, wanted, atol=1e-9, rtol=1e-7)
+    assert (psi > 0.004).all() and psi[0] == pytest.approx(1.695, abs=1e-3) and psi.argmin() == len(t) - 1
 
 
 @pytest.mark.parametrize("stride", [1, 2, 10, 100])
@@ -61,7 +63,7 @@ def test_consistent_posterior_has_no_pull_to_the_source(stride):
     assert_close(long_form, torch.zeros_like(long_form), atol=1e-10, rtol=0)
     assert (pds.pds_coefficients(ABAR, t, t - stride, "consistent")[0] == 0).all()
     if stride == 1:  # one step is one step: the two kinds are the same posterior
-        for a, b in zip(pds.posterior(ABAR, t, t - 1, "official"), (c_x0, c_xt, sigma)):
+        for a, b in zip(pds.posterior(ABAR, t, t - 1, "official"), (c_x0, c_xt, sigma), strict=True):
             assert_close(a, b)
 
 
@@ -73,6 +75,7 @@ def test_consistent_chi_depends_on_the_signal_to_noise_ratios_alone(stride):
         snr = abar / (1 - abar)
         chi = pds.pds_coefficients(abar, t, t - stride, "consistent")[1]
         assert_close(chi, (snr[t - stride] / snr[t] - 1).sqrt(), atol=1e-9, rtol=1e-7)
+
 
 def test_posterior_agrees_with_bayes_rule():
     """q(x_s | x_t, x0) from the product of two Gaussians in x_s, for a stride of 50."""
@@ -253,134 +256,3 @@ def test_where_each_method_ends():
     way = (end["pds"] - src).flatten()
     assert_close(way.mean(), 3 * push / (psi.mean() + push), atol=0.02, rtol=0)
     assert way.std() < 0.2
-
-
-# ---- toy.py -----------------------------------------------------------------------------------------
-
-def test_the_plane_has_an_exact_noise_prediction():
-    prior, x, t = toy.world(), rand(4, 2, 1, 1).requires_grad_(), torch.tensor([10, 300, 600, 990])
-    abar, y = prior.abar[t], torch.tensor([1])
-
-    def log_density(means):  # the long form: a normal distribution for each part
-        scale, deviation = abar.sqrt(), (abar * prior.sigma ** 2 + 1 - abar).sqrt()
-        parts = [torch.distributions.Normal(scale[:, None] * m, deviation[:, None]).log_prob(x.flatten(1)).sum(1)
-                 for m in means]
-        return torch.stack(parts).logsumexp(0) - math.log(len(means))
-
-    def eps(means):
-        grad, = torch.autograd.grad(log_density(means).sum(), x)
-        return -(1 - abar).sqrt().view(-1, 1, 1, 1) * grad
-    cond, uncond = eps(prior.means[1]), eps(prior.means.flatten(0, 1))
-    assert_close(prior.eps(x.detach(), t, y), uncond + prior.guidance * (cond - uncond))
-    got = prior.log_density(x.detach().flatten(1), prior.means[1].expand(4, -1, -1), abar)[0]
-    assert_close(got, log_density(prior.means[1]).detach())
-
-
-def test_the_plane_shows_what_the_paper_says(tmp_path, capsys, monkeypatch):
-    ways, trajectories = {}, toy.trajectories
-
-    def recorded(prior, loss, seed, **options):
-        way = trajectories(prior, loss, seed, **options)
-        ways.setdefault(loss.__name__, way)
-        return way
-    monkeypatch.setattr(toy, "trajectories", recorded)
-    assert toy.main(["--out", str(tmp_path)]) == 0
-    rows = [line.rsplit(maxsplit=3) for line in capsys.readouterr().out.splitlines()[1:5]]
-    sds, dds, ours, without = ([float(x) for x in row[1:]] for row in rows)
-    assert ours[0] < 0.6 * min(sds[0], dds[0], without[0])  # nearest to the source
-    assert 0 < ours[2] < 0.25 * min(sds[2], dds[2], without[2])  # beyond the boundary, and nearest to it
-    assert Image.open(tmp_path / "toy.png").size == (3 * 360, 360)
-    spread = [ways[name][-1].std(0).norm() / ways[name][0].std(0).norm() for name in ("sds_loss", "pds_loss")]
-    assert spread[0] < 0.1 and spread[1] > 0.8  # SDS ends in one point, PDS keeps the samples apart
-    assert (tmp_path / "toy.svg").read_text().count("<polyline") == 3 * 61
-
-
-# ---- edit2d.py ---------------------------------------------------------------------------------------
-
-def test_ddim_takes_the_steps_of_diffusers_scheduler():
-    from diffusers import DDIMScheduler
-    prior, x = GaussianPrior(), rand(2, 1, 3, 3)
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1)
-    scheduler.set_timesteps(20)
-    assert ddim_timesteps(1000, 20) == scheduler.timesteps.tolist()
-    wanted = x
-    for t in scheduler.timesteps:
-        wanted = scheduler.step(prior.eps(wanted, t.repeat(2), TGT), t, wanted).prev_sample
-    assert_close(ddim(prior, x, TGT, ddim_timesteps(1000, 20)), wanted, atol=1e-5, rtol=1e-5)  # its betas are float32
-
-
-def test_ddim_carries_the_noise_to_the_data():
-    """With the exact prediction for N(2, 0.3 I), noise at level T becomes mean + deviation * noise."""
-    x = rand(1, 1, 8, 8)
-    x0 = ddim(GaussianPrior(), x, TGT, ddim_timesteps(1000, 1000))
-    assert_close(x0, 2 + 0.3 ** 0.5 * x, atol=0.08, rtol=0)
-
-
-def test_sdedit_keeps_less_of_the_source_the_less_it_skips():
-    prior, x0 = GaussianPrior(), torch.full((1, 1, 8, 8), -1.0, dtype=torch.float64)
-    draw = lambda: torch.Generator().manual_seed(0)
-    means = [sdedit(prior, x0, TGT, 20, skip, draw()).mean().item() for skip in (1, 0.85, 0.4, 0)]
-    assert means == sorted(means) and abs(means[0] + 1) < 0.1 and abs(means[-1] - 2) < 0.2
-    with pytest.raises(ValueError, match="skip must be in 0 .. 1, got 1.5"):
-        sdedit(prior, x0, TGT, skip=1.5)
-    with pytest.raises(ValueError, match="steps must be in 1 .. 1000, got 0"):
-        sdedit(prior, x0, TGT, steps=0)
-
-
-class Guided(GaussianPrior):
-    """With a guidance, as Prior has it: from the mean 0 to the prompt's."""
-
-    def eps(self, x_t, t, y):
-        abar = self.abar[t].to(x_t).reshape(-1, 1, 1, 1)
-        return super().eps(x_t, t, y) * self.guidance + (1 - self.guidance) * (
-            (1 - abar).sqrt() * x_t / (1 - abar + abar * self.var))
-
-
-def test_ddpm_inversion_gives_the_picture_back():
-    prior, x0 = Guided(), rand(2, 1, 4, 4)
-    draw = lambda: torch.Generator().manual_seed(0)
-    for steps, skip in ((100, 0.36), (7, 0.0), (10, 0.95)):
-        again = ddpm_inversion(prior, x0, SRC, SRC, steps, skip, 3.5, 3.5, generator=draw())
-        assert_close(again, x0, atol=1e-9, rtol=0)
-    assert not hasattr(prior, "guidance")  # it is set on copies
-    moved = [(ddpm_inversion(prior, x0, TGT, SRC, 50, skip, 1.0, 1.0, generator=draw()) - x0).mean().item()
-             for skip in (0.9, 0.6, 0.3, 0.0)]
-    assert 0 < moved[0] < moved[1] < moved[2] < moved[3] and moved[3] == pytest.approx(3, abs=0.1)  # from mean -1 to 2
-    with pytest.raises(ValueError, match="skip must be in 0 .. 1, got -1"):
-        ddpm_inversion(prior, x0, TGT, SRC, skip=-1)
-
-
-def test_ddpm_inversion_takes_the_steps_of_diffusers_scheduler():
-    """z_t read off the stochastic DDIM step (eta 1) of the source, given to that of the target, from another start."""
-    from diffusers import DDIMScheduler
-    prior, x0, start, steps, first = Guided(), rand(1, 1, 3, 3, seed=1), rand(1, 1, 3, 3, seed=2), 10, 4
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1)
-    scheduler.set_timesteps(steps)
-    generator, zero = torch.Generator().manual_seed(3), torch.zeros_like(x0)
-    draw = lambda: torch.randn(x0.shape, generator=generator).double()
-    times = [t.view(1) for t in scheduler.timesteps[first:]]
-    noise = draw()
-    path = [pds.add_noise(x0, noise, ABAR, times[0])] + [pds.add_noise(x0, draw(), ABAR, t) for t in times[1:]] + [x0]
-    x_t = pds.add_noise(start, noise, ABAR, times[0])
-    for t, x_src, x_next in zip(times, path, path[1:]):
-        def step(x, y, guidance, z):
-            prior.guidance = guidance
-            return scheduler.step(prior.eps(x, t, y), t, x, eta=1.0, variance_noise=z).prev_sample
-        sigma = step(x_src, SRC, 3.5, zero + 1) - step(x_src, SRC, 3.5, zero)
-        x_t = step(x_t, TGT, 15.0, (x_next - step(x_src, SRC, 3.5, zero)) / sigma)
-    generator.manual_seed(3)
-    got = ddpm_inversion(prior, x0, TGT, SRC, steps, first / steps, start=start, generator=generator)
-    assert_close(got, x_t, atol=1e-4, rtol=1e-4)
-
-
-def test_the_mask_is_where_the_prompts_disagree():
-    class Local(GaussianPrior):
-        def eps(self, x_t, t, y):
-            left = super().eps(x_t, t, y)
-            right = super().eps(x_t, t, torch.zeros_like(y))
-            return torch.cat((left[..., :3], right[..., 3:]), -1)
-    mask = diffedit_mask(Local(), rand(2, 4, 8, 8), TGT, SRC, generator=torch.Generator().manual_seed(0))
-    assert mask.shape == (2, 1, 8, 8) and mask[..., :3].all() and not mask[..., 3:].any()
-    assert not diffedit_mask(GaussianPrior(), rand(1, 4, 8, 8), SRC, SRC).any()  # one prompt, no subject

@@ -1,124 +1,103 @@
 """Measurements behind the figures in the README; every command prints its figures beside their bars.
 
+    python -m bench edits                           # every edit of a list by several methods: one table, sheets
     python -m bench svg-fidelity ICONS.json...      # against resvg (icon sets, e.g. npm @iconify-json/noto)
-    python -m bench svg-gradients                   # against finite differences
-    python -m bench svg-speed                       # against plain autograd; memory; cost table; fits
-    python -m bench svg-roundtrip ICONS.json...     # save, then resvg, against the own render
-    python -m bench svg-geometry                    # edits: crossings, broken joints, against free points
-    python -m bench svg-flow                        # official and consistent coefficients on a flow, over ten drawings
-    python -m bench svg-batch                       # --batch N at equal numbers of views, over ten drawings
-    python -m bench fuzz-drawings --count 5000      # drawings made at random: pictures or one-line errors
-    python -m bench fuzz-scenes                     # damaged scenes, pictures, checkpoints: read, or one-line errors
-    python -m bench kills                           # runs killed at random moments: --resume ends bit-identically
-    python -m bench svg-field                       # a step of 5000 paths with the smooth field, and without
-    python -m bench nerf-grid                       # the hash grid against nn.Embedding
     python -m bench nerf-fit SCENE --at 10 30 60    # PSNR over time, rays/s, memory
-    python -m bench nerf-deferred SCENE             # deferred image gradients against direct ones; memory
-    python -m bench nerf-edit SCENE                 # what a step of an edit renders, and what each part of it takes
-    python -m bench splat-speed                     # 3D Gaussians against two plain formulations
-    python -m bench splat-memory                    # what 10 000 of them add to a process
-    python -m bench splat-fit SCENE --at 10 30 60   # PSNR over time, files
-    python -m bench local                           # --local on the ball, alone and on a ground: what it keeps
-    python -m bench step                            # a PDS step: the network, and everything else
-    python -m bench memory --sd15                   # the memory of a PDS step by part, Stable Diffusion 1.5's shapes
 
-Run it in the root of the repository, with OMP_NUM_THREADS=1 for figures of one core. The exit code is 1 where a bar was
-missed. The table of all edits is `python run.py --mode bench`.
+Run it in the root of the repository, with OMP_NUM_THREADS=1 for figures of one core. The exit code is 1 if a bar was
+missed. `edits` and `front` pass options that they do not know on to run.py.
 """
 import argparse
 import importlib
 import sys
+from pathlib import Path
 
+from edit import LOSSES, MODES
 from files.messages import Parser, exit_code, number
+from image.editors import EDITORS
 
-# The modules of the commands that are not in that of their first word.
-PLACES = {"svg-geometry": "geometry", "svg-field": "geometry", "svg-batch": "drawings", "svg-flow": "drawings",
-          "fuzz-scenes": "fuzz_scenes"}
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+COUNT, HIDDEN = number(int, 1), argparse.SUPPRESS
+MODEL = ("--model", dict(default="models/emoji", help="diffusers folder or hub id (default: models/emoji)"))
+SEED = ("--seed", dict(type=int, default=0))
+ICONS = [("icons", dict(nargs="+", help="icons.json of an iconify set")),
+         ("--count", dict(type=COUNT, default=200, help="icons of each set (default: 200)"))]
+FITS = [("scene", {}), ("--downscale", dict(type=int, default=1)), SEED, ("--device", dict(default="cpu")),
+        ("--at", dict(type=float, nargs="+", default=[10, 30, 60], help="seconds of process CPU time, one fit each")),
+        ("--bars", dict(type=float, nargs="+", help="PSNR that each must reach"))]
+COMMANDS = {  # name: (module and function of this folder, help, arguments)
+    "edits": ("edits.edits", "every edit of a list by several methods: one table, sheets", [
+        ("--list", dict(type=Path, default=EXAMPLES / "edits.txt", help="the edits (default: examples/edits.txt)")),
+        ("--modes", dict(nargs="+", choices=MODES, help="only edits of these modes")),
+        ("--compare", dict(nargs="+", choices=[*LOSSES, *EDITORS], help="the methods (default: sds dds pds)")),
+        ("--clip", dict(help="CLIP folder or hub id, for its score and its directional score")),
+        ("--out", dict(type=Path, default=Path("out/edits"), help="folder of the results (default: out/edits)"))]),
+    "front": ("front.front", "drawings by PDS at several --identity K and by its rivals: a chart", [
+        ("--list", dict(type=Path, default=EXAMPLES / "edits.txt", help="the edits (default: examples/edits.txt)")),
+        ("--out", dict(type=Path, default=Path("out/front"), help="folder of the results (default: out/front)"))]),
+    "svg-fidelity": ("svg.fidelity", "PSNR of renders against resvg", ICONS),
+    "svg-roundtrip": ("svg.roundtrip", "save, render with resvg, compare with the own render", ICONS),
+    "svg-gradients": ("svg.gradients", "gradients against finite differences", []),
+    "svg-speed": ("svg.speed", "time against plain autograd, memory, cost table, fits", []),
+    "svg-geometry": ("geometry.geometry", "crossings and broken joints of edits, against free points", [
+        MODEL, ("--flags", dict(nargs=argparse.REMAINDER, default=[], help="of run.py, for both; last"))]),
+    "svg-field": ("geometry.field", "a step of many paths with the smooth field, and without", [
+        ("--paths", dict(type=int, default=5000)), ("--way", dict(help=HIDDEN))]),
+    "svg-batch": ("drawings.batch", "--batch N at equal numbers of views, over ten drawings", [
+        MODEL, SEED, ("--share", dict(type=number(float, 0.01, 100), default=1, help="of the default's number of views"))]),
+    "svg-flow": ("drawings.flow", "PDS with a flow as prior, by its coefficients, over ten drawings", [MODEL, SEED]),
+    "fuzz-drawings": ("fuzz.drawings", "random drawings: rendered, or refused in one line", [
+        ("--count", dict(type=COUNT, default=5000)), SEED,
+        ("--first", dict(type=int, default=0, help="number of the first drawing (default: 0)")),
+        ("--keep", dict(help="folder for the drawings that fail"))]),
+    "fuzz-scenes": ("fuzz_scenes.scenes", "damaged scenes, pictures, checkpoints, settings: read, or refused in one line", [
+        ("--share", dict(type=number(float, 0.001, 100), default=1, help="of the 1600 cases (default: 1)")), SEED]),
+    "kills": ("kills.kills", "runs killed at random moments: --resume ends bit-identically", [
+        ("--count", dict(type=COUNT, default=20)), SEED]),
+    "nerf-grid": ("nerf.grid", "the hash grid against nn.Embedding", [("--points", dict(type=int, default=20000))]),
+    "nerf-fit": ("nerf.fit", "PSNR over time, rays/s, memory of fits", FITS),
+    "nerf-deferred": ("nerf.deferred", "deferred image gradients against direct ones; memory", [
+        ("scene", {}), ("--seconds", dict(type=float, default=10, help="of the fit")), ("--only", dict(type=int, help=HIDDEN)),
+        ("--how", dict(help=HIDDEN)), ("--nerf", dict(help=HIDDEN))]),
+    "nerf-edit": ("nerf.edit", "the rendering of an edit's step: samples, seconds, shares", [
+        ("scene", {}), ("--size", dict(type=COUNT, default=64, help="of the picture in pixels (default: 64)")),
+        ("--whole", dict(action="store_true", help="the whole photograph, not its central square")),
+        ("--fit-seconds", dict(type=float, default=60)), ("--kept", dict(help="file of the fit, which goes on from there")),
+        ("--downscale", dict(type=int, default=1)), SEED]),
+    "splat-speed": ("splat.speed", "3D Gaussians against a dense formulation and a loop over tiles", [
+        ("--size", dict(type=int, default=128, help="of the picture, a multiple of 64"))]),
+    "splat-memory": ("splat.memory", "peak memory of a forward and a backward", [
+        ("--size", dict(type=int, default=128)), ("--only", dict(type=int, help=HIDDEN))]),
+    "splat-fit": ("splat.fit", "PSNR over time, and the files of the last fit", FITS),
+    "local": ("local.local", "--local on the ball, alone and on a ground: what it keeps", [
+        ("--mode", dict(choices=["nerf", "splat"], default="nerf")),
+        ("--out", dict(default="out/local", help="folder of the results, which are reused (default: out/local)"))]),
+    "step": ("step.step", "a PDS step of run.py: the network, and everything else", [
+        ("--steps", dict(type=number(int, 3), default=200))]),
+    "memory": ("memory.memory", "the memory of a PDS step by part", [
+        MODEL, ("--sd15", dict(action="store_true", help="random weights of Stable Diffusion 1.5's shapes; 8 GB of memory")),
+        ("--device", dict(default="cpu")),
+        ("--dtype", dict(choices=["float32", "float16", "bfloat16"], help="number format of the networks")),
+        ("--size", dict(type=number(int, 8), help="of the picture in pixels (default: the model's own)"))])}
 
 
 def measure(args):
-    """Run the command MODULE-FUNCTION, or MODULE alone, of this folder; returns the number of bars missed."""
-    module, _, function = args.command.partition("-")
-    module = PLACES.get(args.command, module)
-    return getattr(importlib.import_module(f"bench.{module}"), function or module)(args)
+    """Run a command; returns the number of bars missed."""
+    module, function = COMMANDS[args.command][0].split(".")
+    return getattr(importlib.import_module(f"bench.{module}"), function)(args)
 
 
 def main(argv=None):
+    """Run a command line; returns the exit code."""
     parser = Parser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = lambda name, help_line: commands.add_parser(name, help=help_line).add_argument
-    for name, help_line in (("svg-fidelity", "PSNR of renders against resvg"),
-                            ("svg-roundtrip", "save, render with resvg, compare")):
-        a = command(name, help_line)
-        a("icons", nargs="+", help="icons.json of an iconify set")
-        a("--count", type=int, default=200, help="icons of each set (default 200)")
-    command("svg-gradients", "gradients against finite differences")
-    command("svg-speed", "time, memory, cost table, fits")
-    a = command("svg-geometry", "crossings and broken joints of edits, against every point for itself")
-    a("--model", default="models/emoji")
-    a("--flags", nargs=argparse.REMAINDER, default=[], help="of run.py, for both; last")
-    a = command("svg-batch", "views, timesteps and noises in fewer, larger steps")
-    a("--model", default="models/emoji")
-    a("--share", type=number(float, 0.01, 100), default=1, help="of the default's number of views (default 1)")
-    a("--seed", type=int, default=0)
-    a = command("svg-flow", "PDS with a flow as prior, by its coefficients")
-    a("--model", default="models/emoji")
-    a("--seed", type=int, default=0)
-    a = command("fuzz-drawings", "drawings made at random: pictures or one-line errors")
-    a("--count", type=number(int, 1), default=5000)
-    a("--seed", type=int, default=0)
-    a("--first", type=int, default=0, help="number of the first drawing (default 0)")
-    a("--keep", help="folder for the drawings that fail")
-    a = command("fuzz-scenes", "damaged scenes, pictures, checkpoints, settings: read or refused in one line")
-    a("--share", type=number(float, 0.001, 100), default=1, help="of the 1600 cases (default 1)")
-    a("--seed", type=int, default=0)
-    a = command("kills", "runs that are killed at random moments: what --resume makes of them")
-    a("--count", type=number(int, 1), default=20)
-    a("--seed", type=int, default=0)
-    a = command("svg-field", "a step of many paths with the smooth field, and without")
-    a("--paths", type=int, default=5000)
-    a("--way", help=argparse.SUPPRESS)
-    a = command("nerf-grid", "the hash grid against nn.Embedding")
-    a("--points", type=int, default=20000)
-    for name, help_line in (("nerf-fit", "PSNR over time, rays/s, memory of fits"),
-                            ("splat-fit", "PSNR over time; the files of the last fit")):
-        a = command(name, help_line)
-        a("scene")
-        a("--at", type=float, nargs="+", default=[10, 30, 60], help="seconds of process CPU time, a fit each")
-        a("--bars", type=float, nargs="+", help="PSNR that each must reach")
-        a("--downscale", type=int, default=1)
-        a("--seed", type=int, default=0)
-        a("--device", default="cpu")
-    a = command("nerf-deferred", "deferred image gradients against direct ones; memory")
-    a("scene")
-    a("--seconds", type=float, default=10, help="of the fit")
-    for hidden, kind in (("--only", int), ("--how", str), ("--nerf", str)):
-        a(hidden, type=kind, help=argparse.SUPPRESS)
-    a = command("nerf-edit", "the rendering of an edit's step: samples, seconds, shares")
-    a("scene")
-    a("--size", type=number(int, 1), default=64, help="of the picture in pixels (default 64)")
-    a("--whole", action="store_true", help="the whole photograph, its shorter side of that size, not its central square")
-    a("--fit-seconds", type=float, default=60)
-    a("--kept", help="file of the fit, which goes on from there")
-    a("--downscale", type=int, default=1)
-    a("--seed", type=int, default=0)
-    a = command("splat-speed", "against a dense formulation and a loop over tiles")
-    a("--size", type=int, default=128, help="of the picture, a multiple of 64")
-    a = command("splat-memory", "peak memory of a forward and a backward")
-    a("--size", type=int, default=128)
-    a("--only", type=int, help=argparse.SUPPRESS)
-    a = command("local", "what --local keeps of a scene outside the subject")
-    a("--mode", choices=["nerf", "splat"], default="nerf")
-    a("--out", default="out/local", help="what stands there is not made again (default: out/local)")
-    a = command("step", "a PDS step of run.py")
-    a("--steps", type=number(int, 3), default=200)
-    a = command("memory", "the memory of a PDS step by part")
-    a("--model", default="models/emoji", help="diffusers folder or hub id (default: models/emoji)")
-    a("--sd15", action="store_true", help="the shapes of Stable Diffusion 1.5 with random weights instead; 8 GB of memory")
-    a("--device", default="cpu")
-    a("--dtype", choices=["float32", "float16", "bfloat16"], help="number format of the networks")
-    a("--size", type=number(int, 8), help="of the picture in pixels (default: the model's own)")
-    args = parser.parse_args(argv)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, text, arguments) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        for flag, more in arguments:
+            command.add_argument(flag, **more)
+    args, args.run = parser.parse_known_args(argv)
+    if args.run and args.command not in ("edits", "front"):
+        parser.error(f"unrecognized arguments: {' '.join(args.run)}")
     return exit_code("bench", lambda: 1 if measure(args) else 0)
 
 

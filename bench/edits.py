@@ -1,48 +1,40 @@
-"""The table of `run.py --mode bench`: every edit of a list by every method, measured, and the pictures on one page.
+"""`python -m bench edits`: every edit of a list by every method, measured in one table, with one sheet of pictures a mode.
 
-    edits = read_edits(Path("examples/edits.txt"))
-    make_table(edits, ["sds", "dds", "pds"], prior, maker, Path("out/edits"))
+    python -m bench edits --list examples/edits.txt --compare sds dds pds --modes svg image --clip CLIP [options of run.py]
 
-What it measures of an edit: how far it reads as the target (log-odds under the prior, CLIP), how near it stayed to the
-source (PSNR, SSIM, LPIPS), seconds, memory. run.py hands over the `maker`, which makes the edits.
+An edit is measured by how well it reads as the target (log-odds under the prior, CLIP), how close it stays to the source
+(PSNR, SSIM, LPIPS), its seconds and its memory. Each mode runs with the model's own settings unless an option says
+otherwise.
 """
 import csv
 import io
 import json
 import re
 import time
-from collections import namedtuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+import options
+import run
 from bench.figures import SCENE_THUMB, THUMB, Clip, figures, peak, restart_peak
-from edit import EDITABLE, EDITORS, MODES, SCENES, TITLES, prompts
+from edit import EDITABLE, LOSSES, MODES, SCENES
 from files.pictures import read_picture
 from files.reading import is_number, read_json
 from files.sheets import beside, sheet
 from files.writing import write
+from image.editors import EDITORS, TITLES
 from image.figures import perceptual
 from loop import parallel
 
-Maker = namedtuple("Maker", "options complete settings fit edit")
-Maker.__doc__ = """What makes the edits of the table, five functions:
-
-    options(mode, file, source, target, fit) -> the options of one edit; `fit` begins the name of the file of a scene's fit
-    complete(options, prior, name) -> the same with what the model and the method `name` decide
-    settings(options, prior, name) -> everything that the result of completed options depends on, a dict for JSON
-    fit(options): fit the scene and keep it in that file
-    edit(prior, name, options, out): write the files of the edit to the folder `out`
-"""
 DECIMALS = {"log-odds": 2, "PSNR": 1, "SSIM": 3, "LPIPS": 3, "CLIP": 3, "dir": 3, "s": 1, "MB": 0}  # of the columns
 
 
 def read_edits(path, only=None):
-    """A list of edits -> [(mode, file, source, target, folder)], the folder for its results.
+    """The edits in a list: [(mode, file, source, target, folder)], folder being the place of the results.
 
-    A line is `mode | file | source prompt | target prompt`, the file's path relative to the list; # begins a comment.
-    only: keep the edits of these modes alone. Raises ValueError for the first wrong line, with its number, and where
-    no edit is left.
+    A line reads `mode | file | source prompt | target prompt`, with the path relative to the list; # starts a comment.
+    only: keep these modes. Raises ValueError for the first wrong line, with its number, and if no edit is left.
     """
     found = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
@@ -52,7 +44,7 @@ def read_edits(path, only=None):
         place = path.parent / file
         folder = f"{mode}/{place.stem}-{re.sub(r'[^a-z0-9]+', '-', target.lower())}"
         wrong = ("need mode | file | source prompt | target prompt" if not (mode and file and source and target) else
-                 f"mode {mode!r} is none of {', '.join(MODES)}" if mode not in MODES else
+                 f"mode {mode!r} is not one of {', '.join(MODES)}" if mode not in MODES else
                  f"{place}: no such {'folder' if mode in SCENES else 'file'}"
                  if not (place.is_dir() if mode in SCENES else place.is_file()) else
                  f"its results would lie in {folder} with another edit's" if folder in (f for *_, f in found) else None)
@@ -66,40 +58,52 @@ def read_edits(path, only=None):
 
 
 def names_of(mode, names):
-    """The methods that a mode allows: the editors of pictures cannot work on a drawing."""
+    """The methods that a mode allows: editors of pictures cannot edit a drawing."""
     return [name for name in names if mode in EDITABLE or name not in EDITORS]
 
 
-def make_table(edits, names, prior, maker, out, clip=None):
-    """Make every edit by every method and write table.csv and a sheet for each mode to the folder `out`. Of several
-    processes each makes its share of the edits, and the first one writes the table.
+def edits(args):
+    """The command: make every edit by every method and write table.csv and a sheet for each mode to the folder --out.
 
-    An edit that is there already from the same settings is not made again.
+    Several processes of torchrun share the edits, and the first one writes the table. An edit that an earlier run made
+    with the same settings is not made again.
 
-    Args:
-        edits: what read_edits returns.
-        names: the methods, keys of edit.TITLES.
-        clip: a CLIP directory or hub id, None: without its columns.
     Raises:
-        ValueError, OSError: bad input. FloatingPointError: a loss is no longer finite; it names the edit.
+        ValueError, OSError: bad input. FloatingPointError: a loss is no longer finite; the message names the edit.
     """
-    clip, lpips, rows = Clip(clip, prior.device) if clip else None, perceptual(), []
-    for mode, file, source, target, folder in edits[parallel.rank()::parallel.world()]:
-        fit = (out / folder).parent / f"{file.stem}-{mode}"
-        options = maker.options(mode, file, source, target, fit)
-        for name in names_of(mode, names):
+    first = options.parse(args.run, strict=False)
+    first.device = parallel.start(first.device)
+    listed, prior, out = read_edits(args.list, args.modes), run.load_prior(first), args.out
+    clip, lpips, rows = Clip(args.clip, prior.device) if args.clip else None, perceptual(), []
+    for mode, file, source, target, folder in listed[parallel.rank()::parallel.world()]:
+        own = options_of(mode, file, source, target, (out / folder).parent / f"{file.stem}-{mode}", args.run)
+        own.device = first.device
+        for name in names_of(mode, dict.fromkeys(args.compare or LOSSES)):
             try:
                 with parallel.alone():
-                    row = edit_row(prior, name, options, maker, out / folder / name, lpips, clip)
+                    row = edit_row(prior, name, own, out / folder / name, lpips, clip)
             except FloatingPointError as e:
                 raise FloatingPointError(f"{folder}: {e}") from e
             rows.append({"mode": mode, "file": file.name, "source": source, "target": target, "loss": name,
                          "folder": folder} | row)
-    folders = [folder for *_, folder in edits]
+    folders = [folder for *_, folder in listed]
     rows = sorted(parallel.gathered(rows), key=lambda row: folders.index(row["folder"]))
-    if parallel.rank():
-        return
-    columns = [c for c in DECIMALS if c not in ("LPIPS", "CLIP", "dir") or (lpips if c == "LPIPS" else clip)]
+    if parallel.rank() == 0:
+        columns = [c for c in DECIMALS if c not in ("LPIPS", "CLIP", "dir") or (lpips if c == "LPIPS" else clip)]
+        write_table(rows, columns, out)
+
+
+def options_of(mode, file, source, target, fit, flags):
+    """The options of one edit of a list; fit: the start of the name of the file that keeps a scene's fit."""
+    flag = next(flag for flag, means in options.INPUTS.items() if means == mode or mode == "splat" and flag == "scene")
+    own = options.parse(["--mode", mode, f"--{flag}", str(file), "--source", source, "--target", target, *flags],
+                        strict=False)
+    own.fit = fit
+    return own
+
+
+def write_table(rows, columns, out):
+    """Print the means, and write table.csv and the sheets of all modes to the folder `out`."""
     print_edits(rows, columns)
     with io.StringIO(newline="") as text:
         header = ["mode", "file", "source", "target", "loss", "before", *columns]
@@ -112,35 +116,35 @@ def make_table(edits, names, prior, maker, out, clip=None):
         print(f"done: {out / f'{mode}.png'}")
 
 
-def edit_row(prior, name, options, maker, out, lpips, clip):
-    """The figures of one edit, {column: figure}; it is made in `out`, unless the same settings made it there before."""
-    whole = maker.complete(options, prior, name)
-    config = json.loads(json.dumps(maker.settings(whole, prior, name)))
+def edit_row(prior, name, args, out, lpips, clip):
+    """The figures of one edit, {column: figure}; it is made in `out` unless the same settings made it there before."""
+    whole = options.complete(args, prior, name)
+    config = json.loads(json.dumps(options.settings(whole, prior, name)))
     done, row = out / "config.json", {}
     if (out / "row.json").exists() and done.exists():
         old = read_json(done, hint="; delete it to make the edit anew")
-        alike = {"versions", "threads", "fit"} | ({"points"} if config["points"] is None else set())  # make none another
+        alike = {"versions", "threads", "fit"} | ({"points"} if config["points"] is None else set())  # may differ
         same = all(old.get(k) == config.get(k) for k in old.keys() | config.keys() if k not in alike)
         row = read_row(out / "row.json") if same else {}
     if not row:
-        (out / "row.json").unlink(missing_ok=True)  # an interruption must not leave the figures of another run here
-        if options.mode in SCENES:
-            maker.fit(options)  # kept in options.fit, so that its seconds are not the edit's
+        (out / "row.json").unlink(missing_ok=True)  # an interruption must not leave another run's figures here
+        if args.mode in SCENES:
+            run.fit(args)  # kept in args.fit, so that its seconds are not counted as the edit's
         print(out)
         restart_peak(prior.device)
         started = time.perf_counter()
-        maker.edit(prior, name, options, out)
+        run.run_one(prior, name, args, out)
         row = {"s": time.perf_counter() - started, "MB": peak(prior.device)}
     lacking = "before" not in row or lpips and "LPIPS" not in row or clip and row.get("clip") != clip.name
     if lacking:
-        before, after = (pictures_of(out / file, options.mode) for file in ("source.png", "result.png"))
+        before, after = (pictures_of(out / file, args.mode) for file in ("source.png", "result.png"))
         row |= figures(prior, before, after, whole, lpips, clip)
         write(out / "row.json", json.dumps(row, indent=1) + "\n")
     return row
 
 
 def read_row(path):
-    """The figures that edit_row has written; raises ValueError, one line, where they are no figures of an edit."""
+    """The figures that edit_row has written; raises ValueError if the file holds anything else."""
     hint = "; delete it to make the edit anew"
     row = read_json(path, hint=hint)
     wanted = {"s", "MB", "before", "log-odds", "PSNR", "SSIM"}
@@ -151,7 +155,7 @@ def read_row(path):
 
 
 def pictures_of(path, mode):
-    """The picture of an edit in a file, on white; of a scene the squares that stand side by side. Raises ValueError."""
+    """The pictures in an edit's file, on white: one, or the squares side by side of a scene. Raises ValueError."""
     page = read_picture(path, downscale=1, upright=False).convert("RGBA")
     page = Image.alpha_composite(Image.new("RGBA", page.size, "white"), page).convert("RGB")
     if mode not in SCENES:
@@ -160,7 +164,7 @@ def pictures_of(path, mode):
 
 
 def print_edits(rows, columns):
-    """Print the means over the edits of each mode, a line for each method; above them the log-odds of the sources."""
+    """Print the means over the edits of each mode, a line per method; above them the log-odds of the sources."""
     first = f"{'mode':<6} {'loss':<7} {'edits':>5} {'log-odds':>9} {'read':>6}"
     print("\n" + first + "".join(f" {c:>7}" for c in columns[1:]))
     for mode in dict.fromkeys(row["mode"] for row in rows):
@@ -175,7 +179,7 @@ def print_edits(rows, columns):
 
 
 def edits_sheet(rows, out):
-    """One page of the edits of a mode: the source and each method side by side; of scenes, one under another."""
+    """One page with the edits of a mode: the source and each method side by side, or one above the other for scenes."""
     pages, mode = [], rows[0]["mode"]
     scenes = mode in SCENES
     size = SCENE_THUMB if scenes else THUMB

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Figures of an edit: SSIM, log-odds under a prior, CLIP scores, peak memory."""
 import contextlib
 import logging
 import resource
@@ -11,8 +11,8 @@ from PIL import Image
 
 import pds
 from bench.measure import memory_status
-from edit import prompts
 from files.pictures import frame_of, to_tensor
+from image.editors import prompts
 from image.figures import psnr
 
 SIDE, THUMB, SCENE_THUMB = 256, 192, 160  # pixels a side: of what is measured, on a sheet, on the sheet of a scene
@@ -21,14 +21,14 @@ SIDE, THUMB, SCENE_THUMB = 256, 192, 160  # pixels a side: of what is measured, 
 def pixels(picture, size=SIDE):
     """PIL picture -> [1,3,H,W] float64 in [0,1]; size: a Frame, or the pixels of the shorter side."""
     sides = frame_of(size).sides(*picture.size)
-    return to_tensor(picture.convert("RGB").resize(sides, Image.LANCZOS))  # one of that size comes back as it is
+    return to_tensor(picture.convert("RGB").resize(sides, Image.LANCZOS))  # the identity for a picture of that size
 
 
 def ssim(a, b):
-    """Structural similarity of two pictures [1,3,H,W] in [0,1] (Wang et al. 2004), 1 where they are the same.
+    """Structural similarity of two pictures [1,3,H,W] in [0,1] (Wang et al. 2004); 1 if they are equal.
 
-    A Gaussian window of 11 pixels and sigma 1.5, K1 = 0.01 and K2 = 0.03; the mean over the three channels and all
-    places where the whole window fits.
+    A Gaussian window of 11 pixels and sigma 1.5, K1 = 0.01, K2 = 0.03; the mean over the three channels and all positions
+    where the whole window fits.
     """
     line = (-(torch.arange(11, dtype=a.dtype, device=a.device) - 5).square() / (2 * 1.5 ** 2)).exp()
     window, conv = (line / line.sum()).expand(3, 1, 1, 11), torch.nn.functional.conv2d
@@ -41,26 +41,33 @@ def ssim(a, b):
     return share.mean().item()
 
 
+def silhouette_iou(a, b, threshold=8 / 255):
+    """Intersection over union of the silhouettes of two pictures [1,3,H,W] in [0,1] on white; 1 if both are empty.
+
+    A silhouette is the set of pixels that have a channel more than `threshold` below white.
+    """
+    a, b = (picture.amin(1) < 1 - threshold for picture in (a, b))
+    return ((a & b).sum() / (a | b).sum()).item() if (a | b).any() else 1.0
+
+
 @torch.no_grad()
 def log_odds(prior, x0, y_tgt, y_src, noises=8):
-    """log p(y_tgt | x0) - log p(y_src | x0) of a latent x0 [1,C,h,w] with the usual uniform weights in place of the
-    bound's: the diffusion classifier (Li et al., arXiv 2303.16203). Above 0 the picture reads as the target.
+    """log p(y_tgt | x0) - log p(y_src | x0) of a latent x0 [1,C,h,w], by the diffusion classifier (Li et al., arXiv
+    2303.16203) with uniform weights instead of the bound's. Above 0 the picture reads as the target.
 
-    The mean of |noise - eps(x_t, y_src)|^2 - |noise - eps(x_t, y_tgt)|^2, sums over the latent at guidance 1, over
-    the same pairs of noise and timestep (0.2 T to 0.9 T) for every picture: what they share cancels.
+    The mean of |noise - eps(x_t, y_src)|^2 - |noise - eps(x_t, y_tgt)|^2, summed over the latent at guidance 1, over pairs
+    of noise and timestep (0.2 T to 0.9 T) that are the same for every picture, so that common errors cancel.
     """
     T, generator = len(prior.abar), torch.Generator().manual_seed(0)
     t = torch.linspace(0.2 * T, 0.9 * T, noises).round().long().to(x0.device)
     noise = torch.randn(noises, *x0.shape[1:], generator=generator).to(x0)
     many = x0.expand(noises, -1, -1, -1)
-    guidance, prior.guidance = prior.guidance, 1.0
-    eps_tgt, eps_src = pds.predict(prior, t, noise, (many, y_tgt), (many, y_src))
-    prior.guidance = guidance
+    eps_tgt, eps_src = pds.predict(prior.at(1.0), t, noise, (many, y_tgt), (many, y_src))
     return ((noise - eps_src).square() - (noise - eps_tgt).square()).sum((1, 2, 3)).mean().item()
 
 
 class Clip:
-    """A CLIP model loaded by transformers; name: a directory or hub id. Raises ValueError where there is none."""
+    """A CLIP model loaded by transformers; name: a folder or hub id. Raises ValueError if there is none."""
 
     def __init__(self, name, device):
         from transformers import CLIPModel, CLIPProcessor
@@ -82,8 +89,8 @@ class Clip:
     def scores(self, before, after, source, target):
         """CLIP score and directional score of an edit, means over its pictures; before, after: lists of PIL pictures.
 
-        The first is the cosine of the picture after and the target; the second that of the two changes, after - before
-        and target - source (Gal et al., StyleGAN-NADA, arXiv 2108.00946), all embeddings normalised.
+        The first is the cosine of the edited picture and the target prompt, the second the cosine of the two changes,
+        after - before and target - source (Gal et al., StyleGAN-NADA, arXiv 2108.00946), of normalised embeddings.
         """
         inputs = self.processor(text=[source, target], images=[*before, *after], return_tensors="pt", padding=True,
                                 truncation=True)
@@ -94,8 +101,7 @@ class Clip:
 
 
 def figures(prior, before, after, args, lpips=None, clip=None):
-    """The figures of an edit, {column: figure}; before, after: lists of PIL pictures, over which the mean is taken; args:
-    its completed options."""
+    """The figures of an edit, {column: figure}, means over the PIL pictures before and after; args: completed options."""
     y_src, y_tgt = map(prior.embed, prompts(args))
 
     def odds(picture):
@@ -113,7 +119,7 @@ def figures(prior, before, after, args, lpips=None, clip=None):
 
 
 def restart_peak(device):
-    """Reset the peak of memory, where that can be done: on a CUDA device and on Linux."""
+    """Reset the peak of memory: on a CUDA device, and on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

@@ -1,7 +1,7 @@
-"""`--mode bench --front`: how much each method aligns an edit with its prompt against how much of the source it keeps.
+"""`python -m bench front`: how well each method aligns a drawing with its prompt against how much of the source it keeps.
 
-PDS is run at several weights K of its identity term, with smooth and with free points, SDS, DDS and other coefficients
-each at its own settings. Writes front.png (the chart), front.csv (its numbers) and along.png (one drawing along K).
+PDS runs at several weights K of its identity term, with smooth and with free points; SDS, DDS and other coefficients run
+at their own settings. Writes front.png (the chart), front.csv (its numbers) and along.png (one drawing along K).
 """
 import csv
 import io
@@ -9,10 +9,13 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from bench.edits import edit_row, pictures_of
+import options
+import run
+from bench.edits import edit_row, options_of, pictures_of, read_edits
 from files.sheets import sheet
 from files.writing import write
 from image.figures import perceptual
+from loop import parallel
 
 IDENTITIES = (1, 0.5, 0.25, 0)
 PAPER = ("--smooth", "0", "--no-steady", "--opacities")  # every point for itself, plain Adam
@@ -20,7 +23,7 @@ COLOURS = ("#d9480f", "#2f5fd0", "#2b8a3e", "#c2255c", "#0b7285", "#111111")
 
 
 def methods():
-    """{title: [(label, name of the loss, flags)]}: a line of the chart for each title, a point for each label."""
+    """The chart's lines: {title: [(label, loss, flags)]}, one point for each label."""
     series = lambda *flags: [(f"{k:g}", "pds", ["--identity", f"{k:g}", *flags]) for k in IDENTITIES]
     return {"PDS, smooth field, by K": series(), "PDS, free points, by K": series(*PAPER),
             "SDS": [("", "sds", [])], "DDS": [("", "dds", [])],
@@ -28,35 +31,41 @@ def methods():
             "DreamCatalyst": [("", "pds", ["--coefficients", "dreamcatalyst"])]}
 
 
-def make_front(edits, prior, maker, out):
-    """Make every edit of a list by every method, in the folder `out`; what is there already is not made again.
-
-    edits: what table.read_edits returns, drawings alone; maker: see table.Maker.
-    """
+def front(args):
+    """The command: make every drawing of a list by every method in the folder --out; an edit that an earlier run made with
+    the same settings is not made again."""
+    first = options.parse(args.run, strict=False)
+    first.device = parallel.start(first.device)
+    listed, prior, out = read_edits(args.list, ["svg"]), run.load_prior(first), args.out
     lpips, lines, along = perceptual(), {}, []
     for title, points in methods().items():
         for label, name, flags in points:
             rows = []
-            for mode, file, source, target, folder in edits:
-                options = maker.options(mode, file, source, target, None, *flags)
+            for mode, file, source, target, folder in listed:
+                own = options_of(mode, file, source, target, None, [*args.run, *flags])
                 place = out / folder / "-".join(filter(None, (title.split(",")[0].lower(), *flags))).replace("/", "")
-                rows.append(edit_row(prior, name, options, maker, place, lpips, None))
-                if title.startswith("PDS, smooth") and folder == edits[0][-1]:
+                rows.append(edit_row(prior, name, own, place, lpips, None))
+                if title.startswith("PDS, smooth") and folder == listed[0][-1]:
                     before, after = (pictures_of(place / f"{what}.png", mode) for what in ("source", "result"))
                     along += [("source", source, before)] * (not along) + [(f"K = {label}", target, after)]
             mean = {key: float(np.mean([row[key] for row in rows])) for key in ("PSNR", "SSIM", "log-odds")}
             lines.setdefault(title, []).append((label, mean | {"read": sum(row["log-odds"] > 0 for row in rows)}))
             print(f"{title:<28} {label:>5} " + "  ".join(f"{k} {v:.3g}" for k, v in mean.items()), flush=True)
+    write_front(lines, len(listed), out)
+    write(out / "along.png", sheet(along))
+    print(f"done: {out / 'front.png'}")
+
+
+def write_front(lines, count, out):
+    """Write front.csv and front.png; lines: {title: [(label, means over `count` edits)]}."""
     with io.StringIO(newline="") as text:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["method", "K", "PSNR", "SSIM", "log-odds", "read", "edits"])
-        writer.writerows([title, label, *(f"{m[k]:.6g}" for k in ("PSNR", "SSIM", "log-odds")), m["read"], len(edits)]
+        writer.writerows([title, label, *(f"{m[k]:.6g}" for k in ("PSNR", "SSIM", "log-odds")), m["read"], count]
                          for title, points in lines.items() for label, m in points)
         write(out / "front.csv", text.getvalue())
     write(out / "front.png", chart({title: [(label, m["PSNR"], m["log-odds"]) for label, m in points]
                                     for title, points in lines.items()}))
-    write(out / "along.png", sheet(along))
-    print(f"done: {out / 'front.png'}")
 
 
 def chart(lines, width=900, height=560, scale=2):

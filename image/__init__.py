@@ -1,1 +1,1 @@
-"""Pictures that are edited: editors, masks and figures."""
+"""Pictures that are edited: editors, dataset updates, masks and figures."""

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Figures of an edited picture: PSNR, LPIPS, and the change outside the subject."""
 import math
 
 import torch
@@ -7,8 +7,8 @@ from files.pictures import to_tensor
 
 
 def perceptual(device="cpu"):
-    """LPIPS (Zhang et al., arXiv 1801.03924), a differentiable function of two pictures [1,3,H,W] in [0,1] -> []; None
-    where the package lpips is not installed."""
+    """LPIPS (Zhang et al., arXiv 1801.03924): a differentiable function of two pictures [1,3,H,W] in [0,1] -> [], or None
+    if the package lpips is not installed."""
     try:
         import lpips
     except ImportError:
@@ -18,17 +18,17 @@ def perceptual(device="cpu"):
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio in dB of two arrays or tensors of one shape, in [0,1]; 100 where they are the same."""
+    """Peak signal-to-noise ratio in dB of two arrays or tensors of one shape in [0,1]; 100 if they are equal."""
     return -10 * math.log10(max(((a - b) ** 2).mean(), 1e-10))
 
 
 def outside(before, after, masks):
-    """One line that says what changed outside the masks: the PSNR in dB there, over all views.
+    """One line about the change outside the masks: the PSNR in dB over all views.
 
-    before, after: lists of PIL pictures, one per view; masks: for each view [1,1,h,w] bool of any size.
+    before, after: lists of PIL pictures, one per view; masks: [1,1,h,w] bool of any size, one per view.
     """
     was, now, pixels = [], [], 0
-    for a, b, mask in zip(before, after, masks):
+    for a, b, mask in zip(before, after, masks, strict=True):
         a, b = (to_tensor(picture)[0].permute(1, 2, 0) for picture in (a, b))
         rest = ~(torch.nn.functional.interpolate(mask.float(), size=a.shape[:2])[0, 0] > 0).cpu()
         was, now, pixels = [*was, a[rest]], [*now, b[rest]], pixels + rest.numel()

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""A picture that is edited: its latent, or its pixels, as the one parameter."""
 import copy
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from files.writing import write
 
 
 class Picture(torch.nn.Module):
-    """A picture to edit; theta is its latent, drawn by the prior's decoder, or the pixels themselves."""
+    """A picture to edit; theta is its latent, which the prior's decoder draws, or the pixels themselves."""
 
     def __init__(self, pixels, prior, in_pixels=False, alpha=None):
         """pixels: [1,3,H,W] in [0,1]; in_pixels: optimise the pixels instead of the latent; alpha: a PIL picture of mode
-        L, which `save` puts back."""
+        L that `save` puts back."""
         super().__init__()
         self.alpha, self.sides = alpha, (pixels.shape[3], pixels.shape[2])
         with torch.no_grad():
@@ -29,31 +29,38 @@ class Picture(torch.nn.Module):
         return twin
 
     def param_groups(self, rate, decay=0.0):
+        """The groups for SteadyAdam: rate of the latent or the pixels, and its weight decay."""
         return [{"name": "theta", "params": [self.theta], "lr": rate, "decay": decay}]
 
     def sample_view(self, generator=None):
+        """None: a picture has a single view."""
         return None
 
     def render(self, view=None, size=None):
-        """[1,3,H,W] in [0,1]; size: a Frame, or the pixels of the shorter side, else as it was given."""
+        """[1,3,H,W] in [0,1]; size: a Frame, or the pixels of the shorter side; None: the original sides."""
         picture = self.draw(self.theta)
         width, height = self.sides if size is None else frame_of(size).sides(*self.sides)
         if (height, width) != picture.shape[2:]:
             picture = torch.nn.functional.interpolate(picture, size=(height, width), mode="bicubic").clamp(0, 1)
         return picture
 
+    def latent(self, prior, size):
+        """[1,C,h,w], differentiable: theta itself, or the encoded pixels at a size as in `render`."""
+        return prior.encode(self.render(None, size)) if self.in_pixels else self.theta
+
     @torch.no_grad()
     def project_(self):
+        """Clamp pixels to [0,1] after a step."""
         if self.in_pixels:
             self.theta.clamp_(0, 1)
 
     def put(self, pixels):
-        """Show these pixels [1,3,H,W] from now on."""
+        """Replace the picture by these pixels [1,3,H,W]."""
         self.theta, self.draw, self.in_pixels = torch.nn.Parameter(pixels), lambda theta: theta, True
 
     @torch.no_grad()
     def save(self, path):
-        """Write a PNG, with the alpha that the picture came with."""
+        """Write a PNG, with the alpha of the original picture."""
         picture = to_pil(self.render())
         if self.alpha is not None:
             picture.putalpha(self.alpha.resize(picture.size, Image.BOX))

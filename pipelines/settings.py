@@ -1,30 +1,73 @@
-"""TODO docstring."""
+"""The settings of an edit, each declared once: the flags, the check of pds.json and the help come from SETTINGS.
+
+    defaults = read_defaults("models/emoji/pds.json")          # what a model brings; else PAPER
+    own = settings_for(defaults, "svg", "pds")                 # {name: value} for one mode and method
+
+A pds.json may hold any setting, and under the name of a mode, of a method, "smooth_points" (an SVG whose points move as
+one field) or "dreamcatalyst" what differs there. "guidance" is a dict with a scale for each method.
+"""
+from typing import NamedTuple
+
 import torch
 
 from files.reading import is_number, read_json
 from pipelines.loading import PriorError
 
-# What a model with a pds.json of its own need not say. One without gets the paper's settings, prior.PAPER.
-COMMON = {"steps": 1000, "batch": 1, "identity": 1.0, "t_min": 0.1, "t_max": 0.98, "schedule": "uniform", "rates": "settle",
-          "suffix": "", "refine": 0, "colours": 0.01, "colours_t_min": 0.0, "steady": True, "opacities": False,
-          "jitter": 3.0, "latent": 0.02, "decay": 0.0, "table": 0.01, "mlps": 1e-3, "means": 3e-5, "scales": 1e-3,
-          "rotations": 2e-4, "opacity": 1e-2}
-# DreamCatalyst is made for its own guidance and its own course of the timesteps (released code, dc.py).
-DREAMCATALYST = {"guidance": {"pds": 7.5}, "identity": 1.0, "t_min": 0.2, "t_max": 0.9, "schedule": "decreasing"}
+
+class Setting(NamedTuple):
+    """A setting that a model may bring and that a flag of the same name overrides.
+
+    kind: int, float, bool, or str, or the choices of a string; least: the smallest number; usual: the value where a
+    pds.json does not name it; modes: those that read it; help: None where there is no flag.
+    """
+    name: str
+    kind: object
+    least: float
+    usual: object
+    modes: tuple
+    help: str
 
 
-def laid_over(own, part):
-    """Settings with others laid over them; of the guidance, each loss by itself."""
-    return own | part | {"guidance": own["guidance"] | part.get("guidance", {})}
+EVERY, MANY = ("svg", "image", "nerf", "splat"), ("nerf", "splat")
+SETTINGS = {setting.name: setting for setting in (
+    Setting("steps", int, 1, 1000, EVERY, "optimiser steps"),
+    Setting("batch", int, 1, 1, EVERY, "views, timesteps and noises per step; the gradient is their mean"),
+    Setting("identity", float, 0, 1.0, EVERY, "pds: scales the identity term, the pull to the source; 0 removes it"),
+    Setting("t_min", float, 0, 0.1, EVERY, "lowest timestep as a share of T"),
+    Setting("t_max", float, 0, 0.98, EVERY, "highest timestep as a share of T"),
+    Setting("schedule", ("uniform", "decreasing"), 0, "uniform", EVERY, "how timesteps are drawn"),
+    Setting("rates", ("settle", "released"), 0, "settle", EVERY, "learning-rate schedule: a short warm-up and a linear "
+            "decay over the second half, or the one of the paper's code"),
+    Setting("suffix", str, 0, "", EVERY, "words appended to both prompts"),
+    Setting("points", float, 0, None, ("svg",), "rate of the points in pixels of the model"),
+    Setting("canvas_points", float, 0, None, ("svg",), None),  # the same in units of the canvas, as in the paper's code
+    Setting("smooth", float, 0, None, ("svg",), "width in pixels of the field that moves all points together; it falls to "
+            "a quarter; 0: every point moves on its own, as in the paper"),
+    Setting("colours", float, 0, 0.01, ("svg", "image", "splat"), "rate of colours and pixels"),
+    Setting("steady", bool, 0, True, ("svg",), "share one second moment of Adam among all points, one among all colours"),
+    Setting("opacities", bool, 0, False, ("svg",), "let opaque shapes become transparent"),
+    Setting("jitter", float, 0, 3.0, ("svg",), "random shift of the drawing in each step, in pixels"),
+    Setting("latent", float, 0, 0.02, ("image",), "rate of the latent"),
+    Setting("decay", float, 0, 0.0, ("image",), "weight decay of AdamW on the latent"),
+    Setting("table", float, 0, 0.01, ("nerf",), "rate of the hash table"),
+    Setting("mlps", float, 0, 1e-3, ("nerf",), "rate of the MLPs"),
+    Setting("means", float, 0, 3e-5, ("splat",), "rate of the means, in extents of the cameras"),
+    Setting("scales", float, 0, 1e-3, ("splat",), "rate of the log scales"),
+    Setting("rotations", float, 0, 2e-4, ("splat",), "rate of the quaternions"),
+    Setting("opacity", float, 0, 1e-2, ("splat",), "rate of the opacity logits"),
+    Setting("refine", int, 0, 0, ("image", *MANY), "steps of the refining stage, 0: none"),
+    Setting("inversion_steps", int, 1, None, EVERY, None))}
+GUIDED = ("pds", "dds", "sds", "sdedit", "inv2n", "in2n", "drfs")  # methods with a guidance of their own
+PARTS = (*EVERY, "in2n", "dreamcatalyst", "smooth_points")  # what a pds.json may hold settings under
 
-# The guidance of the paper's code for PDS and DreamFusion's for SDS; DDS as in its own.
+# The guidance of the paper's code for PDS, DreamFusion's for SDS, and DDS's own.
 GUIDANCE = {"pds": 100.0, "dds": 7.5, "sds": 100.0}
-# The settings of the paper's released code by mode (its 2D experiment is a notebook in the history); options.py says what
-# each is. They are those of every model that has no file pds.json of its own beside its model_index.json.
+# The released settings of the paper's code by mode (its 2D experiment is a notebook in the history), for every model
+# without a pds.json beside its model_index.json.
 RELEASED = {"identity": 1.0, "t_min": 0.02, "t_max": 0.98, "schedule": "uniform", "rates": "released"}
 PAPER = {
     "guidance": GUIDANCE,
-    "svg": RELEASED | {"steps": 1000, "t_min": 0.1, "canvas_points": 0.8, "colours": 0.01, "width": 0, "steady": False,
+    "svg": RELEASED | {"steps": 1000, "t_min": 0.1, "canvas_points": 0.8, "colours": 0.01, "smooth": 0.0, "steady": False,
                        "opacities": True, "jitter": 0.0,
                        "suffix": ". minimal flat 2d vector image. lineal color. trending on artstation"},
     "image": RELEASED | {"steps": 500, "guidance": GUIDANCE | {"pds": 50.0}, "latent": 0.1, "decay": 0.01, "refine": 50},
@@ -32,13 +75,47 @@ PAPER = {
     "splat": RELEASED | {"steps": 30000, "means": 1.6e-4, "scales": 5e-3, "rotations": 1e-3, "opacity": 5e-2,
                          "colours": 2.5e-3},
     "in2n": {"steps": 15000}}
+# DreamCatalyst comes with its own guidance and timesteps (released code, dc.py).
+DREAMCATALYST = {"guidance": {"pds": 7.5}, "identity": 1.0, "t_min": 0.2, "t_max": 0.9, "schedule": "decreasing"}
 
 
-def fitted(defaults, network):
-    """PAPER's settings for a model of flow matching: t_min and t_max, shares of the schedule of Stable Diffusion,
-    become those of its own schedule with the same noise; where it was trained for one guidance, that is every one."""
+def settings_for(defaults, mode, method, size=64, width=None, coefficients="official", local=False):
+    """The settings {name: value} of a mode and a method under the defaults of a model, before any flag.
+
+    Later layers win: the usual values, the model's settings, those of the mode, of the method, of smooth points and of
+    DreamCatalyst's coefficients.
+
+    Args:
+        size: side in pixels of the model's pictures; width: of the smooth field of a drawing in pixels, 0: none, None:
+            the model's own, else an eighth of `size`.
+        local: the edit is confined to a mask; weights that all of a NeRF shares would carry it out of place.
+    """
+    own = {name: setting.usual for name, setting in SETTINGS.items() if setting.usual is not None} | defaults
+    for part in (mode, method):
+        own = _overlaid(own, own.get(part, {}))
+    own["smooth"] = 0.0 if mode != "svg" else width if width is not None else own.get("smooth", size / 8)
+    if own["smooth"]:
+        own = _overlaid(own, own.get("smooth_points", {}))
+    if coefficients == "dreamcatalyst" and method == "pds":
+        own = _overlaid(_overlaid(own, DREAMCATALYST), own.get("dreamcatalyst", {}))
+    if mode == "nerf" and local:
+        own = own | {"mlps": own["mlps"] / 10, "table": own["table"] * 2}
+    return own
+
+
+def _overlaid(own, part):
+    """Settings with those of a part laid over them; guidance is merged method by method."""
+    return own | part | {"guidance": own["guidance"] | part.get("guidance", {})}
+
+
+def for_flow(defaults, network):
+    """PAPER's settings for a model of flow matching, a pipelines.flow.Flow.
+
+    t_min and t_max, shares of Stable Diffusion's schedule, become the shares of its own schedule with the same noise. A
+    model that was trained for a single guidance gets that one for every method.
+    """
     usual = (1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
-    scales = dict.fromkeys(("pds", "dds", "sds", "sdedit", "inv2n", "drfs"), network.guidance)
+    scales = dict.fromkeys((method for method in GUIDED if method != "in2n"), network.guidance)
 
     def change(key, value):
         if key == "guidance":
@@ -49,31 +126,30 @@ def fitted(defaults, network):
     return change(None, defaults)
 
 
-# What a pds.json may hold: the kind of a setting, of a number its least value besides.
-SETTINGS = {"steps": (1, int), "batch": (1, int), "refine": (0, int), "inversion_steps": (1, int)} | dict.fromkeys(
-    ("schedule", "rates", "suffix"), str) | dict.fromkeys(("steady", "opacities"), bool) | dict.fromkeys(
-    ("identity", "t_min", "t_max", "points", "canvas_points", "width", "colours", "colours_t_min", "jitter", "latent",
-     "decay", "table", "mlps", "means", "scales", "rotations", "opacity"), (0, (int, float)))
-
-
 def read_defaults(path):
-    """The settings that a model brings, pds.json; raises PriorError where one of them cannot be used."""
+    """The settings in a pds.json, with PAPER's guidance below them; raises PriorError, naming what cannot be used."""
     try:
         found = read_json(path)
     except ValueError as e:
         raise PriorError(e) from e
-    parts = ("svg", "image", "nerf", "splat", "in2n", "dreamcatalyst", "smooth")  # settings of their own
-    owns = [("", found), *((part, found[part]) for part in parts if part in found)]
-    owns += [(f"{mode} smooth", own["smooth"]) for mode, own in owns if isinstance(own, dict) and "smooth" in own]
-    for mode, own in owns:
+    owns = [("", found), *((part, found[part]) for part in PARTS if part in found)]
+    owns += [(f"{mode} {part}", own[part]) for mode, own in owns[1:] if isinstance(own, dict) for part in PARTS if part in own]
+    for place, own in owns:
         if not isinstance(own, dict):
-            raise PriorError(f"{path}: {mode} is no list of settings")
-        guidance = own.get("guidance", {})
-        wrong = [] if isinstance(guidance, dict) and all(is_number(scale, 0, 1e6) for scale in guidance.values()) else [
-            "guidance"]
-        wrong += [key for key, value in own.items() if key not in ("guidance", *parts) and not (
-            isinstance(value, SETTINGS[key]) if SETTINGS.get(key) in (bool, str) else key in SETTINGS and is_number(
-                value, SETTINGS[key][0], 1e6) and isinstance(value, SETTINGS[key][1]))]
+            raise PriorError(f"{path}: {place} is no object with settings")
+        wrong = [key for key, value in own.items() if not _usable(key, value)]
         if wrong:
-            raise PriorError(f"{path}: {', '.join(f'{mode} {key}'.strip() for key in wrong)} cannot be used")
+            raise PriorError(f"{path}: {', '.join(f'{place} {key}'.strip() for key in wrong)} cannot be used")
     return found | {"guidance": GUIDANCE | found.get("guidance", {})}
+
+
+def _usable(key, value):
+    """Whether a value read from JSON is one that a setting, or a part of a pds.json, can have."""
+    if key == "guidance":
+        return isinstance(value, dict) and all(is_number(scale, 0, 1e6) for scale in value.values())
+    if key in PARTS or key not in SETTINGS:
+        return key in PARTS
+    kind = SETTINGS[key].kind
+    if kind in (bool, str) or isinstance(kind, tuple):
+        return isinstance(value, kind if kind in (bool, str) else str) and (kind in (bool, str) or value in kind)
+    return is_number(value, SETTINGS[key].least, 1e6) and (kind is float or isinstance(value, int))

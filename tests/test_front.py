@@ -1,20 +1,20 @@
-"""front.py: alignment against identity, each method at its own settings; the chart, its numbers, one drawing along K."""
+"""bench/front.py: alignment against identity, each method at its own settings; the chart, its numbers, one drawing along K."""
 import csv
 import types
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import run
 from bench import front
-from bench.front import IDENTITIES, PAPER, make_front, methods
+from bench.__main__ import main as measure
+from bench.front import IDENTITIES, PAPER, methods
 
 
 def test_every_method_is_run_at_its_own_settings_and_drawn(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def edit_row(prior, name, options, maker, out, lpips, clip):
+    def edit_row(prior, name, options, out, lpips, clip):
         asked.append((name, options))
         out.mkdir(parents=True)
         for file, grey in (("source", 10), ("result", 200)):
@@ -22,10 +22,12 @@ def test_every_method_is_run_at_its_own_settings_and_drawn(tmp_path, monkeypatch
         k = float(options[options.index("--identity") + 1]) if "--identity" in options else 0.3
         return {"PSNR": 8 + 5 * k, "SSIM": 0.5, "log-odds": 20 - 15 * k - 6 * (options[0] == "heart.svg")}
     monkeypatch.setattr(front, "edit_row", edit_row)
-    maker = types.SimpleNamespace(options=lambda mode, file, source, target, fit, *flags: [file.name, *flags])
-    edits = [("svg", Path(f"{name}.svg"), "a", "b", f"svg/{name}") for name in ("face", "heart")]
-    prior = types.SimpleNamespace(defaults={"guidance": {"dds": 3}})
-    make_front(edits, prior, maker, tmp_path)
+    monkeypatch.setattr(front, "options_of", lambda mode, file, source, target, fit, flags: [file.name, *flags])
+    monkeypatch.setattr(run, "load_prior", lambda args: types.SimpleNamespace(defaults={"guidance": {"dds": 3}}))
+    for name in ("face", "heart"):
+        (tmp_path / f"{name}.svg").write_text("<svg/>")
+    (tmp_path / "list.txt").write_text("svg | face.svg | a | b\nimage | face.svg | a | c\nsvg | heart.svg | a | b\n")
+    assert measure(["front", "--list", str(tmp_path / "list.txt"), "--out", str(tmp_path)]) == 0
     rows = list(csv.DictReader((tmp_path / "front.csv").open()))
     assert len(rows) == 2 * len(IDENTITIES) + 4 and {row["edits"] for row in rows} == {"2"}
     first = rows[0]
@@ -46,5 +48,3 @@ def test_the_flags_of_the_chart_are_those_of_the_command_line():
     for points in methods().values():
         for _, name, flags in points:
             assert run.parse(["--mode", "svg", "--loss", name, *flags]).loss == name
-    with pytest.raises(SystemExit):
-        run.parse(["--mode", "svg", "--front"])

@@ -43,7 +43,7 @@ def test_without_its_helps_an_edit_takes_the_steps_of_the_paper(smiling):
     own = run.SVG.load(options.input, size=prior.size)
     groups = own.param_groups(points=0.08, colours=0.01)
     adam, generator = torch.optim.Adam(groups), torch.Generator().manual_seed(0)
-    rates, prior.guidance = [group["lr"] for group in groups], 15
+    rates, prior = [group["lr"] for group in groups], prior.at(15)
     y_tgt, y_src = prior.embed(options.target), prior.embed(options.source)
     for step in range(12):
         view = own.sample_view(generator)
@@ -80,42 +80,24 @@ def test_dreamcatalyst_keeps_its_own_guidance_and_identity_over_those_of_smooth_
     assert options.guidance == 3 and options.identity == 1 and options.batch == 2 and options.t_max == 0.9
 
 
-@pytest.mark.parametrize("pixels", [2 ** 16, 64 * 64])  # drawn and encoded in one go, or one after the other
-def test_below_a_timestep_no_colour_learns(smiling, monkeypatch, pixels):
-    """The gradients of a step on given timesteps; of a batch the mean over its rows, in which some count as 0."""
-    def gradients(low, *timesteps):
-        prior, scene, source, options = smiling("--steps", "1", "--batch", str(len(timesteps)), "--colours-t-min", str(low))
+@pytest.mark.parametrize("pixels", [3 * 64 ** 2, 2 * 64 ** 2, 1])  # at once three drawings, two, one
+def test_a_step_is_the_mean_over_its_batch_however_many_are_drawn_at_once(smiling, monkeypatch, pixels):
+    """The gradients of a batch of three are the means of those of single steps; every view is drawn once."""
+    def gradients(*seeds):
+        prior, scene, source, options = smiling("--steps", "1", "--batch", str(len(seeds)))
         monkeypatch.setattr(Distillation, "PIXELS", pixels)
-        drawn = iter(timesteps)
-        monkeypatch.setattr(pds, "sample_timesteps", lambda *_: torch.tensor([next(drawn)]))
         stage, = stages_of(scene, source, prior, "pds", options)
-        generators = [torch.Generator().manual_seed(seed) for seed in range(len(timesteps))]
-        prior.guidance = stage.guidance
         scene.load_state_dict(scene.loaded)
         scene.zero_grad()
-        stage.backward(0, generators)
-        monkeypatch.undo()
+        render, drawn = scene.render, []
+        monkeypatch.setattr(scene, "render", lambda *args: drawn.append(args) or render(*args))
+        stage.backward(0, [torch.Generator().manual_seed(seed) for seed in seeds])
+        assert len(drawn) == len(seeds)
         return {name: p.grad for name, p in scene.named_parameters() if p.numel()}
-    for t in (299, 300):
-        found, full = gradients(0.3, t), gradients(0, t)
-        for name in found:
-            assert_close(found[name], full[name] * (t >= 300 or name not in ("colours", "opacities")))
-        assert full["colours"].abs().max() > 0 and found["points"].abs().max() > 0
-    found, taught, full = gradients(0.3, 500, 200), gradients(0, 500), gradients(0, 500, 200)
-    assert_close(found["colours"], taught["colours"] / 2, atol=1e-6, rtol=1e-4)
-    assert_close(found["points"], full["points"], atol=1e-6, rtol=1e-4)
-
-
-def test_a_drawing_is_drawn_twice_only_where_it_is_large(smiling, monkeypatch):
-    prior, scene, source, options = smiling("--steps", "1", "--batch", "3")
-    stage, = stages_of(scene, source, prior, "pds", options)
-    render, drawn = scene.render, []
-    monkeypatch.setattr(scene, "render", lambda *args: drawn.append(args) or render(*args))
-    for pixels, count in ((3 * 64 ** 2, 3), (2 * 64 ** 2, 6), (1, 6)):
-        monkeypatch.setattr(Distillation, "PIXELS", pixels)
-        drawn.clear()
-        stage.backward(0, [torch.Generator().manual_seed(seed) for seed in range(3)])
-        assert len(drawn) == count
+    together, alone = gradients(0, 1, 2), [gradients(seed) for seed in range(3)]
+    for name, grad in together.items():
+        assert_close(grad, sum(one[name] for one in alone) / 3, atol=1e-6, rtol=1e-4)
+    assert together["colours"].abs().max() > 0 and together["points"].abs().max() > 0
 
 
 def test_a_batch_starts_in_fewer_steps(smiling):
@@ -219,7 +201,6 @@ def test_a_scene_is_held_to_its_photographs_outside_of_the_masks(pipelines, rate
         args = run.complete(run.parse([*flags, "--batch", str(len(seeds))]), prior)
         scene, source = Sheet(after.clone()), Sheet(before)
         stage = Distillation(scene, source, prior, "pds", args, where=Where([mask]))
-        prior.guidance = 3.0
         loss = stage.backward(0, [draw(seed) for seed in seeds])
         return loss, scene.picture.grad
 
@@ -229,7 +210,7 @@ def test_a_scene_is_held_to_its_photographs_outside_of_the_masks(pipelines, rate
     t = pds.sample_timesteps(1, 1000, 0.02, 0.98, generator=generator)
     x0_tgt, x0_src = prior.encode(theta), prior.encode(before).detach()
     scale = 1 / x0_src.numel() if rates == "released" else 1
-    wanted = scale * pds.pds_loss(prior, x0_tgt, x0_src, prior.embed("a dog"), prior.embed("a cat"), t, generator=generator,
+    wanted = scale * pds.pds_loss(prior.at(3.0), x0_tgt, x0_src, prior.embed("a dog"), prior.embed("a cat"), t, generator=generator,
                                   mask=torch.nn.functional.interpolate(mask, size=x0_src.shape[2:], mode="area"))
     wanted.backward()
     assert_close(loss, wanted.detach())

@@ -1,4 +1,6 @@
-"""masks.py: masks of the user, DiffEdit's, views that vote on the points of a scene, a mask that moves with a drawing."""
+"""image/masks.py: masks of the user, DiffEdit's, views that vote on the points of a scene, a mask that moves with a drawing."""
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,11 @@ from scene.representation import Representation
 class Disagrees:
     """A prior whose two prompts differ in the left half of the latent, which is the picture."""
     abar, guidance = torch.linspace(0.999, 0.01, 100, dtype=torch.float64), 7.0
+
+    def at(self, scale):
+        twin = copy.copy(self)
+        twin.guidance = scale
+        return twin
 
     def encode(self, picture):
         return picture
@@ -45,7 +52,7 @@ def test_masks_of_the_user(tmp_path):
     assert_close(first, mask.mT) and assert_close(second, mask)
     with pytest.raises(ValueError, match="1 of 2 masks are missing, e.g. one for images/view_3.jpg"):
         read_masks(tmp_path, ["view_1.png", "images/view_3.jpg"], [(4, 4)] * 2)
-    with pytest.raises(ValueError, match="several photographs are named view_1"):
+    with pytest.raises(ValueError, match="several photographs, in different folders, are named view_1"):
         read_masks(tmp_path, ["a/view_1.png", "b/view_1.png"], [(4, 4)] * 2)
     (tmp_path / "broken.png").write_text("no picture")
     for name in ("broken.png", "none.png"):

@@ -13,11 +13,12 @@ from torch.testing import assert_close
 import options
 import pds
 import run
-from edit import DatasetUpdate, Distillation, edit, stages_of
+from edit import Distillation, edit, stages_of
 from files.pictures import Frame
 from files.sheets import snapshot
 from image.editors import ddim_timesteps
 from image.picture import Picture
+from image.updates import DatasetUpdate
 from loop.optimiser import SteadyAdam, released_share
 from pipelines.settings import PAPER
 from prior import InstructPix2Pix, Prior
@@ -25,7 +26,7 @@ from prior import InstructPix2Pix, Prior
 STYLE = ". minimal flat 2d vector image. lineal color. trending on artstation"
 TABLE = {  # of the released code, by mode
     "svg": dict(steps=1000, guidance=100, t_min=0.1, t_max=0.98, colours=0.01, smooth=0, steady=False, opacities=True,
-                identity=1, colours_t_min=0, jitter=0, suffix=STYLE, refine=0),
+                identity=1, jitter=0, suffix=STYLE, refine=0),
     "image": dict(steps=500, guidance=50, t_min=0.02, t_max=0.98, latent=0.1, decay=0.01, refine=50, suffix=""),
     "nerf": dict(steps=30000, guidance=100, t_min=0.02, t_max=0.98, table=0.01, mlps=0.01),
     "splat": dict(steps=30000, guidance=100, t_min=0.02, t_max=0.98, means=1.6e-4, scales=5e-3, rotations=1e-3,
@@ -45,8 +46,9 @@ def test_a_model_without_settings_gets_the_papers(mode, pipelines, tmp_path, mon
         seen.update(groups={g["name"]: g for g in groups}, stages=stages)
         return [snapshot(scene)], False
     monkeypatch.setattr(run, "edit", no_steps)
-    flags = ["--mode", mode, "--svg", str(file), "--source", "a", "--target", "b", "--model", str(pipelines["sd"]),
-             "--device", "cpu", "--fit-seconds", "0.5", "--out", str(tmp_path / "out" / "edit")]
+    what = ["--scene", str(file), "--fit-seconds", "0.5"] if file.name == "scene" else [f"--{mode}", str(file)]
+    flags = ["--mode", mode, *what, "--source", "a", "--target", "b", "--model", str(pipelines["sd"]), "--device", "cpu",
+             "--out", str(tmp_path / "out" / "edit")]
     assert run.main(flags) == 0
     config = json.loads((tmp_path / "out" / "edit" / "config.json").read_text())
     assert {key: config[key] for key in TABLE[mode]} == TABLE[mode] and config["rates"] == "released"

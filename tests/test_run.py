@@ -54,7 +54,7 @@ def test_the_editors_alone(command, pipelines, tmp_path, name, capsys):
     assert f"{name} edits pictures: only with --mode image, nerf and splat" in capsys.readouterr().err
 
 
-def test_an_editor_that_is_none_is_refused(command, tmp_path, capsys):
+def test_an_editor_that_is_none_is_refused(command, pipelines, tmp_path, capsys):
     assert command("--loss", "in2n", mode="image") == 2  # --model is no editor
     assert "no InstructPix2Pix model" in capsys.readouterr().err
     assert command("--loss", "in2n", "--instruct", "no/such/model", mode="image") == 2
@@ -62,7 +62,8 @@ def test_an_editor_that_is_none_is_refused(command, tmp_path, capsys):
     assert command("--loss", "in2n", "--instruct", ROOT / "models" / "emoji", mode="image") == 2
     assert "made for 64 pixels" in capsys.readouterr().err and not (tmp_path / "out").exists()
     nerf_scene(tmp_path / "scene")
-    assert command("--mode", "nerf", "--scene", tmp_path / "scene", "--compare", "pds", "in2n", mode="image") == 2
+    assert run.main(["--scene", str(tmp_path / "scene"), "--source", "a face", "--target", "a cat", "--compare", "pds", "in2n",
+                     "--model", str(pipelines["sd"]), "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
     assert "no InstructPix2Pix model" in capsys.readouterr().err
     assert not list(tmp_path.glob("*-fit.pt"))  # it is said before anything is fitted
 
@@ -104,9 +105,7 @@ def test_the_modes_of_the_loop_are_those_of_the_loaders():
     (["--svg", "nothing.svg"], "nothing.svg: no such file"), (["--target", " "], "--target is missing or empty"),
     (["--model", "no/such/model"], "no/such/model: no such model directory"),
     (["--svg", "broken.svg"], "broken.svg"), (["--svg", "empty.svg"], "empty.svg: nothing to edit"),
-    (["--mode", "image", "--image", "broken.svg"], "broken.svg: no readable picture"),
-    (["--t-min", "0.9", "--t-max", "0.1"], "t_min <= t_max"), (["--stride", "2000"], "stride"),
-    (["--t-max", "0.2", "--colours-t-min", "0.3"], "--colours-t-min 0.3 is above --t-max 0.2: no colour would change")])
+    (["--t-min", "0.9", "--t-max", "0.1"], "t_min <= t_max"), (["--stride", "2000"], "stride")])
 def test_bad_input_gets_one_line_and_overwrites_nothing(command, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.svg").write_text("<svg><path d='M0 0")
@@ -115,6 +114,8 @@ def test_bad_input_gets_one_line_and_overwrites_nothing(command, tmp_path, monke
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and error[0].startswith("run.py: error: ") and message in error[0]
     assert not (tmp_path / "out").exists()
+    assert command("--image", tmp_path / "broken.svg", mode="image") == 2
+    assert "broken.svg: no readable picture" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_an_empty_prompt_is_refused_for_the_shipped_example_too(tmp_path, capsys):
@@ -130,8 +131,9 @@ def test_bad_flags_are_refused_by_the_parser(command, flags, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--list", "edits.txt"], "--list: only with --mode bench"), (["--modes", "svg"], "--modes: only with --mode bench"),
-    (["--refine", "3"], "--refine: only with --mode image and nerf and splat")])
+    (["--fit-only"], "--fit-only: only with --mode nerf and splat"), (["--latent", "1"], "--latent: only with --mode image"),
+    (["--refine", "3"], "--refine: only with --mode image and nerf and splat"), (["--list", "edits.txt"], "--list"),
+    (["--image", "a.png"], "--svg and --image name two things to edit: choose one")])
 def test_options_of_another_mode_are_refused(command, flags, message, capsys):
     with pytest.raises(SystemExit) as e:
         command(*flags)

@@ -1,4 +1,4 @@
-"""table.py and bench/step.py: the figures, the list of edits, the table and its sheet, a step taken apart."""
+"""bench/edits.py and bench/step.py: the figures, the list of edits, the table and its sheet, a step taken apart."""
 import csv
 import io
 import json
@@ -16,13 +16,12 @@ import torch
 from PIL import Image
 from conftest import ABAR, DRAWING, ROOT, rand
 
-import options
 import run
 from files import sheets
 import toy
 from bench.__main__ import main as measure
 from bench.edits import read_edits
-from bench.figures import Clip, log_odds, peak, restart_peak, ssim
+from bench.figures import Clip, log_odds, ssim
 from files.sheets import beside
 from files.writing import write
 from image.figures import psnr
@@ -69,7 +68,7 @@ def test_log_odds_are_those_of_the_exact_prior():
 
 @pytest.fixture
 def edits(pipelines, tmp_path, monkeypatch, capsys):
-    """--mode bench on a drawing and a picture with the tiny pipeline, which brings its own steps; what it prints."""
+    """bench edits on a drawing and a picture with the tiny pipeline, which brings its own steps; what it prints."""
     monkeypatch.setattr(sheets, "FRAMES", 2)
     (tmp_path / "face.svg").write_text(DRAWING)
     Image.new("RGB", (20, 12), "tomato").save(tmp_path / "red.png")
@@ -80,8 +79,8 @@ def edits(pipelines, tmp_path, monkeypatch, capsys):
 
     def call(*flags, out="out"):
         capsys.readouterr()
-        code = run.main(["--mode", "bench", "--list", str(tmp_path / "list.txt"), "--model", str(tmp_path / "model"),
-                         "--compare", "sds", "pds", "--device", "cpu", "--out", str(tmp_path / out), *map(str, flags)])
+        code = measure(["edits", "--list", str(tmp_path / "list.txt"), "--model", str(tmp_path / "model"), "--compare", "sds",
+                        "pds", "--device", "cpu", "--out", str(tmp_path / out), *map(str, flags)])
         return code, capsys.readouterr().out.splitlines()
     return call
 
@@ -177,12 +176,15 @@ def test_an_interrupted_table_goes_on_with_what_is_missing(fake_edits, tmp_path,
 
 
 def test_the_list_of_the_examples_is_the_default(edits, tmp_path, monkeypatch):
-    monkeypatch.setattr(options, "HERE", tmp_path)
-    (tmp_path / "examples").mkdir()
-    lines = ["svg | ../face.svg | a face | a cat", "image | ../red.png | a red | a blue"]
-    (tmp_path / "examples" / "edits.txt").write_text("\n".join(lines))
-    assert run.main(["--mode", "bench", "--compare", "inv2n", "pds", "--steps", "1", "--model", str(tmp_path / "model"),
-                     "--out", str(tmp_path / "out")]) == 0
+    listed = []
+
+    def read(path, only=None):
+        listed.append(path)
+        return read_edits(tmp_path / "list.txt", only)
+    monkeypatch.setattr("bench.edits.read_edits", read)
+    assert measure(["edits", "--compare", "inv2n", "pds", "--steps", "1", "--model", str(tmp_path / "model"),
+                    "--out", str(tmp_path / "out")]) == 0
+    assert listed == [ROOT / "examples" / "edits.txt"]
     rows = [(row["mode"], row["loss"]) for row in csv_rows(tmp_path / "out" / "table.csv")]
     assert rows == [("svg", "pds"), ("image", "inv2n"), ("image", "pds")]  # an editor of pictures makes no drawing
 
@@ -240,15 +242,15 @@ def test_clip_and_lpips_add_their_columns_to_what_stands(fake_edits, tiny_clip, 
 @pytest.mark.parametrize("text, message", [
     ("# fine\n\nsvg | face.svg | a face", "line 3: need mode | file | source prompt | target prompt"),
     ("svg | face.svg | | a cat", "line 1: need mode"),
-    ("video | face.svg | a | b", "line 1: mode 'video' is none of svg, image"),
+    ("video | face.svg | a | b", "line 1: mode 'video' is not one of svg, image"),
     ("svg | face.svg | a | b\nimage | cat.png | a | b", "cat.png: no such file"),
     ("nerf | face.svg | a | b", "face.svg: no such folder"), ("# nothing", "no edit in it"),
     ("svg | face.svg | a | b\nsvg | face.svg | c | B", "line 2: its results would lie in svg/face-b with another")])
 def test_a_wrong_line_of_the_list_is_named_and_nothing_runs(fake_edits, tmp_path, capsys, text, message):
     (tmp_path / "list.txt").write_text(text)
-    assert run.main(["--mode", "bench", "--list", str(tmp_path / "list.txt"), "--out", str(tmp_path / "out")]) == 2
+    assert measure(["edits", "--list", str(tmp_path / "list.txt"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.splitlines()
-    assert len(error) == 1 and error[0].startswith(f"run.py: error: {tmp_path / 'list.txt'}") and message in error[0]
+    assert len(error) == 1 and error[0].startswith(f"bench: error: {tmp_path / 'list.txt'}") and message in error[0]
     assert not fake_edits.called and not (tmp_path / "out").exists()
 
 
@@ -261,10 +263,10 @@ def test_a_missing_or_damaged_clip_is_one_line(fake_edits, tiny_clip, tmp_path, 
     save_file({k: v for k, v in weights.items() if "text" not in k}, part, metadata={"format": "pt"})
     for name in ("damaged", "part", "none"):
         capsys.readouterr()
-        code = run.main(["--mode", "bench", "--list", str(tmp_path / "list.txt"), "--model", str(tmp_path / "model"),
-                         "--out", str(tmp_path / "out"), "--clip", str(tmp_path / name)])
+        code = measure(["edits", "--list", str(tmp_path / "list.txt"), "--model", str(tmp_path / "model"),
+                        "--out", str(tmp_path / "out"), "--clip", str(tmp_path / name)])
         error = capsys.readouterr().err.splitlines()
-        assert code == 2 and len(error) == 1 and error[0].startswith(f"run.py: error: {tmp_path / name}: ")
+        assert code == 2 and len(error) == 1 and error[0].startswith(f"bench: error: {tmp_path / name}: ")
     assert not fake_edits.called and not (tmp_path / "out").exists()
 
 
