@@ -1,26 +1,24 @@
 """Runs killed at random moments (SIGKILL): the result of --resume is bit-identical to that of an uninterrupted run.
 
 Scenes are fitted before: a fit ends by a clock, so that no two fits take the same number of steps. Edits, which count
-their steps, are killed.
+their steps, are killed. A run is a forked process, which has the program and its libraries already.
 """
+import contextlib
+import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from bench.fuzz_scenes import write_scene
-
-ROOT = Path(__file__).resolve().parent.parent
-SCENE = ["--source", "red apple", "--target", "green apple", "--fit-seconds", "0.5", "--steps", "6"]
-SMALL = """import sys
-from files import sheets
-sheets.FRAMES, sheets.FRAME_SIZE, sheets.SIDE_SIZE, sheets.VIEWS = 2, 24, 24, 4
 import run
-sys.exit(run.main())"""  # few and small pictures in the report
+from bench.fuzz_scenes import write_scene
+from files import sheets
+from pipelines.loading import quiet
+
+SCENE = ["--source", "red apple", "--target", "green apple", "--fit-seconds", "0.5", "--steps", "6"]
+SMALL = {"FRAMES": 2, "FRAME_SIZE": 24, "SIDE_SIZE": 24, "VIEWS": 4}  # of sheets: few and small pictures in the report
 RUNS = {  # every kind of run with tiny settings
     "svg": ["--mode", "svg", "--steps", "30"],
     "image": ["--mode", "image", "--steps", "40"],
@@ -34,7 +32,7 @@ SKIPPED = ("checkpoint.pt", "config.json")  # they hold times and paths
 def kills(args):
     """Kill and resume args.count runs, print how each ended, and return how many were not bit-identical."""
     rng, failed = random.Random(args.seed), 0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():  # which imports what all runs need
         whole = {}
         for i in range(args.count):
             kind = list(RUNS)[i % len(RUNS)]
@@ -49,40 +47,38 @@ def kills(args):
 
 
 def start(kind, out, *flags):
-    """Start a run with its output in `out`, beside the folders `scene` (fitted) and `code` (a copy of the program).
-
-    The first run makes the copy, so that edits in the repository do not change the later runs.
-    """
-    code = out.parent / "code"
-    if not code.exists():
-        code.mkdir(parents=True)
-        for file in [*ROOT.glob("*.py"), *ROOT.glob("[!em]*/*.py")]:  # no examples, no models
-            (code / file.relative_to(ROOT)).parent.mkdir(exist_ok=True)
-            shutil.copy(file, code / file.relative_to(ROOT))
-        for name in ("models", "examples"):
-            (code / name).symlink_to(ROOT / name)
+    """Fork a run with its output in `out` and its messages in `out`.txt; a scene lies beside `out`. Returns its id."""
     scene = ["--scene", str(out.parent / "scene")] if SCENE[0] in RUNS[kind] else []
-    call = [sys.executable, "-c", SMALL, *RUNS[kind], *scene, "--every", "2", "--device", "cpu", "--out", str(out),
-            *flags]
-    return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=code)
+    if process := os.fork():
+        return process
+    code = 1
+    try:
+        for name, value in SMALL.items():
+            setattr(sheets, name, value)
+        log = open(out.with_suffix(".txt"), "w")
+        with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            code = run.main([*RUNS[kind], *scene, "--every", "2", "--device", "cpu", "--out", str(out), *flags])
+    finally:
+        os._exit(code)
+
+
+def finish(process, out):
+    """Wait for the end of a run; raises ValueError with its messages if it failed."""
+    if code := os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]):
+        raise ValueError(f"{out}: exit code {code}: {out.with_suffix('.txt').read_text()[-300:]}")
 
 
 def whole_run(kind, place):
     """Make the uninterrupted run in place/whole, for a scene after its fit; returns its seconds."""
+    out = place / "whole"
+    place.mkdir(parents=True)
     if SCENE[0] in RUNS[kind]:
-        (place / "scene").mkdir(parents=True)
+        (place / "scene").mkdir()
         write_scene(place / "scene", size=24)
-        finish(start(kind, place / "whole", "--fit-only"))
+        finish(start(kind, out, "--fit-only"), out)
     started = time.perf_counter()
-    finish(start(kind, place / "whole"))
+    finish(start(kind, out), out)
     return time.perf_counter() - started
-
-
-def finish(process):
-    """Wait for the end of a run; raises ValueError with its error output if it failed."""
-    told = process.communicate()[1]
-    if process.returncode:
-        raise ValueError(f"{' '.join(process.args)}: exit code {process.returncode}: {told[-300:]}")
 
 
 def kill_and_resume(kind, place, seconds):
@@ -91,10 +87,10 @@ def kill_and_resume(kind, place, seconds):
     shutil.rmtree(out, ignore_errors=True)
     process = start(kind, out)
     time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
     try:
-        finish(start(kind, out, "--resume"))
+        finish(start(kind, out, "--resume"), out)
     except ValueError as e:
         return str(e)
     first, again = (files_of(folder) for folder in (place / "whole", out))

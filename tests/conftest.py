@@ -5,6 +5,7 @@ import math
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,6 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from scene.reading import load_scene
-from svg_raster import SVG
-
 torch.set_num_threads(1)
 
 BETAS = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion's
@@ -62,6 +60,7 @@ def load_svg(tmp_path):
     def load(body, attributes='viewBox="0 0 32 32"', **options):
         path = tmp_path / "drawing.svg"
         path.write_text(svg_text(body, attributes))
+        from svg_raster import SVG
         return SVG.load(path, **{"size": 32, **options})
     return load
 
@@ -120,6 +119,7 @@ def nerf_scene(folder, views=12, size=24, radius=0.8, alpha=True, split=True, **
 
 @pytest.fixture(scope="module")
 def nerf_sphere(tmp_path_factory):
+    from scene.reading import load_scene
     return load_scene(nerf_scene(tmp_path_factory.mktemp("sphere")))
 
 
@@ -180,8 +180,14 @@ def pipelines(tmp_path_factory):
 def flows(pipelines, tmp_path_factory):
     """Tiny random pipelines of flow matching saved to disk: Stable Diffusion 3, FLUX dev and schnell."""
     import diffusers
-    from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config,
-                              T5EncoderModel)
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        T5Config,
+        T5EncoderModel,
+    )
     root, made = tmp_path_factory.mktemp("flows"), {}
     tokenizer = CLIPTokenizer.from_pretrained(pipelines["sd"] / "tokenizer", model_max_length=12)
     read = CLIPTextConfig.from_pretrained(pipelines["sd"] / "text_encoder")
@@ -235,10 +241,27 @@ def small_pictures(monkeypatch):
         monkeypatch.setattr(sheets, name, value)
 
 
+@pytest.fixture(scope="session")
+def loaded(pipelines):
+    """The from_pretrained of Prior and InstructPix2Pix, which load a tiny pipeline once; not to be changed."""
+    kept, read_only = {}, {str(path) for path in pipelines.values()}
+
+    def of(cls):
+        def load(name, *args, **options):
+            if str(name) not in read_only or any(options.get(key) for key in ("lora", "embedding")):
+                return cls.from_pretrained(name, *args, **options)
+            key = cls, str(name), args, tuple(sorted(options.items()))
+            return kept.get(key) or kept.setdefault(key, cls.from_pretrained(name, *args, **options))
+        return SimpleNamespace(from_pretrained=load)
+    return of
+
+
 @pytest.fixture
-def command(pipelines, tmp_path):
-    """run.main on a drawing and the tiny pipeline; later flags win."""
+def command(pipelines, tmp_path, small_pictures, loaded, monkeypatch):
+    """run.main on a drawing and the tiny pipeline, with small pictures; later flags win."""
     import run  # diffusers takes seconds to import, and the tests of the renderers do without it
+    for name in ("Prior", "InstructPix2Pix"):
+        monkeypatch.setattr(run, name, loaded(getattr(run, name)))
     (tmp_path / "face.svg").write_text(DRAWING)
     Image.new("RGB", (20, 12), "tomato").save(tmp_path / "red.png")
 
@@ -246,7 +269,8 @@ def command(pipelines, tmp_path):
         file = {"svg": "face.svg", "image": "red.png"}[mode]
         return run.main(["--mode", mode, f"--{mode}", str(tmp_path / file), "--source", "a face", "--target", "a cat",
                          "--model", str(pipelines["sd"]), "--steps", "6", "--every", "2", "--device", "cpu",
-                         "--out", str(tmp_path / out), *(["--refine", "0"] if mode == "image" else []), *map(str, flags)])
+                         "--out", str(tmp_path / out), *(["--refine", "0"] if mode == "image" else []),
+                         *map(str, flags)])
     return call
 
 

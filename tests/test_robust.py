@@ -1,5 +1,7 @@
 """Runs that meet bad input, damaged files, full disks, neighbours and kills: one line, and what was there is kept."""
 import contextlib
+import functools
+import io
 import json
 import os
 import signal
@@ -9,13 +11,12 @@ import threading
 import time
 import types
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from conftest import ROOT, nerf_scene, outputs
+from PIL import Image
 
 import run
 import svg_raster
@@ -27,6 +28,8 @@ from files.checkpoint import CheckpointError, read_checkpoint, read_run
 from files.messages import exit_code, one_line
 from files.writing import check_writable, locked, replacing
 from loop.progress import progress
+from nerf import NeRF
+from splat import Splats
 
 
 def one_error(capsys, *parts):
@@ -54,8 +57,9 @@ def moment(state):
     state["optimiser"]["state"][0]["exp_avg"] *= float("nan")
 
 
-@pytest.mark.parametrize("damage, reason", [
-    (change("step", -1), "'step' is wrong"), (change("step", True), "'step' is wrong"), (change("step", 99), "a longer run"),
+DAMAGES = [
+    (change("step", -1), "'step' is wrong"), (change("step", True), "'step' is wrong"),
+    (change("step", 99), "a longer run"),
     (change("scene", []), "'scene' is wrong"), (change("frames", []), "'frames' is wrong"),
     (change("frames", [torch.zeros(3, 3, 3, dtype=torch.uint8)]), "other pictures"),
     (change("stages", []), "'stages' is wrong"), (change("stages", [[]]), "not those of the run"),
@@ -65,22 +69,27 @@ def moment(state):
     (change("generators", [[torch.zeros(5056, dtype=torch.uint8)]]), "random numbers"),
     (change("optimiser", {}), "optimiser's state does not fit"), (moment, "a moment is not finite"),
     (change("config", "{"), "config is wrong"), (change("config", 3), "'config' is wrong"),
-    (first_of("scene", lambda x: x * float("nan")), "is not finite"), (first_of("scene", lambda x: x[:1]), "another shape"),
-    (first_of("scene", lambda x: x.double()), "another shape"), (lambda state: state.pop("scene"), "'scene' is missing"),
-    (lambda state: state["scene"].popitem(), "not those of the scene"), (None, "")])
-def test_a_damaged_checkpoint_is_refused_in_one_line(command, tmp_path, capsys, damage, reason):
+    (first_of("scene", lambda x: x * float("nan")), "is not finite"),
+    (first_of("scene", lambda x: x[:1]), "another shape"), (first_of("scene", lambda x: x.double()), "another shape"),
+    (lambda state: state.pop("scene"), "'scene' is missing"),
+    (lambda state: state["scene"].popitem(), "not those of the scene"), (None, "")]
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(command, tmp_path, capsys):
     assert command("--steps", 2) == 0
     file, before = tmp_path / "out" / "checkpoint.pt", outputs(tmp_path / "out")
-    if damage:
-        state = torch.load(file, weights_only=True)
-        damage(state)
-        torch.save(state, file)
-    else:
-        file.write_bytes(file.read_bytes()[:500])
-    capsys.readouterr()
-    assert command("--steps", 2, "--resume") == 2
-    one_error(capsys, f"{file}: no readable checkpoint: ", reason, "delete it to start over")
-    assert outputs(tmp_path / "out") == before
+    sound = file.read_bytes()
+    for damage, reason in DAMAGES:
+        if damage:
+            state = torch.load(io.BytesIO(sound), weights_only=True)
+            damage(state)
+            torch.save(state, file)
+        else:
+            file.write_bytes(sound[:500])
+        capsys.readouterr()
+        assert command("--steps", 2, "--resume") == 2, reason
+        one_error(capsys, f"{file}: no readable checkpoint: ", reason, "delete it to start over")
+        assert outputs(tmp_path / "out") == before
     file.unlink()
     assert command("--steps", 2, "--resume") == 0 and outputs(tmp_path / "out") == before
 
@@ -110,21 +119,23 @@ def test_no_pickle_is_executed(tmp_path, monkeypatch):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_longer_fit_is_another_run(small_pictures, pipelines, tmp_path, capsys):
-    nerf_scene(tmp_path / "scene", views=5)
+def test_a_longer_fit_is_another_run(small_pictures, pipelines, tmp_path, capsys, monkeypatch):
+    nerf_scene(tmp_path / "scene", views=4, size=16)
+    for kind, sizes in ((NeRF, dict(levels=2, table=2 ** 8, width=8)), (Splats, dict(count=40, limit=60, degree=1))):
+        monkeypatch.setattr(kind, "fit", functools.partial(kind.fit, **sizes))
     flags = ["--scene", str(tmp_path / "scene"), "--device", "cpu", "--source", "a", "--target", "b", "--model",
              str(pipelines["sd"]), "--steps", "2", "--out", str(tmp_path / "scene" / "out")]  # inside of the scene
     for mode in ("nerf", "splat"):
         mine = ["--mode", mode, *flags]
-        assert run.main([*mine, "--fit-seconds", "0.5"]) == 0
+        assert run.main([*mine, "--fit-seconds", "0.1"]) == 0
         config = json.loads((tmp_path / "scene" / "out" / "config.json").read_text())
         assert len(config["fit"]) == 64 and config["threads"] == torch.get_num_threads()
         before = outputs(tmp_path / "scene" / "out")
-        assert run.main([*mine, "--fit-seconds", "0.5", "--resume"]) == 0  # although the folder of the scene has grown
+        assert run.main([*mine, "--fit-seconds", "0.1", "--resume"]) == 0  # although the folder of the scene has grown
         assert outputs(tmp_path / "scene" / "out") == before
-        assert run.main([*mine[:4], "--fit-only", "--fit-seconds", "1.5", *flags[2:]]) == 0
+        assert run.main([*mine[:4], "--fit-only", "--fit-seconds", "0.4", *flags[2:]]) == 0
         capsys.readouterr()
-        assert run.main([*mine, "--fit-seconds", "0.5", "--resume"]) == 2
+        assert run.main([*mine, "--fit-seconds", "0.1", "--resume"]) == 2
         one_error(capsys, "cannot resume, it was made with another fit")
         assert outputs(tmp_path / "scene" / "out") == before
 
@@ -145,7 +156,9 @@ def tiny_disk(tmp_path):
 def test_a_full_disk_keeps_what_is_there_and_resume_ends_bit_identically(command, tmp_path, tiny_disk, capsys):
     assert command(out="whole") == 0
     assert command("--steps", 4, out="disk/out") == 0  # an earlier run
-    before = {path.name: path.read_bytes() for path in (tiny_disk / "out").iterdir() if path.name != "checkpoint.pt"}
+    def files():
+        return {path.name: path.read_bytes() for path in (tiny_disk / "out").iterdir() if path.name != "checkpoint.pt"}
+    before = files()
     ballast = tiny_disk / "ballast"
     with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):  # to the last byte
         while True:
@@ -154,7 +167,7 @@ def test_a_full_disk_keeps_what_is_there_and_resume_ends_bit_identically(command
     capsys.readouterr()
     assert command(out="disk/out") == 2
     one_error(capsys, f"{tiny_disk / 'out'}", "cannot be written: No space left on device")
-    assert {path.name: path.read_bytes() for path in (tiny_disk / "out").iterdir() if path.name != "checkpoint.pt"} == before
+    assert files() == before
     with open(ballast, "r+b") as file:  # room for a checkpoint, none for the next one beside it
         file.truncate(max(0, ballast.stat().st_size - room - 8192))
     assert command(out="disk/out") == 2
@@ -227,7 +240,7 @@ def test_an_input_that_the_run_would_write_over_survives(command, tmp_path, caps
     file = tmp_path / "out" / name
     before = outputs(tmp_path / "out")
     assert command(f"--{mode}", file, mode=mode) == 2
-    one_error(capsys, f"{file}: the run would write over it")
+    one_error(capsys, f"{file}: the run would overwrite it")
     assert outputs(tmp_path / "out") == before
     assert command(f"--{mode}", file, mode=mode, out="next") == 0
 
@@ -249,7 +262,8 @@ def test_a_folder_that_cannot_be_written_is_said_before_a_fit(pipelines, tmp_pat
 
 @pytest.mark.parametrize("flags", [
     ["--fit-seconds", "0"], ["--fit-seconds", "1e308"], ["--steps", "10000000"], ["--seed", "1" + "0" * 20],
-    ["--colours", "1e308"], ["--guidance", "1e308"], ["--refine", "100000000"], ["--every", "0"], ["--downscale", "1" * 400],
+    ["--colours", "1e308"], ["--guidance", "1e308"], ["--refine", "100000000"], ["--every", "0"],
+    ["--downscale", "1" * 400],
     ["--device", "cuda:99"], ["--device", "toaster"]])
 def test_numbers_that_are_out_of_bounds(flags, capsys):
     with pytest.raises(SystemExit) as e:
@@ -265,7 +279,8 @@ def one_line_of(capsys):
 
 @pytest.mark.parametrize("main, flags", [
     (toy.main, ["--seed", "x"]), (svg_raster.main, ["a.svg", "--size", "x", "--out", "b"]), (bench_main, ["no-such"]),
-    (bench_main, ["svg-batch", "--seed", "x"]), (run.main, ["--no-such"]), (run.main, ["--mode", "svg", "--loss", "drfs"])])
+    (bench_main, ["svg-batch", "--seed", "x"]), (run.main, ["--no-such"]),
+    (run.main, ["--mode", "svg", "--loss", "drfs"])])
 def test_every_command_line_that_is_wrong_gets_one_line(main, flags, capsys):
     with pytest.raises(SystemExit) as e:
         main(flags)
@@ -274,15 +289,16 @@ def test_every_command_line_that_is_wrong_gets_one_line(main, flags, capsys):
 
 @pytest.mark.parametrize("flags, mode", [([], "svg"), (["--svg", "a"], "svg"), (["--image", "a"], "image"),
                                          (["--image=a"], "image"), (["--scene", "a"], "nerf"),
-                                         (["--mode", "splat", "--scene", "a"], "splat"), (["--mode", "image", "--svg", "a"], "image")])
+                                         (["--mode", "splat", "--scene", "a"], "splat")])
 def test_the_flag_of_the_file_means_a_mode(flags, mode):
     assert run.parse(flags).mode == mode
 
 
 def test_a_schedule_that_ends_in_zero_and_prompts_that_are_the_same(command, tmp_path, capsys):
-    args, prior = run.parse(["--t-max", "1"]), types.SimpleNamespace(size=16, multiple=4, defaults={"guidance": {"pds": 1}})
+    args = run.parse(["--t-max", "1"])
+    prior = types.SimpleNamespace(size=16, multiple=4, defaults={"guidance": {"pds": 1}})
     prior.abar = torch.linspace(0.99, 0, 1000, dtype=torch.float64)
-    with pytest.raises(ValueError, match="--t-max 1: the model's schedule ends in zero there"):
+    with pytest.raises(ValueError, match="--t-max 1: the model's schedule has no signal left there"):
         run.complete(args, prior)
     run.complete(run.parse([]), prior)
     assert command("--target", "a  face", "--steps", 1) == 0
@@ -356,12 +372,17 @@ def test_a_sample_of_the_fuzzer(tmp_path, kind):
         assert end in ("read", "refused"), (case, end)
 
 
-def test_killed_runs_resume_bit_identically(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two runs with two threads each would wait for each other
+@pytest.mark.parametrize("kind", ["svg", "splat"])
+def test_killed_runs_resume_bit_identically(pipelines, tmp_path, monkeypatch, kind):
+    small = ["--model", str(pipelines["sd"]), *(["--fit-seconds", "0.1"] if kind == "splat" else [])]
+    monkeypatch.setattr(kills, "RUNS", {kind: [*kills.RUNS[kind], *small]})
+    kills.whole_run(kind, tmp_path / kind)
+    out, found = tmp_path / kind / "killed", []
 
-    def ends(kind):
-        folder = tmp_path / kind
-        folder.mkdir()
-        return kills.kill_and_resume(kind, folder, 0.8 * kills.whole_run(kind, folder))
-    with ThreadPoolExecutor(2) as both:  # they wait for processes of their own
-        assert list(both.map(ends, ("svg", "splat"))) == ["", ""]
+    def until_it_has_begun(_):
+        while not (out / "checkpoint.pt").exists():
+            time.sleep(0.005)
+        found.extend(path.name for path in out.iterdir())
+    monkeypatch.setattr(kills, "time", types.SimpleNamespace(sleep=until_it_has_begun))
+    assert kills.kill_and_resume(kind, tmp_path / kind, 0.0) == ""
+    assert (out / "result.png").exists() and "result.png" not in found
