@@ -1,9 +1,13 @@
 """Errors in one line: command lines, exit codes, and what libraries report over many lines."""
 import argparse
+import datetime
+import hashlib
+import os
 import re
 import sys
 
 import torch
+import torch.distributed as dist
 
 
 def one_line(error, longest=500):
@@ -16,7 +20,8 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that reports an error in one line, without the usage of fifty options before it."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+        report(f"{self.prog}: error: {one_line(message)}")
+        self.exit(2)
 
 
 def number(kind, low, high=None):
@@ -39,6 +44,20 @@ def device(name):
     return name
 
 
+def report(line):
+    """Print a line on stderr, unless another process of torchrun has printed the same one."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun itself holds what its processes share
+        try:
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                                  timeout=datetime.timedelta(seconds=10))
+            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            if store.add(f"pds/{restart}/{hashlib.sha256(line.encode()).hexdigest()}", 1) > 1:
+                return
+        except (RuntimeError, AttributeError, KeyError):  # torchrun is gone, or torch has no torch.distributed
+            pass
+    print(line, file=sys.stderr, flush=True)
+
+
 def exit_code(program, call):
     """Run call() and return its exit code, 0 for None; every error that a user can cause prints one line on stderr.
 
@@ -48,13 +67,13 @@ def exit_code(program, call):
     try:
         return call() or 0
     except KeyboardInterrupt as e:
-        print(f"{program}: interrupted{': ' if e.args else ''}{one_line(e) if e.args else ''}", file=sys.stderr)
+        report(f"{program}: interrupted{': ' if e.args else ''}{one_line(e) if e.args else ''}")
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not re.search("(out of|not enough|allocate) memory", str(e), re.I):
             raise
-        print(f"{program}: error: {one_line(e, 1000)}", file=sys.stderr)
+        report(f"{program}: error: {one_line(e, 1000)}")
         return 2
     except FloatingPointError as e:
-        print(f"{program}: {one_line(e)}", file=sys.stderr)
+        report(f"{program}: {one_line(e)}")
         return 1

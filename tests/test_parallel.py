@@ -1,10 +1,16 @@
-"""parallel.py: processes of torchrun against --batch in one, resuming, a process that dies, a table that is shared out."""
+"""parallel.py: processes of torchrun against --batch in one, resuming, one that dies, Ctrl-C, refusals, a table."""
+import contextlib
 import csv
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
+import traceback
+from functools import partial
 
 import pytest
 import tiny
@@ -13,10 +19,13 @@ from conftest import ROOT, nerf_scene, outputs
 from torch.testing import assert_close
 
 import run
+from bench.__main__ import main as bench
 from files import sheets
+from loop import parallel
 
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 SCRIPT = """
-    import sys
+    import sys, time
     sys.path[:0] = [ROOT, ROOT + "/tests"]
     import torch
     import edit, pds, run, tiny
@@ -29,29 +38,77 @@ SCRIPT = """
 """
 SVG = ["--mode", "svg", "--svg", "face.svg", "--source", "a face", "--target", "a cat", "--steps", "6", "--every", "2"]
 SPLAT = ["--mode", "splat", "--scene", "scene", "--source", "a", "--target", "bcd", "--steps", "4", "--refine", "12",
-         "--fit-seconds", "0.5"]
-BENCH = ["--mode", "bench", "--list", "list.txt", "--compare", "dds", "pds", "--steps", "2", "--out", "table"]
-FIT = ["--mode", "nerf", "--scene", "scene", "--fit-only", "--fit-seconds", "1", "--out", "fits/a"]
+         "--fit-seconds", "0.3"]
+BENCH = ["edits", "--list", "list.txt", "--compare", "dds", "pds", "--steps", "2", "--out", "table"]
+FIT = ["--mode", "nerf", "--scene", "scene", "--fit-only", "--fit-seconds", "0.5", "--out", "fits/a"]
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a drawing, a scene, and a list of edits."""
+    (tmp_path / "face.svg").write_text(
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'><circle cx='16' cy='16' r='12' fill='#fc0'/>"
+        "<rect x='8' y='18' width='16' height='4' fill='#a40'/></svg>")
+    nerf_scene(tmp_path / "scene", size=16)
+    (tmp_path / "list.txt").write_text("svg | face.svg | a face | a cat\nsvg | face.svg | a face | a bear\n")
+    return tmp_path
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The tiny prior and small pictures for all runs of this process and of those that it forks."""
+    monkeypatch.setattr(run, "load_prior", lambda args: tiny.Tiny())
+    monkeypatch.setattr(parallel, "stop", lambda: None)
+    for name, value in tiny.SIZES.items():
+        monkeypatch.setattr(sheets, name, value)
 
 
 def launch(folder, body):
-    """Run a script with the tiny prior in two processes of torchrun -> the finished process."""
+    """Start a script with the tiny prior in two processes of torchrun -> torchrun's process."""
     (folder / "script.py").write_text(textwrap.dedent(SCRIPT).replace("ROOT", repr(str(ROOT))) + textwrap.dedent(body))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
-def test_processes_take_the_steps_of_a_batch_survive_a_kill_and_share_a_table_out(tmp_path, monkeypatch, capsys):
-    (tmp_path / "face.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'><circle cx='16' cy='16' "
-                                       "r='12' fill='#fc0'/><rect x='8' y='18' width='16' height='4' fill='#a40'/></svg>")
-    nerf_scene(tmp_path / "scene")
-    (tmp_path / "list.txt").write_text("svg | face.svg | a face | a cat\nsvg | face.svg | a face | a bear\n")
-    load = lambda path: torch.load(tmp_path / path, weights_only=True)
+def forked(folder, body):
+    """Call body() in two forked processes of one group, as torchrun would -> what each of them printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        process, code = os.fork(), 1
+        if process:
+            processes.append(process)
+            continue
+        try:
+            signal.alarm(200)
+            os.chdir(folder)
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                           "MASTER_PORT": str(port)}
+            log = open(f"{rank}.txt", "w", buffering=1)
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                try:
+                    code = body()
+                except BaseException:
+                    traceback.print_exc()
+        finally:
+            os._exit(code)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    said = [(folder / f"{rank}.txt").read_text() for rank in range(2)]
+    assert codes == [0, 0], "\n".join(said)[-3000:]
+    return said
 
-    # the second of two processes dies in its fifth step: both end, with its message
-    done = launch(tmp_path, f"""
+
+def test_a_refusal_is_printed_once_and_one_process_ends_all(place, small, monkeypatch, capsys):
+    done = launch(place, f"""
+        assert run.main({SVG} + ["--svg", "none.svg", "--out", "none"]) == 2
+        try:
+            run.main(["--steps", "many"])
+        except SystemExit as e:
+            assert e.code == 2
+
         def fails(*args, calls=[], **kwargs):
             calls.append(1)
             if len(calls) == 5 and parallel.rank() == 1:
@@ -59,25 +116,69 @@ def test_processes_take_the_steps_of_a_batch_survive_a_kill_and_share_a_table_ou
             return pds.pds_loss(*args, **kwargs)
         edit.LOSSES["pds"] = fails
         sys.exit(run.main({SVG} + ["--out", "killed"]))""")
-    assert done.returncode != 0 and "run.py: error: the second process has had enough" in done.stderr
-    assert load("killed/checkpoint.pt")["step"] == 4
-
-    # a single process may not go on with that
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "load_prior", lambda args: tiny.Tiny())
-    for name, value in tiny.SIZES.items():
-        monkeypatch.setattr(sheets, name, value)
+    told = done.communicate(timeout=200)[1]
+    assert done.returncode != 0 and "run.py: error: the second process has had enough" in told
+    assert told.count("none.svg: no such file") == told.count("argument --steps: ") == 1, told
+    assert torch.load(place / "killed" / "checkpoint.pt", weights_only=True)["step"] == 4
+    monkeypatch.chdir(place)  # a single process may not go on with that
     assert run.main([*SVG, "--out", "killed", "--resume"]) == 2
     assert "it was made with another processes" in capsys.readouterr().err
 
-    done = launch(tmp_path, f"""
-        runs = ({SVG} + ["--out", "killed", "--resume"], {SVG} + ["--out", "two"], {SPLAT} + ["--out", "splats/two"],
-                {BENCH}, {FIT})
-        sys.exit(max([run.main(words) for words in runs]))""")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("done: two/sheet.png") == 1  # the first process alone speaks
-    assert outputs(tmp_path / "killed") == outputs(tmp_path / "two")
-    assert run.main([*SVG, "--batch", "2", "--out", "batch"]) == run.main([*SPLAT, "--batch", "2", "--out", "splats/batch"]) == 0
+
+def test_ctrl_c_saves_the_results_before_the_pictures(place):
+    """torchrun kills its processes 30 s after Ctrl-C; here, as on a slow scene, the pictures never end."""
+    running = launch(place, f"""
+        import os, pathlib
+        plain = run.Shown.look
+
+        def slow(*args, **kwargs):
+            begun.write_text(str(os.getpid()))
+            time.sleep(0.02)
+            return pds.pds_loss(*args, **kwargs)
+        edit.LOSSES["pds"], begun = slow, pathlib.Path("begun-" + os.environ["RANK"])
+        run.Shown.look = lambda self, scene: time.sleep(600) if begun.exists() else plain(self, scene)
+        sys.exit(run.main({SVG} + ["--steps", "100000", "--every", "100000", "--out", "slow"]))""")
+    try:
+        ends = time.monotonic() + 200
+
+        def wait(*names):
+            while not all((place / name).exists() for name in names):
+                assert time.monotonic() < ends and running.poll() is None, running.communicate()[1]
+                time.sleep(0.02)
+        wait("begun-0", "begun-1")
+        os.kill(running.pid, signal.SIGINT)
+        wait("slow/config.json", "slow/result.svg", "slow/source.svg", "slow/checkpoint.pt")
+    finally:
+        for process in [running.pid, *(int(path.read_text() or 0) for path in place.glob("begun-*"))]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process or running.pid, signal.SIGKILL)
+        running.communicate()
+
+
+def test_processes_take_the_steps_of_a_batch_resume_and_share_a_table_out(place, small, monkeypatch):
+    def load(path):
+        return torch.load(place / path, weights_only=True)
+
+    def runs():
+        killed = partial(run.main, [*SVG, "--steps", "6", "--out", "killed"])
+        with pytest.MonkeyPatch.context() as patch:
+            calls = []
+
+            def fails(*args, plain=run.LOSSES["pds"], **kwargs):
+                calls.append(1)
+                if len(calls) == 5:
+                    raise ValueError("both processes have had enough")
+                return plain(*args, **kwargs)
+            patch.setitem(run.LOSSES, "pds", fails)
+            assert killed() == 2
+        words = ([*SVG, "--out", "killed", "--resume"], [*SVG, "--out", "two"], [*SPLAT, "--out", "splats/two"], FIT)
+        return max([*map(run.main, words), bench(BENCH)])
+    said = forked(place, runs)
+    assert "done: two/sheet.png" in said[0] and "done: " not in said[1]  # the first process alone speaks
+    assert outputs(place / "killed") == outputs(place / "two")
+    monkeypatch.chdir(place)
+    assert run.main([*SVG, "--batch", "2", "--out", "batch"]) == 0
+    assert run.main([*SPLAT, "--batch", "2", "--out", "splats/batch"]) == 0
     for kind in ("", "splats/"):
         two, batch = load(f"{kind}two/checkpoint.pt"), load(f"{kind}batch/checkpoint.pt")
         assert two["step"] == batch["step"] and len(two["generators"]) == 2 and len(batch["generators"]) == 1
@@ -86,9 +187,9 @@ def test_processes_take_the_steps_of_a_batch_survive_a_kill_and_share_a_table_ou
         assert all(map(torch.equal, [own for own, in two["generators"]], batch["generators"][0]))
     updated = [load(f"splats/{name}/checkpoint.pt")["stages"][0][1]["edited"] for name in ("two", "batch")]
     assert updated[0] == updated[1] and len(set(updated[0])) == 4  # two of the 9 views in each of two updates
-    processes = [json.loads((tmp_path / name / "config.json").read_text())["processes"] for name in ("two", "batch")]
+    processes = [json.loads((place / name / "config.json").read_text())["processes"] for name in ("two", "batch")]
     assert processes == [2, 1]
-    rows = list(csv.DictReader((tmp_path / "table" / "table.csv").open()))
-    assert [(row["target"], row["loss"]) for row in rows] == [(t, m) for t in ("a cat", "a bear") for m in ("dds", "pds")]
-    fit = load(next((tmp_path / "fits").glob("scene-nerf-*-fit.pt")))
+    rows = [(row["target"], row["loss"]) for row in csv.DictReader((place / "table" / "table.csv").open())]
+    assert rows == [(target, name) for target in ("a cat", "a bear") for name in ("dds", "pds")]
+    fit = load(next((place / "fits").glob("scene-nerf-*-fit.pt")))
     assert len(fit["others"]) == 1 and not torch.equal(fit["generator"], fit["others"][0])
