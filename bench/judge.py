@@ -67,7 +67,7 @@ class Judge(nn.Module):
             down = nn.Conv2d(last, width, size, 2, size // 2, bias=False)
             stages.append(nn.Sequential(down, nn.BatchNorm2d(width), nn.ReLU(), *(Block(width) for _ in range(depth))))
             last = width
-        self.stages, self.head = nn.Sequential(*stages), nn.Linear(last, EMBEDDING)
+        self.stages, self.head = nn.Sequential(*stages), nn.Sequential(nn.Dropout(0.15), nn.Linear(last, EMBEDDING))
         self.table = nn.EmbeddingBag(BUCKETS, WORD, mode="sum")
         self.words = nn.Sequential(nn.LayerNorm(WORD), nn.Linear(WORD, 2 * WORD), nn.GELU(),
                                    nn.Linear(2 * WORD, EMBEDDING))

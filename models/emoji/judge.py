@@ -1,6 +1,6 @@
 """Train the judge of edits (bench/judge.py) on the captioned drawings that the prior learns from.
 
-    python models/emoji/judge.py --icons /tmp/icons/node_modules/@iconify-json --minutes 66
+    python models/emoji/judge.py --icons /tmp/icons/node_modules/@iconify-json --minutes 68
 
 --icons is the folder that train.py takes. Writes judge.safetensors beside this file, resumes from --work, and logs how
 many drawings of the held-out styles the judge names. It starts from random weights, and its augmentations differ from
@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from bench.judge import COLOURS, SIDE, Judge, bags, features  # noqa: E402  (the path comes first)
 
 CACHED = 72  # pixels a side of the drawings kept in memory
-SIDES = {0.0: SIDE // 2, 0.25: 3 * SIDE // 4, 0.4: SIDE}  # pixels a side from this share of the time on: small is fast
+SIDES = {0.0: SIDE // 2, 0.25: 3 * SIDE // 4, 0.42: SIDE}  # pixels a side from this share of the time on: small is fast
 
 
 def load_trainer(path):
@@ -60,7 +60,7 @@ def load_items(trainer, args, held_out=False):
 
 
 def painted(trainer, args, count=600):
-    """Held-out drawings painted in colours: small drawings, and for each the noun and its colour."""
+    """Held-out drawings in other colours: small drawings, and (noun, colour) for each."""
     cache = args.work / "judge-painted.pt"
     if not cache.exists():
         rgba, captions, *_ = trainer.items(args.icons, trainer.HELD_OUT, args.sets, recoloured=False)
@@ -77,7 +77,7 @@ def painted(trainer, args, count=600):
 
 
 def chance(rng, share, count):
-    """[count,1,1,1] of 0 and 1, 1 for about that share."""
+    """[count,1,1,1] of 0 and 1; the probability of 1 is `share`."""
     return (torch.rand(count, 1, 1, 1, generator=rng) < share).float()
 
 
@@ -93,7 +93,7 @@ def place(drawings, mirrored, rng, strength, side):
                          torch.stack([sin, cos / stretch, shift[:, 1]], 1)], 1)
     grid = F.affine_grid(theta, (b, 4, side, side), align_corners=False)
     grid = grid / (1 + (grid * u(b, 1, 1, 2) * 0.2 * strength.view(-1, 1, 1, 1)).sum(-1, keepdim=True))
-    bend = torch.randn(b, 2, 5, 5, generator=rng) * 0.05 * strength.view(-1, 1, 1, 1)
+    bend = torch.randn(b, 2, 5, 5, generator=rng) * 0.08 * strength.view(-1, 1, 1, 1)
     grid = grid + F.interpolate(bend, (side, side), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     grid = grid * torch.stack([1 - 2.0 * mirrored, torch.ones(b)], 1)[:, None, None]
     x = drawings.float() / 255
@@ -102,19 +102,19 @@ def place(drawings, mirrored, rng, strength, side):
 
 
 def tone(x, rng, strength):
-    """RGBA as another set may colour it: contrast, saturation, a cast, thicker outlines, details smoothed away."""
+    """RGBA in the colours of another set: contrast, saturation, a cast, thicker outlines, details smoothed away."""
     b, u = len(x), lambda *shape: (torch.rand(*shape, 1, 1, generator=rng) * 2 - 1) * strength.view(-1, 1, 1, 1)
     rgb, alpha = x[:, :3], x[:, 3:]
-    rgb = (rgb / alpha.clamp(min=1e-3)).clamp(0, 1) ** (0.5 * u(b, 1)).exp()
-    some = chance(rng, 0.1, b).view(b) > 0
-    if some.any():  # dark lines go: the lightest pixel around, then the darkest of those
+    rgb = (rgb / alpha.clamp(min=1e-3)).clamp(0, 1) ** (0.6 * u(b, 1) + 0.15 * u(b, 3)).exp()
+    some = chance(rng, 0.15, b).view(b) > 0
+    if some.any():  # a morphological closing removes dark lines
         rgb[some] = -F.max_pool2d(-F.max_pool2d(rgb[some], 3, 1, 1), 3, 1, 1)
     grey = rgb.mean(1, keepdim=True)
-    rgb = grey + (rgb - grey) * (0.95 + 0.3 * u(b, 1)) + 0.04 * u(b, 3)
+    rgb = grey + (rgb - grey) * (0.95 + 0.3 * u(b, 1)) + 0.05 * u(b, 3)
     middle = (rgb * alpha).sum((2, 3), keepdim=True) / alpha.sum((2, 3), keepdim=True).clamp(min=1)
     rgb = (middle + (rgb - middle) * (1 + 0.25 * u(b, 1)) + 0.08 * u(b, 1)).clamp(0, 1)
     ink, wider, edges = torch.rand(b, 3, 1, 1, generator=rng) * 0.35, alpha.clone(), torch.zeros_like(alpha)
-    around, inside = (chance(rng, 0.15, b).view(b) > 0 for _ in range(2))
+    around, inside = (chance(rng, 0.25, b).view(b) > 0 for _ in range(2))
     wider[around] = F.max_pool2d(alpha[around], 3, 1, 1)
     edges[inside] = 0.8 * (alpha[inside] + F.max_pool2d(-alpha[inside], 3, 1, 1)).clamp(0, 1)
     return (rgb * (1 - edges) + ink * edges) * alpha + ink * (wider - alpha), wider
@@ -132,32 +132,32 @@ def spoil(x, rng):
     x[some] = (x[some] * levels).round() / levels
     some = u(b) < 0.15
     x[some] += torch.randn(x[some].shape, generator=rng) * 0.1 * u(len(x[some]), 1, 1, 1)
-    line, centre, half = torch.linspace(0, 1, side), u(b, 2, 1), 0.05 + 0.13 * u(b, 2, 1)
+    line, centre, half = torch.linspace(0, 1, side), u(b, 2, 1), 0.05 + 0.17 * u(b, 2, 1)
     within = ((line - centre).abs() < half).float()  # [B,2,side]
-    hidden = (within[:, 0, :, None] * within[:, 1, None, :])[:, None] * chance(rng, 0.2, b)
+    hidden = (within[:, 0, :, None] * within[:, 1, None, :])[:, None] * chance(rng, 0.4, b)
     return (x * (1 - hidden) + u(b, 3, 1, 1) * hidden).clamp(0, 1)
 
 
 def distort(drawings, mirrored, rng, side=SIDE):
     """Premultiplied RGBA uint8 [B,4,h,w] -> RGB [B,3,side,side] in [0,1]; each as strongly changed as chance has it."""
     b = len(drawings)
-    strength = torch.rand(b, generator=rng)
+    strength = torch.rand(b, generator=rng).sqrt()
     rgb, alpha = tone(place(drawings, mirrored, rng, strength, side), rng, strength)
     plain = 1 - torch.rand(b, 3, 1, 1, generator=rng) * torch.rand(b, 1, 1, 1, generator=rng)
     background = torch.where(chance(rng, 0.65, b) > 0, torch.ones(()), plain)
     return spoil(rgb + (1 - alpha) * background, rng)
 
 
-def plain(drawings):
-    """Small drawings as they are, on white: [B,3,64,64]."""
-    x = F.interpolate(drawings.float() / 255, (SIDE, SIDE), mode="bilinear", antialias=True)
+def plain(drawings, side=SIDE):
+    """Small drawings as they are, on white: [B,3,side,side]."""
+    x = F.interpolate(drawings.float() / 255, (side, side), mode="bilinear", antialias=True)
     return (x[:, :3] + 1 - x[:, 3:]).clamp(0, 1)
 
 
 # ---- captions -----------------------------------------------------------------------------------------
 
 class Captions:
-    """All captions with their rows, and for each drawing those that are true of it and those that may be."""
+    """All captions, and for each drawing the rows of those that are true of it and of those that may be."""
 
     def __init__(self, vocab, captions):
         nouns = {names[0]: [c.replace("COLOUR ", "") for c in names if "COLOUR" in c] for names in vocab.values()}
@@ -166,7 +166,7 @@ class Captions:
         self.texts = sorted(said.union(*captions))
         self.row = {c: i for i, c in enumerate(self.texts)}
         self.true = [[self.row[c] for c in names] for names in captions]
-        self.open = []  # "red car" beside a car of which nothing says that it is not red
+        self.open = []  # captions that may be true: "red car" for a car whose colour is not named
         for names in captions:
             some = [] if any(c.split()[0] in COLOURS for c in names) else nouns.get(names[0], [])
             self.open.append([self.row[f"{colour} {n}"] for n in some for colour in COLOURS])
@@ -178,8 +178,7 @@ class Captions:
 
     def targets(self, drawings, picker, rng, others=1200):
         """The captions of a batch: rows [N] of all names, of those wanted and of some `others`; the place [B] among
-        them of
-        a true caption of each drawing, with probability 0.6 its name; and [B,N] where a caption does not count."""
+        them of a true caption of each drawing, with probability 0.6 its name; [B,N] where a caption does not count."""
         wanted = [self.true[i][0] if picker.random() < 0.6 else picker.choice(self.true[i]) for i in drawings]
         alike = [self.row[f"{colour} {self.texts[w].partition(' ')[2]}"] for w in wanted for colour in COLOURS
                  if self.texts[w].split()[0] in COLOURS and f"{colour} {self.texts[w].partition(' ')[2]}" in self.row]
@@ -201,8 +200,7 @@ def groups(vocab):
 
 def mix_styles(x, rng):
     """Feature maps [B,C,h,w], half of them with means and deviations moved towards those of another picture (MixStyle,
-    Zhou
-    et al., arXiv 2104.02008): the same drawing in another style."""
+    Zhou et al., arXiv 2104.02008): the same drawing in another style."""
     mean, std = (f.detach() for f in (x.mean((2, 3), keepdim=True), (x.var((2, 3), keepdim=True) + 1e-5).sqrt()))
     other = torch.randperm(len(x), generator=rng)
     share = (chance(rng, 0.5, len(x)) * torch.rand(len(x), 1, 1, 1, generator=rng) * 0.5).to(x.dtype)
@@ -219,7 +217,7 @@ class Run:
         decayed = [p for p in self.judge.parameters() if p.ndim > 1]
         others = [p for p in self.judge.parameters() if p.ndim < 2]
         self.optimiser = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=peak,
-                                           betas=(0.9, 0.98), weight_decay=0.05)
+                                           betas=(0.9, 0.98), weight_decay=0.2)
         self.ema = copy.deepcopy(self.judge).eval().requires_grad_(False)
         self.step, self.spent, self.saved, self.clock = 0, 0.0, 0.0, time.time()
         if path.exists():
@@ -284,32 +282,79 @@ def train(trainer, args, log):
             log(f"step {run.step} {run.spent:.1f} min loss {mean:.3f} scale {run.judge.scale.exp().item():.1f}")
         if run.spent - run.saved > 6 or run.spent >= args.minutes:
             run.save()
-            measure(trainer, args, run.ema, log)
+            measure(trainer, args, run.ema, log, side)
     return run.ema
 
 
-# ---- what came of it ----------------------------------------------------------------------------------
+# ---- figures ------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def measure(trainer, args, judge, log):
+def see_all(judge, drawings, side=SIDE):
+    """Small drawings as they are, at `side` pixels -> unit vectors [N,D]."""
+    return torch.cat([judge.look(plain(x, side)) for x in drawings.split(128)])
+
+
+@torch.no_grad()
+def measure(trainer, args, judge, log, side=SIDE):
     """Log top-1 and top-5 among all names and the accuracy of colours, both on the held-out styles."""
     drawings, captions = load_items(trainer, args, held_out=True)
-    names = groups(trainer.vocabulary())
-    owner = torch.tensor([i for i, group in enumerate(names) for _ in group])
-    cosines = torch.cat([judge.see(plain(x)) for x in drawings.split(128)]) @ judge.read(sum(names, [])).T
-    own = torch.tensor([[group[0] for group in names].index(c[0]) for c in captions])
-    first = torch.tensor([sum(len(g) for g in names[:i]) for i in range(len(names))])
-    for how, scores in (("names alone", cosines[:, first]),
-                        ("best of synonyms", torch.full((len(own), len(names)), -9.0).scatter_reduce(
-                            1, owner.expand(len(own), -1), cosines, "amax"))):
-        rank = (scores > scores.gather(1, own[:, None])).sum(1)
-        log(f"  {how}: top-1 {(rank < 1).float().mean():.1%}, top-5 {(rank < 5).float().mean():.1%} of {len(own)}")
+    names = [group[0] for group in groups(trainer.vocabulary())]
+    own = torch.tensor([[names.index(c[0])] for c in captions])
+    scores = see_all(judge, drawings, side) @ judge.read(names).T
+    rank = (scores > scores.gather(1, own)).sum(1)
+    first = len(trainer.render_icons(args.icons, trainer.HELD_OUT[0], args.sets)[0])
+    for style, some in zip([*trainer.HELD_OUT, "both"], (rank[:first], rank[first:], rank), strict=True):
+        log(f"  {style}: top-1 {(some < 1).float().mean():.1%}, top-5 {(some < 5).float().mean():.1%} of {len(some)} "
+            f"among {len(names)} names, {side} pixels")
     pictures, said = painted(trainer, args)
     texts = judge.read([f"{colour} {noun}" for noun, _ in said for colour in COLOURS]).unflatten(0, (len(said), -1))
-    seen = torch.cat([judge.see(plain(x)) for x in pictures.split(128)])
-    best = (seen[:, None] * texts).sum(-1).argmax(1)
-    right = best == torch.tensor([COLOURS.index(colour) for _, colour in said])
-    log(f"  colours: {right.float().mean():.1%} of {len(said)}")
+    cosines = (see_all(judge, pictures, side)[:, None] * texts).sum(-1)
+    right = cosines.argmax(1) == torch.tensor([COLOURS.index(colour) for _, colour in said])
+    log(f"  colours: {right.float().mean():.1%} of {len(said)}, the least of " + ", ".join(
+        f"{name} {share:.0%}" for share, name in sorted(
+            (right[i::len(COLOURS)].float().mean().item(), name) for i, name in enumerate(COLOURS))[:3]))
+
+
+@torch.no_grad()
+def margins(trainer, args, judge):
+    """Cosine of each held-out drawing with its own name minus that with another one: [N,2], for a name at random and
+    for one that shares a word."""
+    drawings, captions = load_items(trainer, args, held_out=True)
+    names, picker = sorted({c[0] for c in captions}), random.Random(0)
+    like = trainer.alike(names)
+    others = [(picker.choice([n for n in names if n != c[0]]), picker.choice(like[c[0]])) for c in captions]
+    seen = see_all(judge, drawings)
+    own = (seen * judge.read([c[0] for c in captions])).sum(1)
+    return torch.stack([own - (seen * judge.read(list(other))).sum(1) for other in zip(*others, strict=True)], 1)
+
+
+def fit_scale(margins):
+    """The factor of margins [N] at which their logistic function, the probability of the right name, is most likely."""
+    scales = torch.logspace(0, 2, 200)
+    return scales[F.softplus(-margins.view(-1, 1) * scales).mean(0).argmin()].item()
+
+
+def calibration(margins, scale):
+    """Of margins [N]: the share above 0, the mean probability of the preferred name, and the expected calibration error
+    over ten bins of that probability from 0.5 to 1."""
+    sure, right = (scale * margins.abs()).sigmoid(), (margins > 0).float()
+    bins = ((sure - 0.5) * 20).long().clamp(max=9)
+    error = sum((right[bins == k].mean() - sure[bins == k].mean()).abs() * (bins == k).float().mean()
+                for k in bins.unique())
+    return right.mean().item(), sure.mean().item(), error.item()
+
+
+def calibrate(trainer, args, judge, log):
+    """Fit `scale` to pairs of names of the first held-out style; log the calibration of `prefers` on the second."""
+    found = margins(trainer, args, judge)
+    first = len(trainer.render_icons(args.icons, trainer.HELD_OUT[0], args.sets)[0])
+    scale = fit_scale(found[:first].flatten())
+    judge.scale.data.fill_(math.log(scale))
+    for kind, some in zip(("any name", "a name that shares a word", "both"), (
+            found[first:, 0], found[first:, 1], found[first:].flatten()), strict=True):
+        right, sure, error = calibration(some, scale)
+        log(f"  pairs of {trainer.HELD_OUT[1]} with {kind}: right {right:.1%}, mean probability {sure:.1%}, calibration "
+            f"error {error:.3f}, scale {scale:.1f}")
 
 
 def export(judge, path):
@@ -326,7 +371,7 @@ def main():
     p.add_argument("--sets", type=Path, help="where train.py cached the rendered sets (default: --work)")
     p.add_argument("--trainer", type=Path, default=HERE / "train.py", help="the prior's training script")
     p.add_argument("--out", type=Path, default=HERE, help="where judge.safetensors is written")
-    p.add_argument("--minutes", type=float, default=66, help="training time")
+    p.add_argument("--minutes", type=float, default=68, help="training time")
     p.add_argument("--batch", type=int, default=64, help="drawings in a step")
     p.add_argument("--threads", type=int, default=1, help="CPU threads")
     args = p.parse_args()
@@ -338,7 +383,10 @@ def main():
         print(line, flush=True)
         with open(args.work / "judge-log.txt", "a") as f:
             f.write(line + "\n")
-    export(train(load_trainer(args.trainer), args, log), args.out / "judge.safetensors")
+    trainer = load_trainer(args.trainer)
+    judge = train(trainer, args, log)
+    calibrate(trainer, args, judge, log)
+    export(judge, args.out / "judge.safetensors")
 
 
 if __name__ == "__main__":
