@@ -15,7 +15,18 @@ from PIL import Image
 
 import pds
 from files import sheets
-from files.checkpoint import CheckpointError, read_run, restore, restore_generators, restore_optimiser, restore_stages
+from files.checkpoint import (
+    CheckpointError,
+    below,
+    list_of,
+    optional,
+    read_run,
+    restore,
+    restore_generators,
+    restore_optimiser,
+    restore_stages,
+    shift,
+)
 from files.sheets import snapshot
 from files.writing import write
 from image.editors import EDITORS, instruction, prompts
@@ -36,9 +47,10 @@ LEVELS, FINEST = 12, 0.25  # the width of the smooth field falls to this share i
 RATES = {"settle": settling_share, "released": released_share}  # learning-rate schedules of a stage
 
 
-# A stage has `name`, `steps`, `rate` (a factor on all learning rates), `resets_optimiser`, a `state` for the checkpoint,
-# and backward(step, generators), which adds a step's gradient to the scene's parameters. Each generator stands for one
-# view, timestep and noise; the gradient is the mean over them, and over `world` processes with as many each.
+# A stage has `name`, `steps`, `rate` (a factor on all learning rates), `resets_optimiser`, a `state` for the checkpoint
+# with `checks` of its keys, and backward(step, generators), which adds a step's gradient to the scene's parameters. Each
+# generator stands for one view, timestep and noise; the gradient is the mean over them, and over `world` processes with
+# as many each.
 
 class Distillation:
     """The edit itself: one of the three losses, at views that are kept for HOLD steps."""
@@ -65,6 +77,8 @@ class Distillation:
             self.y_src, self.y_tgt = map(prior.embed, prompts(args))
         self.sees_source = editor is not None
         self.state, self.x0_src = {"views": [None] * args.batch}, {}
+        view = below(len(scene.scene.train)) if args.mode in SCENES else shift
+        self.checks = {"views": list_of(optional(view))}
 
     def backward(self, step, generators):
         """Render, encode, loss, backward; returns the loss []."""

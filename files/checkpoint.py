@@ -182,32 +182,30 @@ def restore_stages(stages, saved, path):
     if [own.keys() for own in saved] != [stage.state.keys() for stage in stages]:
         raise CheckpointError(path, "its stages are not those of the run")
     for stage, own in zip(stages, saved, strict=True):
-        checks = stage.checks if hasattr(stage, "checks") else _checks_of(stage)
         for key, value in own.items():
-            if not checks[key](value):
+            if not stage.checks[key](value):
                 raise CheckpointError(path, f"{key} of its stages is wrong")
         stage.state = own
 
 
-def _checks_of(stage):
-    """The checks of a stage that brings none."""
-    views = len(stage.scene.scene.train) if hasattr(stage.scene, "scene") else 0
-
-    def pixels(value):
-        return value is None or isinstance(value, torch.Tensor) and (
-            value.dtype == torch.uint8 and value.ndim == 2 and value.shape[1] == 3)
-
-    def one(value):
-        return _view(value, views)
-    return {"views": list_of(lambda value: value is None or one(value)), "rounds": count, "pixels": pixels,
-            "first": pixels, "edited": list_of(one), "order": list_of(one)}
+def optional(check):
+    """The check whether a value is None or passes a check."""
+    return lambda value: value is None or check(value)
 
 
-def _view(value, views):
-    """Whether a value is the number of one of `views` views, or the shift of a drawing in pixels."""
-    if isinstance(value, (tuple, list)):
-        return not views and len(value) == 2 and all(is_number(x, -1e6, 1e6) for x in value)
-    return count(value) and value < views
+def below(most):
+    """The check whether a value is a whole number from 0 to below `most`, such as the number of a view."""
+    return lambda value: count(value) and value < most
+
+
+def shift(value):
+    """Whether a value is a displacement of a drawing in pixels."""
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(is_number(x, -1e6, 1e6) for x in value)
+
+
+def pixels(value):
+    """Whether a value is the pixels of pictures, uint8 [N,3]."""
+    return (isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.ndim == 2 and value.shape[1] == 3)
 
 
 def fingerprint(module):

@@ -8,6 +8,7 @@ PictureRefinement is the same for a single picture: the paper's second stage in 
 import torch
 
 from files import sheets
+from files.checkpoint import below, count, list_of, optional, pixels
 from files.pictures import to_pil
 from files.sheets import thumbnail
 from image.editors import EDITORS, TITLES, ddpm_inversion, drfs, instruct_pix2pix, instruction, prompts, sdedit
@@ -40,6 +41,9 @@ class DatasetUpdate:
         self.y_src, self.y_tgt = map(prior.embed, prompts(args))
         self.dataset, self.lpips = None, None
         self.state = {"pixels": None, "first": None, "edited": [], "order": [], "rounds": 0}
+        views = list_of(below(len(scene.scene.train) if hasattr(scene, "scene") else 0))
+        self.checks = {"pixels": optional(pixels), "first": optional(pixels), "edited": views, "order": views,
+                       "rounds": count}
         if name == "in2n":
             self.editor, self.lpips = editor.at(guidance, args.image_guidance), perceptual(prior.device)
             self.y_edit = editor.embed(instruction(args))
@@ -144,6 +148,7 @@ class PictureRefinement:
     def __init__(self, scene, prior, steps, guidance, args):
         self.scene, self.prior, self.steps, self.guidance, self.args = scene, prior, steps, guidance, args
         self.name, self.rate, self.state, self.y_tgt = "sdedit", 1, {}, prior.embed(prompts(args)[1])
+        self.checks = {}
 
     def backward(self, step, generators):
         """Add the gradient of a step; returns the loss []."""
