@@ -11,6 +11,7 @@ From the command line: python svg_raster.py a.svg b.svg --out DIR --size 256
 Data flow: document (svg/document.py) -> line segments (svg/segments.py) -> coverage (here) -> paint and compositing
 (svg/compositing.py). Coordinates are x right, y down.
 """
+import functools
 import io
 import math
 import sys
@@ -25,13 +26,14 @@ from PIL import Image
 from files.messages import Parser
 from files.pictures import frame_of
 from loop.optimiser import SmoothField
-from svg.compositing import MANY_STOPS, Composite, Plan, gradient_paint
+from svg.compositing import EMPTY, MANY_STOPS, Composite, Plan, common, gradient_paint, united
 from svg.constraints import Constraints, places
 from svg.document import Document
-from svg.outline import SVGError
+from svg.outline import SVGError, affine
 from svg.segments import BEVEL, BUTT, MITER, ROUND, SQUARE, TOLERANCE, dash, expand, flatten, scatter_sum, stroke, take
 from svg.source import write_file
 
+SLIVER = 0.05                         # the least coverage that counts where a filter makes it opaque, as in resvg
 MAX_FLOATS = 1 << 28                  # numbers that the layers, gradients and groups of one render keep: 1 GiB
 
 
@@ -202,13 +204,15 @@ class SVG(torch.nn.Module):
         self.add_curves()
         self.add_layers()
         self.add_gradients()
-        self.opener, opened = {}, []      # step of a mask or pop -> step of its push
+        self.opener, opened = {}, []      # step that removes a buffer -> step of its push
         for step, (op, _) in enumerate(self.ops):
             if op == "push":
                 opened.append(step)
             elif op != "draw":
                 self.opener[step] = opened.pop()
         self.masks = {start for step, start in self.opener.items() if self.ops[step][0] == "mask"}
+        self.filters = document.filters
+        self.add_filters()
         self.loaded = {name: p.detach().clone() for name, p in self.named_parameters()}
         self.constraints = None           # see restrict
 
@@ -257,6 +261,28 @@ class SVG(torch.nn.Module):
                 self.fills = len(curves)
         self.add_buffers(torch.long, curves=np.reshape(curves, (-1, 4)), owner=owner, subpath=subpath)
         self.add_buffers(torch.bool, straight=straight, closed=closed)
+
+    def add_filters(self):
+        """Nesting: `within` {filter: (layers, filters)}; `around` [L], the innermost filter of a layer or None; `outer`
+        {step of a filter: the filter around it or None}."""
+        closers = {start: self.ops[step][1] for step, start in self.opener.items() if self.ops[step][0] == "filter"}
+        self.within = {number: ([], []) for number in closers.values()}
+        self.around, self.outer, open_ = [None] * len(self.layers), {}, []
+        for step, (op, argument) in enumerate(self.ops if self.filters else ()):
+            if op == "push":
+                open_.append(closers.get(step))
+            elif op != "draw":
+                open_.pop()
+            inside = [number for number in open_ if number is not None]
+            if op in ("draw", "filter"):
+                for number in inside:
+                    self.within[number][op == "filter"].append(argument)
+            if op == "draw":
+                self.around[argument] = inside[-1] if inside else None
+            elif op == "filter":
+                self.outer[step] = inside[-1] if inside else None
+        self.hardened = sorted({n for number, f in enumerate(self.filters) if f.hardens
+                                for n in self.within[number][0]})
 
     def add_layers(self):
         """Tables with a row for each layer: the matrix of its points to pixels, its paint and stroke."""
@@ -335,7 +361,7 @@ class SVG(torch.nn.Module):
         zoom, (dx, dy) = side / self.size, view or (0.0, 0.0)
         frame = [(v + d) * zoom for v, d in zip(self.document.frame, (dx, dy, dx, dy), strict=True)]
         window = [min(max(round(v), 0), side) for v in frame]
-        if not self.layers:
+        if not self.ops:
             return self.points.new_ones(1, 3, size, size)
 
         local, layer, lines, lines_layer = self.segments(zoom)
@@ -345,16 +371,28 @@ class SVG(torch.nn.Module):
         segments = torch.stack([a * x0 + c * y0 + e, b * x0 + d * y0 + f,
                                 a * x1 + c * y1 + e, b * x1 + d * y1 + f], 1)
 
-        boxes = self.boxes(segments.detach(), layer, window)
+        reach = self.reach(segments.detach(), layer)
+        points = self.points.detach().cpu().double().numpy() if self.filters else None
+        places = [affine(zoom, 0, 0, zoom, dx * zoom, dy * zoom) @ f.matrix for f in self.filters]
+        regions = self.regions(reach, places, points, window)
+        boxes = [common(box, regions[around] if around is not None else window)
+                 for box, around in zip(reach, self.around, strict=True)]
         sizes = [(x1 - x0 + 1) * (y1 - y0) for x0, y0, x1, y1 in boxes]
         base = np.cumsum([0, *sizes]).tolist()
-        op_boxes = self.op_boxes(boxes)
-        if self.floats(boxes, op_boxes) > MAX_FLOATS:
+        shown = {step: common(regions[self.ops[step][1]], window if around is None else regions[around])
+                 for step, around in self.outer.items()}
+        op_boxes = self.op_boxes(boxes, regions, shown)
+        if self.floats(boxes, op_boxes, regions) > MAX_FLOATS:
             raise SVGError(f"its {len(boxes)} layers cover too many pixels at {side} px")
         device = segments.device
-        corner = torch.tensor([(x0, y0, x1 - x0, y1 - y0) for x0, y0, x1, y1 in boxes], device=device)
-        starts = torch.tensor(base[:-1], device=device)
+        corner = torch.tensor([(x0, y0, x1 - x0, y1 - y0) for x0, y0, x1, y1 in boxes], device=device,
+                              dtype=torch.long).view(-1, 4)
+        starts = torch.tensor(base[:-1], device=device, dtype=torch.long)
         coverage = Coverage.apply(segments, layer, corner, starts, self.even_odd, base[-1])
+        if self.hardened:
+            least = torch.zeros(len(sizes), device=device)
+            least[self.hardened] = SLIVER
+            coverage = coverage * (coverage >= least.repeat_interleave(torch.tensor(sizes, device=device)))
 
         ones = torch.cat([self.opacities, self.opacities.new_ones(1)])
         alpha = ones[self.opacity_of].prod(1, keepdim=True)
@@ -362,12 +400,14 @@ class SVG(torch.nn.Module):
         rgba = torch.cat([blank[self.colour_of], alpha], 1)
         paints = self.paints(lines, lines_layer, boxes, zoom, dx, dy)
         paint = {layer: number for number, layer in enumerate(self.painted)}
-        plan = Plan(side, self.ops, op_boxes, self.opener, boxes, paint, torch.is_grad_enabled())
+        filters = [functools.partial(f.apply, box=box, place=place, points=points)
+                   for f, box, place in zip(self.filters, regions, places, strict=True)]
+        plan = Plan(side, self.ops, op_boxes, self.opener, boxes, paint, torch.is_grad_enabled(), filters, shown)
         image = Composite.apply(plan, coverage, rgba, self.opacities, *paints)[None]
         return image if self.ss == 1 else F.avg_pool2d(image, self.ss)
 
-    def boxes(self, segments, layer, window):
-        """Pixel boxes (x0, y0, x1, y1) of the layers' current edges within the window."""
+    def reach(self, segments, layer):
+        """Pixel boxes (x0, y0, x1, y1) of the layers' current edges."""
         if not torch.isfinite(segments).all():
             raise SVGError("points or stroke widths are not finite")
         low = segments.new_full((len(self.layers), 2), math.inf)
@@ -375,14 +415,23 @@ class SVG(torch.nn.Module):
         high = (-low).scatter_reduce_(0, index, torch.maximum(segments[:, :2], segments[:, 2:]), "amax")
         low = low.scatter_reduce_(0, index, torch.minimum(segments[:, :2], segments[:, 2:]), "amin")
         # one more pixel on every side: an edge on a pixel line may move either way
-        reach = torch.cat([low.ceil() - 1, high.floor() + 1], 1).clamp(-1, 1 << 20).long().tolist()
-        boxes = []
-        for x0, y0, x1, y1 in reach:
-            x0, y0, x1, y1 = max(x0, window[0]), max(y0, window[1]), min(x1, window[2]), min(y1, window[3])
-            boxes.append((x0, y0, x1, y1) if x0 < x1 and y0 < y1 else (0, 0, 0, 0))
-        return boxes
+        return torch.cat([low.ceil() - 1, high.floor() + 1], 1).clamp(-(1 << 20), 1 << 20).long().tolist()
 
-    def floats(self, boxes, op_boxes):
+    def regions(self, reach, places, points, window):
+        """Pixel boxes of the filters: within a picture's width and height around the window.
+
+        reach: boxes of the layers; places: matrices of the filters' user space to pixels; points [N, 2]: as they are.
+        """
+        x0, y0, x1, y1 = window
+        limit, regions = (2 * x0 - x1, 2 * y0 - y1, 2 * x1 - x0, 2 * y1 - y0), []
+        for number, (f, place) in enumerate(zip(self.filters, places, strict=True)):
+            layers, filters = self.within[number]
+            content = [*(tuple(reach[n]) for n in layers), *(regions[n] for n in filters)]
+            content = functools.reduce(united, content, EMPTY)
+            regions.append(common(f.box(place, content, points), limit))
+        return regions
+
+    def floats(self, boxes, op_boxes, regions):
         """Measured estimate of the numbers that a render, and its backward pass if enabled, hold at once."""
         def area(box):
             return (box[2] - box[0] + 1) * (box[3] - box[1])
@@ -391,29 +440,31 @@ class SVG(torch.nn.Module):
         return (sum(map(area, boxes)) * (7 if keep else 3)
                 + sum(area(boxes[n]) * (20 + 4 * k if keep else 4) for n, k in stops.items())
                 + sum(area(box) * 8 for box, (op, _) in zip(op_boxes, self.ops, strict=True)
-                      if op in ("mask", "pop") and keep))
+                      if op not in ("push", "draw") and keep)
+                + sum(area(box) * 4 * len(f.primitives) for f, box in zip(self.filters, regions, strict=True)))
 
-    def op_boxes(self, boxes):
-        """The box of every operation: a pushed buffer spans what is drawn into it, a mask what it masks."""
-        result, opened, empty = [(0, 0, 0, 0)] * len(self.ops), [], (0, 0, 0, 0)
+    def op_boxes(self, boxes, regions, shown):
+        """The box of every operation: a pushed buffer spans what is drawn into it, a mask what it masks.
+
+        boxes: of the layers; regions: of the filters, of which the buffers below show the part {step: box}.
+        """
+        result, opened = [EMPTY] * len(self.ops), []
         span = {}                         # push -> box so far
 
         def grow(box):
-            if opened and opened[-1] not in self.masks and box != empty:
-                old = span[opened[-1]]
-                span[opened[-1]] = box if old == empty else (min(old[0], box[0]), min(old[1], box[1]),
-                                                             max(old[2], box[2]), max(old[3], box[3]))
+            if opened and opened[-1] not in self.masks:
+                span[opened[-1]] = united(span[opened[-1]], box)
         for step, (op, argument) in enumerate(self.ops):
             if op == "push":
-                span[step] = span[opened[-1]] if step in self.masks else empty
+                span[step] = span[opened[-1]] if step in self.masks else EMPTY
                 opened.append(step)
             elif op == "draw":
                 result[step] = boxes[argument]
                 grow(boxes[argument])
             else:
                 opener = opened.pop()
-                result[step] = result[opener] = span[opener]
-                grow(span[opener])
+                result[step] = result[opener] = regions[argument] if op == "filter" else span[opener]
+                grow(shown.get(step, span[opener]))
         return result
 
     def paints(self, lines, lines_layer, boxes, zoom, dx, dy):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from svg.filters import blended
 from svg.segments import take
 
 MANY_STOPS = 16                       # of a gradient; with more, each pixel looks up the two that surround it
@@ -42,6 +43,22 @@ def gradient_paint(matrix, gradient, offsets, rgba, box):
     return (rgba[:1].T + rgba.diff(dim=0).T @ through).view(4, box[3], box[2])
 
 
+EMPTY = (0, 0, 0, 0)
+
+
+def common(a, b):
+    """The common part of two boxes."""
+    x0, y0, x1, y1 = max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+    return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else EMPTY
+
+
+def united(a, b):
+    """The box around two boxes."""
+    if EMPTY in (a, b):
+        return b if a == EMPTY else a
+    return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
+
+
 def overlap(inner, outer):
     """Slices of the common part of two boxes, into each of them; None if they do not overlap."""
     x0, y0 = max(inner[0], outer[0]), max(inner[1], outer[1])
@@ -59,14 +76,31 @@ class Plan:
     size: int
     ops: list                             # [(name, argument)]
     op_boxes: list                        # the box that each operation draws, pushes or pops
-    opener: dict                          # step of a mask or pop -> step of its push
+    opener: dict                          # step that removes a buffer -> step of its push
     boxes: list                           # of the layers
     paint: dict                           # layer -> number of its gradient paint
     keep: bool                            # whether to keep what the backward pass needs
+    filters: list                         # functions of a picture [4, h, w] of the op's box
+    shown: dict                           # step of a filter -> the part of its box that is drawn
 
     def parts(self, cells):
         """A flat buffer, laid out as the coverage, split by layer."""
         return cells.split([(x1 - x0 + 1) * (y1 - y0) for x0, y0, x1, y1 in self.boxes])
+
+    def crops(self, step, frame):
+        """Slices of what an operation draws into a buffer of the box `frame`: in its own buffer, and in that one."""
+        box = self.shown.get(step, self.op_boxes[step])
+        crops = overlap(box, frame)
+        if crops is None or step not in self.shown:
+            return crops
+        return overlap(common(box, frame), self.op_boxes[step])[1], crops[1]
+
+    def over(self, op, argument, top, inner, back, opacities):
+        """`back` under the crop `inner` of a buffer that is filtered, or blended by a mode."""
+        if op == "filter":
+            return blended("normal", back, self.filters[argument](top)[inner])
+        opacity, mode = argument
+        return blended(mode, back, top[inner] if opacity is None else top[inner] * opacities[opacity])
 
     def views(self, parts):
         """[h, w] of every layer, without padding."""
@@ -101,13 +135,13 @@ class Composite(torch.autograd.Function):
         canvas, saved = coverage.new_ones(3, plan.size, plan.size), []
         _, areas, colours = Composite.tables(plan, coverage, rgba)
         stack = [(canvas, (0, 0, plan.size, plan.size))]
-        for (op, argument), box in zip(plan.ops, plan.op_boxes, strict=True):
+        for step, ((op, argument), box) in enumerate(zip(plan.ops, plan.op_boxes, strict=True)):
             if op == "push":
                 stack.append((coverage.new_zeros(argument, box[3] - box[1], box[2] - box[0]), box))
                 continue
             top = stack.pop()[0] if op != "draw" else None
             target, frame = stack[-1]
-            if (crops := overlap(box, frame)) is None:
+            if (crops := plan.crops(step, frame)) is None:
                 continue
             inner, outer = crops
             back = target[outer]
@@ -122,6 +156,9 @@ class Composite(torch.autograd.Function):
                 top = top if argument is None else (top * top.new_tensor(argument)[:, None, None]).sum(0, keepdim=True)
                 saved.append(top)
                 back.mul_(top)
+            elif op in ("blend", "filter"):
+                saved.append(top)
+                back.copy_(plan.over(op, argument, top, inner, back, opacities))
             else:
                 saved.append(top[inner])
                 top = top[inner] if argument is None else top[inner] * opacities[argument]
@@ -147,7 +184,7 @@ class Composite(torch.autograd.Function):
                 stack.pop()
                 continue
             target, frame = stack[-1]
-            crops = overlap(box, frame)
+            crops = plan.crops(step, frame)
             if op != "draw":
                 channels = plan.ops[plan.opener[step]][1]
                 stack.append((grad.new_zeros(channels, box[3] - box[1], box[2] - box[0]), box))
@@ -160,6 +197,16 @@ class Composite(torch.autograd.Function):
                 d_top = (g * back).sum(0, keepdim=True)
                 stack[-1][0].copy_(d_top if argument is None else d_top * g.new_tensor(argument)[:, None, None])
                 g.mul_(top)
+            elif op in ("blend", "filter"):
+                with torch.enable_grad():
+                    inputs = [x.detach().requires_grad_() for x in (top, back, opacities)]
+                    result = plan.over(op, argument, inputs[0], inner, *inputs[1:])
+                d_top, d_back, d_opacity = torch.autograd.grad(result, inputs, g, allow_unused=True)
+                g.copy_(d_back)
+                if d_top is not None:     # what is filtered may be replaced by a flood
+                    stack[-1][0].copy_(d_top)
+                if d_opacity is not None:
+                    d_opacities += d_opacity
             elif op == "pop":
                 opacity = 1.0 if argument is None else opacities[argument]
                 d_top = torch.zeros_like(top)

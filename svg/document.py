@@ -15,6 +15,7 @@ import re
 import numpy as np
 
 from svg.edition import Edition
+from svg.filters import BLEND, Reader, parts_of
 from svg.outline import (
     GEOMETRY,
     SHAPES,
@@ -55,10 +56,11 @@ LUMINANCE, ALPHA = (0.2125, 0.7154, 0.0721, 0.0), (0.0, 0.0, 0.0, 1.0)
 class Document:
     """The drawing: walks the elements once and collects shapes, layers and the order of drawing.
 
-    `ops` is a flat program of ("draw", layer), ("push", channels), ("mask", weights or None) and ("pop", opacity row
-    or None). A push opens an isolated buffer of 4 channels, or of 1 (alpha only) inside clip paths. A mask removes the
-    top buffer and multiplies the one below by its alpha or, if it has 4 channels, by their weighted sum. A pop blends
-    the top buffer into the one below. The methods of the walk return the ops of what they visit.
+    `ops` is a flat program of ("draw", layer), ("push", channels), ("mask", weights or None), ("pop", opacity row or
+    None), ("blend", (opacity row or None, mode)) and ("filter", number). A push opens an isolated buffer of 4 channels,
+    or of 1 (alpha only) inside clip paths. The others remove the top buffer: a mask multiplies the one below by its
+    alpha or, if it has 4 channels, by their weighted sum; a pop draws it over the one below, by a mode or filtered.
+    The methods of the walk return the ops of what they visit.
 
     `drawn` lists (shape, matrix) of every shape visited so far, painted or not: bounding boxes are computed from it.
     """
@@ -84,7 +86,7 @@ class Document:
         self.shapes, self.shape_of, self.layers = [], {}, []
         self.points = self.fixed = 0      # rows in the table of optimised points, and of fixed ones
         self.boxes = {}                   # (clipPath or mask in box units, its user) -> (matrix of the box, its shapes)
-        self.drawn, self.measured, self.nested = [], 0, set()
+        self.drawn, self.measured, self.nested, self.filters = [], 0, set(), []
         self.contexts, self.relative = {}, {}     # see context and outline
         self.active, self.followed, self.visited = [], 0, 0       # references being followed; counts of all so far
         root, width, height = source.root, source.width, source.height
@@ -162,14 +164,13 @@ class Document:
         """ops of content(matrix, style) under the element's own transform, style, clip path, mask and opacity."""
         props, tag = self.styles.of(element), self.source.tag(element)
         for name in REFUSED.keys() & props.keys():
-            value = props[name]
-            # a filter that refers to nothing has no effect
-            nothing = name == "filter" and re.fullmatch(URL, value) and self.source.link(value) is None
-            if value.lower() not in REFUSED[name] and not nothing:
+            if props[name].lower() not in REFUSED[name]:
                 self.source.unsupported(f"{name} on <{tag}>")
         style, first = self.styles.inherit(style, element), len(self.drawn)
         matrix = matrix @ self.transform(element, style)
         ops, masks = content(matrix, style), []
+        if not clip and props.get("filter", "none").lower() != "none":
+            ops = self.filtered(ops, element, matrix, style, first)
         if (clip_path := self.resource(element, "clip-path", "clipPath")) is not None:
             masks.append(self.clip(clip_path, element, matrix, style, first))
         if not clip and (mask := self.resource(element, "mask", "mask")) is not None:
@@ -177,7 +178,29 @@ class Document:
         opacity = None
         if not clip and share(props.get("opacity")) < 1:
             opacity = self.paints.slot("opacities", element, "opacity", share(props["opacity"]))
-        return self.isolate(ops, opacity, masks, clip)
+        mode = "normal" if clip else props.get("mix-blend-mode", "normal").lower()
+        if mode not in ("normal", *BLEND):
+            self.source.unsupported(f"mix-blend-mode {mode} on <{tag}>")
+            mode = "normal"
+        apart = props.get("isolation", "auto").lower() == "isolate" and any(op == "blend" for op, _ in ops)
+        return self.isolate(ops, opacity, masks, clip, mode, apart)
+
+    def filtered(self, ops, element, matrix, style, first):
+        """ops of what was drawn since `first`, under the element's filters."""
+        value = self.styles.of(element)["filter"]
+        if parts_of(value) is None:
+            self.source.not_understood("filter", value)
+            return ops
+        if abs(np.linalg.det(matrix)) < 1e-30:
+            return []
+        back, drawn = np.linalg.inv(matrix), self.drawn[first:]
+        self.measured += len(drawn)
+        shapes = [(shape, back @ own) for shape, own in drawn]
+        found = Reader(self.source).read(value, element, matrix, style, shapes)
+        for one in found or ():
+            self.filters.append(one)
+            ops = [("push", 4), *ops, ("filter", len(self.filters) - 1)]
+        return [] if found is None else ops
 
     def resource(self, element, name, tag):
         """The clipPath or mask that a property refers to; None if there is no such element."""
@@ -209,13 +232,14 @@ class Document:
         x, y = origin(text, width, height, em)
         return affine(e=x, f=y) @ matrix @ affine(e=-x, f=-y)
 
-    def isolate(self, content, opacity, masks, clip):
-        """The content, in a buffer of its own if an opacity or masks need one; masks: a list of ops each."""
+    def isolate(self, content, opacity, masks, clip, mode="normal", apart=False):
+        """The content, in a buffer of its own if it has an opacity, masks (ops each), a blend mode or must be apart."""
         if opacity is not None and not masks and len(content) == 1:
             self.layers[content[0][1]].opacities.append(opacity)
             opacity = None
-        if content and (opacity is not None or masks):
-            content = [("push", 1 if clip else 4), *content, *(op for mask in masks for op in mask), ("pop", opacity)]
+        if content and (opacity is not None or masks or mode != "normal" or apart):
+            end = ("pop", opacity) if mode == "normal" else ("blend", (opacity, mode))
+            content = [("push", 1 if clip else 4), *content, *(op for mask in masks for op in mask), end]
         return content
 
     def follow(self, element):

@@ -262,11 +262,14 @@ class Outline:
         return [(first, stop, start, closed)
                 for (first, start, closed), stop in zip(self.subpaths, bounds, strict=False) if first < stop]
 
-    def bounds(self, matrix=None):
-        """Corners (low, high) of the box around the curves, moved by a 3x3 matrix; None where there are none."""
+    def bounds(self, matrix=None, points=None):
+        """Corners (low, high) of the box around the curves, moved by a 3x3 matrix; None if there are none.
+
+        points: complex numbers to use in place of the stored ones.
+        """
         if not self.curves:
             return None
-        points = np.array(self.points)
+        points = np.array(self.points) if points is None else points
         points = np.stack([points.real, points.imag], 1)
         if matrix is not None:
             points = points @ matrix[:2, :2].T + matrix[:2, 2]

@@ -34,6 +34,13 @@ class Shape:
         """Its rows of the point table."""
         return slice(self.first, self.first + len(self.outline.points))
 
+    def local(self, table):
+        """Complex numbers in local units for the shape's rows of a point table; None: as in the file."""
+        if table is None or self.element is None:
+            return None
+        points = table[self.rows] / self.scale
+        return points[:, 0] + 1j * points[:, 1]
+
 
 @dataclass
 class Gradient:

@@ -27,15 +27,16 @@ INHERITED = {                         # inherited properties, with their initial
     "stroke-opacity": "1", "stroke-linecap": "butt", "stroke-linejoin": "miter", "stroke-miterlimit": "4",
     "stroke-dasharray": "none", "stroke-dashoffset": "0", "clip-rule": "nonzero", "color": "black",
     "visibility": "visible", "paint-order": "normal", "font-size": "16", "marker-start": "none", "marker-mid": "none",
-    "marker-end": "none", "color-interpolation": "srgb"}
+    "marker-end": "none", "color-interpolation": "srgb", "color-interpolation-filters": "linearrgb"}
 OWN = {                               # properties that are not inherited, with their initial values
     "opacity": "1", "clip-path": "none", "display": "inline", "mask": "none", "filter": "none",
-    "mix-blend-mode": "normal", "stop-color": "black", "stop-opacity": "1", "overflow": "hidden",
+    "mix-blend-mode": "normal", "isolation": "auto", "flood-color": "black", "flood-opacity": "1",
+    "stop-color": "black", "stop-opacity": "1", "overflow": "hidden",
     "mask-type": "luminance", "transform-origin": "0 0", "transform-box": "view-box", "vector-effect": "none"}
 # unsupported properties that change the picture, with the values that have no effect
-REFUSED = dict.fromkeys(("filter", "backdrop-filter", "mask-image", "offset-path", "translate", "rotate", "scale",
+REFUSED = dict.fromkeys(("backdrop-filter", "mask-image", "offset-path", "translate", "rotate", "scale",
                          "perspective"), {"none"})
-REFUSED |= {"mix-blend-mode": {"normal"}, "zoom": {"normal", "1", "100%"}}
+REFUSED |= {"zoom": {"normal", "1", "100%"}}
 # legacy names of properties (Compatibility Standard, 3.1)
 ALIASES = {"-webkit-" + name: name for name in ("transform", "transform-origin", "filter", "clip-path", "mask",
                                                 "mask-image", "opacity")}
@@ -47,8 +48,12 @@ CHOICES = {                           # the values of properties that take one k
     "visibility": {"visible", "hidden", "collapse"}, "overflow": {"visible", "hidden", "scroll", "auto", "clip"},
     "mask-type": {"luminance", "alpha"}, "vector-effect": {"none", "non-scaling-stroke", "non-scaling-size",
                                                            "non-rotation", "fixed-position"},
-    "transform-box": {"view-box", "fill-box", "stroke-box", "content-box", "border-box"}}
-COLOURS = {"fill", "stroke", "color", "stop-color"}
+    "transform-box": {"view-box", "fill-box", "stroke-box", "content-box", "border-box"},
+    "isolation": {"auto", "isolate"}, "color-interpolation-filters": {"auto", "srgb", "linearrgb"},
+    "mix-blend-mode": {"normal", "multiply", "screen", "overlay", "darken", "lighten", "color-dodge", "color-burn",
+                       "hard-light", "soft-light", "difference", "exclusion", "hue", "saturation", "color",
+                       "luminosity", "plus-lighter", "plus-darker"}}
+COLOURS = {"fill", "stroke", "color", "stop-color", "flood-color"}
 WIDE = re.compile(r"\bcolor\((?!\s*srgb)", re.I)      # a colour that may lie outside of sRGB
 SIZES = {"x", "y", "cx", "cy", "r", "rx", "ry", "width", "height"}        # geometry properties of CSS
 POSITIVE = {"r", "rx", "ry", "width", "height", "stroke-width", "stroke-miterlimit", "stroke-dasharray", "font-size"}
@@ -225,7 +230,7 @@ def readable(name, value, authored):
         return text == "currentcolor" or colour(text) is not None
     if name in CHOICES:
         return text in CHOICES[name]
-    if name in ("opacity", "fill-opacity", "stroke-opacity", "stop-opacity", "stroke-miterlimit"):
+    if name in ("opacity", "fill-opacity", "stroke-opacity", "stop-opacity", "flood-opacity", "stroke-miterlimit"):
         match = re.fullmatch(DIGITS + "%?", text)
         return bool(match) and not (name in POSITIVE and float(match[1]) < 0)
     if name == "stroke-dasharray":
@@ -243,6 +248,9 @@ def readable(name, value, authored):
         return origin(text, 1.0, 1.0) is not None
     if name == "d":
         return text == "none" or path_data(value) is not None
+    if name == "filter":
+        return bool(re.match(r"none$|(url|blur|brightness|contrast|drop-shadow|grayscale|hue-rotate|invert|opacity|"
+                             r"saturate|sepia)\(", text))
     if name in ("clip-path", "mask"):
         return bool(re.match(r"none$|[a-z-]+\(|[a-z]+-box\b", text))
     return True
