@@ -14,19 +14,7 @@ import torch
 from PIL import Image
 
 import pds
-from files import sheets
-from files.checkpoint import (
-    CheckpointError,
-    below,
-    list_of,
-    optional,
-    read_run,
-    restore,
-    restore_generators,
-    restore_optimiser,
-    restore_stages,
-    shift,
-)
+from files import checkpoint, sheets
 from files.sheets import snapshot
 from files.writing import write
 from image.editors import EDITORS, instruction, prompts
@@ -77,8 +65,8 @@ class Distillation:
             self.y_src, self.y_tgt = map(prior.embed, prompts(args))
         self.sees_source = editor is not None
         self.state, self.x0_src = {"views": [None] * args.batch}, {}
-        view = below(len(scene.scene.train)) if args.mode in SCENES else shift
-        self.checks = {"views": list_of(optional(view))}
+        view = checkpoint.below(len(scene.scene.train)) if args.mode in SCENES else checkpoint.shift
+        self.checks = {"views": checkpoint.list_of(checkpoint.optional(view))}
 
     def backward(self, step, generators):
         """Render, encode, loss, backward; returns the loss []."""
@@ -236,16 +224,16 @@ class Run:
 
     def resumed(self, steps):
         """Restore the checkpoint, if there is one, of a run of `steps` steps: the step to go on from, and the frames."""
-        saved = read_run(self.path, self.config)
+        saved = checkpoint.read_run(self.path, self.config)
         if saved is None:
             return 0, self.frames
         shown = [Image.fromarray(frame.numpy()) for frame in saved["frames"]]
         if saved["step"] > steps or {frame.size for frame in shown} != {self.frames[0].size}:
-            raise CheckpointError(self.path, "it belongs to a longer run, or to one with other pictures")
-        restore(self.scene, saved["scene"], self.path)
-        restore_optimiser(self.optimiser, saved["optimiser"], self.path)
-        restore_generators(self.generators, saved["generators"][parallel.rank()], self.path)
-        restore_stages(self.stages, saved["stages"][parallel.rank()], self.path)
+            raise checkpoint.CheckpointError(self.path, "it belongs to a longer run, or to one with other pictures")
+        checkpoint.restore(self.scene, saved["scene"], self.path)
+        checkpoint.restore_optimiser(self.optimiser, saved["optimiser"], self.path)
+        checkpoint.restore_generators(self.generators, saved["generators"][parallel.rank()], self.path)
+        checkpoint.restore_stages(self.stages, saved["stages"][parallel.rank()], self.path)
         self.frames = shown
         return saved["step"], shown
 
