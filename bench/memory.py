@@ -1,4 +1,4 @@
-"""The memory of a PDS step by part: the weights, the encoder with its gradient, the network."""
+"""Memory of a PDS step by part: the weights, the encoder with its gradient, the network."""
 import os
 from pathlib import Path
 
@@ -14,7 +14,7 @@ BARS = {torch.float32: 8.7e9, torch.float16: 6e9, torch.bfloat16: 6e9}  # bytes;
 
 
 def memory(args):
-    """The memory of a PDS step of a model, --model, or of one with the shapes of Stable Diffusion 1.5, --sd15."""
+    """Measure a PDS step of args.model, or of a model with the shapes of Stable Diffusion 1.5 (args.sd15)."""
     if args.sd15:
         with quiet():
             prior = Prior(stable_diffusion_15(number_format(args.device, args.dtype)), device=args.device)
@@ -25,20 +25,21 @@ def memory(args):
     prior.unconditional()
     picture = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(prior.device).requires_grad_()
     with torch.no_grad():
-        x0_src = prior.encode(picture)  # and with it the text encoders leave the device
+        x0_src = prior.encode(picture)  # which moves the text encoders off the device
     weights = {part: sum(p.numel() * p.element_size() for p in [*module.parameters(), *module.buffers()])
                for part, module in prior.pipe.components.items() if isinstance(module, torch.nn.Module)}
     there = sum(count for part, count in weights.items()
                 if prior.device.type == "cpu" or not part.startswith("text_encoder"))
     t = torch.tensor([len(prior.abar) // 2])
     with torch.no_grad():
-        x_t = torch.cat([x0_src, x0_src])
-        _, network, _ = measure(lambda: prior.eps(x_t, t.repeat(2), tuple(map(torch.cat, zip(y_tgt, y_src, strict=True)))))
-    x0_tgt, encoding, graph = measure(lambda: prior.encode(picture))
-    _, backward, _ = measure(lambda: x0_tgt.sum().backward())
-    del x0_tgt
+        x_t, y = torch.cat([x0_src, x0_src]), tuple(map(torch.cat, zip(y_tgt, y_src, strict=True)))
+        _, network, _ = measure(lambda: prior.eps(x_t, t.repeat(2), y))
+    encoded, encoding, graph = measure(lambda: [prior.encode(picture)])
+    _, backward, _ = measure(lambda: encoded.pop().sum().backward())
     _, step, _ = measure(lambda: pds_loss(prior, prior.encode(picture), x0_src, y_tgt, y_src, t).backward())
-    gigabytes = lambda count: f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+    def gigabytes(count):
+        return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
     bar = BARS[prior.network.module.dtype] if args.sd15 else None
     rows = [(f"weights, {part}", gigabytes(count), "", None) for part, count in weights.items()]
     rows += [("the network, no gradient: peak", gigabytes(network), "", None),
@@ -55,9 +56,9 @@ def memory(args):
 
 
 def meter(device):
-    """A function of a call -> (its result, bytes that it needs at most, bytes that stay), what is there before aside.
+    """A function of a call -> (its result, peak bytes, bytes that stay allocated), both on top of those before.
 
-    On CUDA the allocator counts; on a CPU torch's profiler does, every allocation and release of a tensor.
+    On CUDA the allocator counts them; on a CPU torch's profiler, which sees every allocation and release of a tensor.
     """
     def cuda(call):
         torch.cuda.synchronize(device)
@@ -68,7 +69,7 @@ def meter(device):
         return result, torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
 
     def cpu(call):
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its news about itself
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its messages about itself
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
             result = call()
         events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -81,10 +82,10 @@ def meter(device):
 
 
 def stable_diffusion_15(dtype):
-    """A pipeline with the shapes of Stable Diffusion 1.5 and random weights, in memory: 4.3 GB in float32.
+    """A pipeline with the shapes of Stable Diffusion 1.5 and random weights: 4.3 GB in float32.
 
-    860 M parameters of the UNet, 123 M of CLIP ViT-L/14's text encoder, 84 M of the autoencoder; the tokenizer is that
-    of models/emoji.
+    860 M parameters in the UNet, 123 M in CLIP ViT-L/14's text encoder, 84 M in the autoencoder; the tokenizer is from
+    models/emoji.
     """
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer

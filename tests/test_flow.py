@@ -45,7 +45,7 @@ def test_the_velocity_of_the_plane_is_the_derivative_of_its_marginal_flow(planes
     part = torch.randint(3, (count,), generator=generator)
     x = prior.means[0, part] + prior.sigma * torch.randn(count, 2, generator=generator, dtype=torch.float64)
     prior, levels = toy.MixtureFlow(toy.Mixtures(prior.means[:1], prior.sigma), prior.sigmas), torch.linspace(0, 1, 61)
-    for a, b in zip(levels.double(), levels[1:].double()):
+    for a, b in zip(levels.double(), levels[1:].double(), strict=False):
         x = x + (b - a) * prior.velocity(x, ((a + b) / 2).expand(count), torch.tensor([0]))
     assert_close(x.mean(0), torch.zeros(2, dtype=torch.float64), atol=0.05, rtol=0)
     assert_close(x.T.cov(), torch.eye(2, dtype=torch.float64), atol=0.06, rtol=0)
@@ -72,7 +72,7 @@ def test_a_ddim_step_is_an_euler_step_of_the_flow(planes):
     sigma = prior.sigmas[at]
     n = ((1 - sigma) ** 2 + sigma ** 2).sqrt()
     expected = n[0] * x
-    for a, b in zip(sigma, sigma[1:]):
+    for a, b in zip(sigma, sigma[1:], strict=False):
         expected = expected + (b - a) * prior.velocity(expected, a.expand(8), y)
     assert_close(ddim(prior, x, y, at[:-1]), expected / n[-1], atol=1e-9, rtol=1e-9)
 
@@ -82,7 +82,9 @@ def test_editors_of_pictures_work_on_a_flow(planes):
     _, prior = planes
     y_tgt, y_src = torch.tensor([1]), torch.tensor([0])
     x0 = prior.means[0].reshape(3, 2, 1, 1)
-    draw = lambda: torch.Generator().manual_seed(0)
+
+    def draw():
+        return torch.Generator().manual_seed(0)
     back = ddpm_inversion(prior, x0, y_src, y_src, 50, 0.0, guidance_src=3.0, guidance_tgt=3.0, generator=draw())
     assert_close(back, x0, atol=1e-6, rtol=1e-6)
     for edited in (ddpm_inversion(prior, x0, y_tgt, y_src, 50, 0.1, 1.0, 3.0, generator=draw()),
@@ -134,10 +136,11 @@ def test_drfs_is_flowedit_with_its_whole_shift_and_dds_without(planes):
     sigmas, (source, target) = torch.cat([prior.sigmas[at], torch.zeros(1).double()]), (
         guided(prior, scale) for scale in (2.0, 4.0))
     draw, z = torch.Generator().manual_seed(0), x0  # FlowEdit, its algorithm 1 with n_avg = 1
-    for now, then in zip(sigmas, sigmas[1:]):
+    for now, then in zip(sigmas, sigmas[1:], strict=False):
         z_src = (1 - now) * x0 + now * torch.randn(8, 2, 1, 1, generator=draw).double()
         z_tgt = z + z_src - x0
-        z = z + (then - now) * (target.velocity(z_tgt, now.expand(8), y_tgt) - source.velocity(z_src, now.expand(8), y_src))
+        v_tgt, v_src = target.velocity(z_tgt, now.expand(8), y_tgt), source.velocity(z_src, now.expand(8), y_src)
+        z = z + (then - now) * (v_tgt - v_src)
     for kind in planes:  # the same noise levels: a diffusion model does the same
         got = drfs(kind, x0, y_tgt, y_src, 20, 2.0, 4.0, torch.ones(20), -sigmas.diff(),
                    generator=torch.Generator().manual_seed(0))
@@ -205,7 +208,7 @@ def pack(x):
 
 def unpack(tokens, like):
     x = torch.empty_like(like)
-    for token, (_, i, j) in zip(tokens[0], pack(like)[1].long().tolist()):
+    for token, (_, i, j) in zip(tokens[0], pack(like)[1].long().tolist(), strict=True):
         x[0, :, 2 * i:2 * i + 2, 2 * j:2 * j + 2] = token.view(-1, 2, 2)
     return x
 
@@ -289,7 +292,7 @@ def test_an_euler_loop_with_eps_gives_the_latents_of_the_pipeline(flows, kind, m
     if kind != "sd3":
         wanted = unpack(wanted, x)
     y, sigmas = prior.embed("a cat"), prior.network.sigmas[at].tolist()
-    for t, a, b in zip(at, sigmas, [*sigmas[1:], 0.0]):
+    for t, a, b in zip(at, sigmas, [*sigmas[1:], 0.0], strict=True):
         eps = prior.eps(x / math.hypot(1 - a, a), torch.tensor([t]), y)
         x = x + (b - a) * (eps - x) / (1 - a)
     assert_close(x, wanted, atol=1e-4, rtol=1e-4)
@@ -327,7 +330,7 @@ def test_texts_are_those_of_the_pipeline(flows, kind):
     with torch.no_grad():
         out = prior.pipe.encode_prompt("a cat", prompt_2=None, device="cpu", **options)
     wanted = (out[0], out[2]) if kind == "sd3" else (out[0], out[1])
-    for got, expected in zip(prior.embed("a cat"), wanted):
+    for got, expected in zip(prior.embed("a cat"), wanted, strict=True):
         assert_close(got, expected)
     with pytest.warns(UserWarning, match=f"reads only {512 if kind == 'flux' else 256} of the"):
         prior.embed("a cat and a dog " * 60)
