@@ -89,10 +89,12 @@ class Plan:
 
     def crops(self, step, frame):
         """Slices of what an operation draws into a buffer of the box `frame`: in its own buffer, and in that one."""
-        box = self.shown.get(step, self.op_boxes[step])
+        if step not in self.shown:
+            return overlap(self.op_boxes[step], frame)
+        box = self.shown[step]
         crops = overlap(box, frame)
-        if crops is None or step not in self.shown:
-            return crops
+        if crops is None:
+            return None
         return overlap(common(box, frame), self.op_boxes[step])[1], crops[1]
 
     def over(self, op, argument, top, inner, back, opacities):

@@ -26,6 +26,7 @@ from svg.outline import (
     box_outline,
     css_transform,
     fit,
+    is_plane,
     length,
     numbers,
     origin,
@@ -217,7 +218,8 @@ class Document:
         props, (width, height), em = self.styles.of(element), style["viewport"][0], float(style["font-size"][0])
         matrix = transform(element.get("transform"))
         if "transform" in props:
-            space = THREE_D & {name.lower() for name, _ in TRANSFORM.findall(props["transform"])}
+            space = {name.lower() for name, text in TRANSFORM.findall(props["transform"])
+                     if name.lower() in THREE_D and not is_plane(name, text)}
             if space:
                 self.source.unsupported(f"transform {min(space)}() on <{self.source.tag(element)}>")
             matrix = css_transform(props["transform"], width, height, em)

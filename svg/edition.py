@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 
 from svg.outline import GEOMETRY, length, matrix_text, transform
+from svg.source import names_of
 from svg.style import INHERITED, MASK_FRAME, OWN, Styles, declarations
 
 
@@ -18,14 +19,25 @@ def hexadecimal(rgb):
     return "#" + "".join(f"{round(255 * min(max(c, 0.0), 1.0)):02x}" for c in rgb.tolist())
 
 
+def renamed_tag(element, name):
+    """Another name with the prefix of an element."""
+    prefix, colon, _ = element.tag.rpartition(":")
+    return prefix + colon + name
+
+
 class Edition:
     """A copy of a document's elements into which new values of the parameters are written."""
 
     def __init__(self, document, values, loaded):
-        self.document, self.source, self.styles = document, document.source, document.styles
+        self.document, self.source, self.styles = document, copy.copy(document.source), document.styles
         self.values, self.loaded = values, loaded
         self.root = copy.deepcopy(self.source.root)
         self.twin = dict(zip(self.source.root.iter(), self.root.iter(), strict=True))         # element -> copy
+
+    def styles_now(self):
+        """The styles of the copy, whose names the source is told first."""
+        self.source.names = {**self.source.names, **names_of(self.root)}
+        return Styles(self.source, self.root)
 
     def changed(self, name, rows):
         return not np.array_equal(self.values[name][rows].astype(np.float32), self.loaded[name][rows])
@@ -39,7 +51,7 @@ class Edition:
             data[shape.element] = shape.outline.data((self.values["points"][rows] / shape.scale).tolist())
         renamed = {element for element in data if self.source.tag(element) != "path"}
         for element in renamed:
-            self.twin[element].tag = ":".join(filter(None, (self.source.prefix, "path")))
+            self.twin[element].tag = renamed_tag(element, "path")
             for name in GEOMETRY:
                 self.twin[element].attrib.pop(name, None)
         if self.styles.important or renamed and self.styles.rules:
@@ -47,7 +59,7 @@ class Edition:
         for element, text in data.items():
             self.twin[element].set("d", text)
             if self.styles.rules or "d" in self.styles.of(element):
-                now = Styles(self.source, self.root).of(self.twin[element]) if self.styles.rules else {"d": ""}
+                now = self.styles_now().of(self.twin[element]) if self.styles.rules else {"d": ""}
                 if "d" in now:
                     self.write(self.twin[element], "d", f'path("{text}")')
 
@@ -65,7 +77,7 @@ class Edition:
 
     def hold(self, wanted, always=()):
         """Write {element: cascade} into style="" where style sheets give another one, and for `always`."""
-        now = Styles(self.source, self.root)
+        now = self.styles_now()
         for element, before in wanted.items():
             after = now.cascade(element)
             if element in always or before != after:
@@ -125,7 +137,7 @@ class Edition:
         if not changed:
             return
         users, later = [element for element, _ in self.document.boxes], []
-        styles = Styles(self.source, self.root)
+        styles = self.styles_now()
         wanted = {e: styles.cascade(e) for e in self.root.iter() if self.source.tag(e)} if styles.rules else {}
         for element, user in changed:
             box, tag, twin = self.document.boxes[element, user][0], self.source.tag(element), self.twin[element]
@@ -150,7 +162,7 @@ class Edition:
                 twin.attrib.update({name: f"{value:.9g}" for name, value in
                                     zip(MASK_FRAME, frame, strict=True)}, maskUnits="userSpaceOnUse")
             if element.get("maskContentUnits") == "objectBoundingBox":
-                inner = ET.Element(":".join(filter(None, (self.source.prefix, "g"))), transform=matrix_text(box))
+                inner = ET.Element(renamed_tag(element, "g"), transform=matrix_text(box))
                 for child in list(twin):
                     twin.remove(child)
                     inner.append(child)
@@ -173,6 +185,6 @@ class Edition:
             for name in ("width", "height"):
                 self.root.attrib.pop(name, None)
             self.root.set("viewBox", f"0 0 {self.source.width:.9g} {self.source.height:.9g}")
-        if not self.source.prefix:
+        if ":" not in self.root.tag:
             self.root.attrib.setdefault("xmlns", "http://www.w3.org/2000/svg")
         return ET.tostring(self.root, encoding="unicode").encode()

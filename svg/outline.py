@@ -83,7 +83,8 @@ TRANSFORM = re.compile(r"\s*([a-zA-Z0-9]+)\(([^()]*)\)\s*")
 def css_transform(text, width=1.0, height=1.0, em=16.0):
     """A CSS transform, in which lengths and angles have units -> 3x3 matrix; None if it is invalid.
 
-    width, height: of the reference box, for percentages. Functions in space (THREE_D) count as the identity.
+    width, height: of the reference box, for percentages. Functions in space (THREE_D) count as the identity where they
+    leave the plane, see is_plane.
     """
     matrix, pos = affine(), 0
     text = "" if text.strip().lower() == "none" else text
@@ -94,6 +95,29 @@ def css_transform(text, width=1.0, height=1.0, em=16.0):
             return None
         matrix, pos = matrix @ step, match.end()
     return matrix
+
+
+def plane_step(name, parts):
+    """(name, parts) of the plane function that a function in space amounts to; None if it leaves the plane."""
+    v = [length(part, default=math.nan) for part in parts]
+    if name == "translate3d" and len(v) == 3 and v[2] == 0:
+        return "translate", parts[:2]
+    if name == "scale3d" and len(v) == 3 and v[2] == 1:
+        return "scale", parts[:2]
+    if name == "rotate3d" and len(v) == 4 and v[:2] == [0, 0] and v[2] > 0:
+        return "rotate", parts[3:]
+    if name == "matrix3d" and len(v) == 16 and v[2:4] + v[6:12] + v[14:] == [0, 0, 0, 0, 0, 0, 1, 0, 0, 1]:
+        return "matrix", [parts[k] for k in (0, 1, 4, 5, 12, 13)]
+    nothing = {"translatez": 0, "scalez": 1}
+    if len(v) == 1 and v[0] == nothing.get(name) or name in ("rotatex", "rotatey") and re.fullmatch(
+            DIGITS + "([a-zA-Z]*)", ",".join(parts)) and number(re.match(DIGITS, parts[0])[1]) == 0:
+        return "translate", ["0"]
+    return None
+
+
+def is_plane(name, text):
+    """Whether a function in space, with its arguments as text, stays in the plane."""
+    return plane_step(name.lower(), [part.strip() for part in text.split(",")]) is not None
 
 
 def css_step(name, parts, width, height, em):
@@ -112,7 +136,8 @@ def css_step(name, parts, width, height, em):
         fine = all(m and m[2].lower() in ANGLES and (m[2] or not float(m[1])) for m in found)
         return [number(m[1]) * ANGLES[m[2].lower()] for m in found] if fine else None
     if name in THREE_D:
-        return affine()
+        flat = plane_step(name, parts)
+        return affine() if flat is None else css_step(*flat, width, height, em)
     if name in ("translate", "translatex", "translatey"):
         v = sizes(width, height) if name == "translate" else sizes(height if name[-1] == "y" else width)
         return v and (affine(f=v[0]) if name[-1] == "y" else affine(e=v[0], f=v[1] if len(v) == 2 else 0))

@@ -115,6 +115,9 @@ class Paints:
             points = np.array(layer.shape.outline.points)
             if layer.gradient.on_box and min(np.ptp(points.real), np.ptp(points.imag)) == 0:
                 layer.gradient = None     # a box without area has no units: use the fallback
+        elif tag.lower() in ("meshgradient", "mesh", "hatch"):
+            self.source.unsupported(f"a {tag} as {name} on <{self.source.tag(element)}>")
+            return False
         elif tag == "pattern":
             self.source.unsupported(f"pattern {name} on <{self.source.tag(element)}>")
             return False

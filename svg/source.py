@@ -105,13 +105,37 @@ def parse_xml(data):
     return root
 
 
+SVG_NAMESPACE = "http://www.w3.org/2000/svg"
+
+
+def names_of(root):
+    """{element: local name} of the elements in the namespace of SVG, or in that of the root."""
+    names, own = {}, {SVG_NAMESPACE}
+    open_ = [(root, {"": ""})]
+    while open_:
+        element, scope = open_.pop()
+        if not isinstance(element.tag, str):
+            continue
+        declared = {name[6:]: uri.strip() for name, uri in element.attrib.items()
+                    if name == "xmlns" or name[:6] == "xmlns:"}
+        scope = {**scope, **declared} if declared else scope
+        prefix, _, name = element.tag.rpartition(":")
+        uri = scope.get(prefix, f"undeclared {prefix}")
+        if element is root:
+            own.add(uri)
+        if uri in own:
+            names[element] = name
+        open_ += [(child, scope) for child in element]
+    return names
+
+
 class Source:
     """The elements of an SVG file: their names, ids, references, lengths and styles."""
 
     def __init__(self, path, skip_unsupported):
         self.name, self.skip, self.skipped, self.told = str(path), skip_unsupported, [], set()
         self.root = parse_xml(read_file(path))
-        self.prefix = self.root.tag.rpartition(":")[0]
+        self.names = names_of(self.root)
         if self.tag(self.root) != "svg":
             raise SVGError(f"the root element is <{self.root.tag}>, not <svg>")
         self.elements = [e for e in self.root.iter() if self.tag(e)]
@@ -145,9 +169,8 @@ class Source:
         self.width, self.height, self.view = width, height, view or [0, 0, width, height]
 
     def tag(self, element):
-        """The element's name without the prefix of the root; "" for comments and foreign elements."""
-        prefix, _, tag = element.tag.rpartition(":") if isinstance(element.tag, str) else ("-", "", "")
-        return tag if prefix == self.prefix else ""
+        """The element's local name; "" for comments and elements of other namespaces."""
+        return self.names.get(element, "")
 
     def unsupported(self, what):
         if not self.skip:

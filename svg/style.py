@@ -17,7 +17,7 @@ from tinycss2 import color4
 from svg.outline import DIGITS, UNITS, SVGError, css_transform, length, origin
 
 MAX_DEPTH = 200                       # of blocks in each other
-MAX_CSS, MAX_RULES, MAX_STEPS = 8 << 20, 1000, 10_000_000       # characters, selectors, steps of matching
+MAX_CSS, MAX_RULES, MAX_STEPS = 8 << 20, 10_000, 10_000_000       # characters, selectors, steps of matching
 MAX_INVOLVED = 30_000                 # distinct values that need a parser, about 0.1 ms each
 SIMPLE = re.compile(r"[\w\s.,#%+-]*|rgb\([0-9\s,]*\)|url\(#[\w-]*\)")
 MAX_VALUE = 10_000                    # characters of a value after var() has been replaced

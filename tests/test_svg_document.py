@@ -24,6 +24,22 @@ def test_prefixed_and_foreign_elements(tmp_path):
     assert darkness(SVG.load(path, size=8)) == pytest.approx(32)
 
 
+def test_namespaces_are_resolved(tmp_path):
+    path, saved = tmp_path / "a.svg", tmp_path / "saved.svg"
+    path.write_text('<svg xmlns="http://www.w3.org/2000/svg" xmlns:v="http://www.w3.org/2000/svg" viewBox="0 0 16 16">'
+                    '<v:rect width="4" height="8" style="opacity:1"/><g xmlns="http://x.org/"><rect width="16" '
+                    'height="16"/></g><y:g xmlns:y="http://www.w3.org/2000/svg"><y:circle cx="12" cy="8" r="3"/></y:g>'
+                    '<v:defs xmlns:v="http://x.org/"/><v:style>circle{fill:#000}</v:style></svg>')
+    svg = SVG.load(path, size=16)
+    assert darkness(svg) == pytest.approx(32 + 9 * math.pi, rel=1e-2)
+    with torch.no_grad():
+        svg.points += 1
+    svg.save(saved)
+    text = saved.read_text()
+    assert "<v:path" in text and "<y:path" in text and '<rect width="16" height="16"' in text
+    assert psnr(svg.render(), SVG.load(saved, size=16).render()) > 60
+
+
 # ---- CSS
 
 def colours_of(svg):
@@ -209,6 +225,15 @@ SAME = {                                  # both bodies show the same
     "CSS transform": ('<rect width="9" height="9" transform="scale(9)" style="transform:translate(8px, 25%) '
                       'rotate(.125turn)"/>',
                       '<rect width="9" height="9" transform="translate(8 8) rotate(45)"/>'),
+    "plane transforms in space": (
+        '<g style="transform:translate3d(2px, 1px, 0px) translateZ(0) rotateX(0deg)"><rect width="9" height="9" '
+        'style="transform:scale3d(2, 1, 1) rotate3d(0, 0, 1, 45deg)"/></g><rect width="5" height="5" '
+        'style="transform:matrix3d(1, 0, 0, 0, .5, 1, 0, 0, 0, 0, 1, 0, 9, 20, 0, 1)"/>',
+        '<g transform="translate(2 1)"><rect width="9" height="9" transform="scale(2 1) rotate(45)"/></g>'
+        '<rect width="5" height="5" transform="matrix(1 0 .5 1 9 20)"/>'),
+    "a class a colour": (
+        "<style>" + "".join(f".c{k}{{fill:#{k:06x}}}" for k in range(1500)) + '</style><rect class="c1400" width="9" '
+        'height="9"/>', '<rect fill="#000578" width="9" height="9"/>'),
     "transform-origin": ('<style>.a{transform:rotate(45deg);transform-origin:center 50%}</style>'
                          '<rect class="a" x="9" y="9" width="9" height="5"/>',
                          '<rect x="9" y="9" width="9" height="5" transform="rotate(45 16 16)"/>'),
@@ -459,7 +484,7 @@ def test_what_is_in_units_of_a_box_stays_when_the_box_changes(load_svg, tmp_path
 # ---- bad input
 
 LOWER = {"outline.MAX_POINTS": 5000, "document.MAX_SHAPES": 3000, "document.MAX_VISITS": 15_000,
-         "style.MAX_STEPS": 1_000_000}    # so that the files that exceed these limits are cheap
+         "style.MAX_STEPS": 1_000_000, "style.MAX_RULES": 2000}    # cheap to exceed
 BAD_FILES = {
     "no element found": "",
     "not well-formed XML": "<svg",
@@ -485,7 +510,9 @@ BAD_FILES = {
                                                              '<rect width="9" height="9"/></g>'),
     "mask 'url(#a), url(#b)' on <rect>": svg_text('<rect style="mask:url(#a), url(#b)" width="5" height="5"/>'),
     "wider than 1e+06 px": svg_text('<path d="M0 0H9" stroke="red" stroke-width="1e999"/>'),
-    "more than 1000 style sheet rules": svg_text(f"<style>{'a{}' * 1001}</style>"),
+    "more than 2000 style sheet rules": svg_text(f"<style>{'a{}' * 2001}</style>"),
+    "a meshgradient as fill on <rect>": svg_text('<meshgradient id="m"/><rect width="9" height="9" '
+                                                 'fill="url(#m)"/>'),
     "take too long to match": svg_text("<style>.x g g g g g *{fill:red}</style>" + "<g>" * 150 + "</g>" * 150),
     "more than 8 MiB of style sheets": svg_text(f"<style>{'a' * 8_400_000}</style>"),
     "styles are nested too deeply": svg_text(f'<g style="fill:{"(" * 10_000}"/>'),
@@ -509,10 +536,12 @@ BAD_FILES = {
     "pattern fill on <rect>": svg_text('<pattern id="p"/><rect width="9" height="9" fill="url(#p)"/>'),
     "marker-start on <path>": svg_text('<marker id="a"><path d="M0 0H9"/></marker><g style="marker:url(#a)"><path '
                                      'd="M0 0H9"/></g>'),
+    "transform translate3d() on <g>": svg_text('<g style="transform:translate3d(0, 0, 9px)"/>'),
+    "transform matrix3d() on <g>": svg_text('<g style="transform:matrix3d(1,0,0,0,0,1,0,0,0,0,1,0,9,2,0,2)"/>'),
     "transform rotate3d() on <g>": svg_text('<g style="transform:rotate3d(1, 1, 1, 9deg)"><rect width="9"/></g>'),
     "transform-box fill-box on <rect>": svg_text('<rect width="9" height="9" style="transform-box:fill-box;'
                                                  'transform-origin:center;transform:rotate(9deg)"/>'),
-    "more than 1000 cascade layers": svg_text(f"<style>@layer {','.join(f'a{k}' for k in range(1001))};</style>"),
+    "more than 2000 cascade layers": svg_text(f"<style>@layer {','.join(f'a{k}' for k in range(2001))};</style>"),
     "pathLength with dashes on <path>": svg_text('<path d="M0 9H9" stroke="red" pathLength="1" '
                                                  'stroke-dasharray=".1"/>'),
     "background '#123' on <svg>": svg_text("<g/>", 'viewBox="0 0 9 9" style="background:#123"'),
