@@ -289,7 +289,7 @@ def train(trainer, args, log):
 
 
 def settle(judge, drawings, said, log, steps=1500, rate=1e-3):
-    """Fit the text tower alone to the sum of its vectors and the mean vectors of the unchanged training drawings of each
+    """Fit the text tower alone to the sum of its vectors and the mean vectors of the plain training drawings of each
     caption, because the centre of a class names new drawings better than the vector of its caption."""
     seen = see_all(judge, drawings)
     rows = torch.tensor([row for true in said.true for row in true])
