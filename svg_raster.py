@@ -226,7 +226,8 @@ class SVG(torch.nn.Module):
             return torch.nn.Parameter(torch.tensor(np.array(values).reshape(-1, *shape), dtype=torch.float32))
 
         def table(of):
-            return np.array([[p.real * s.scale, p.imag * s.scale] for s in of for p in s.outline.points]).reshape(-1, 2)
+            return np.array([[p.real * s.scale, p.imag * s.scale] for s in of
+                             for p in np.array(s.outline.points) - s.origin]).reshape(-1, 2)
         self.points = parameter(table(s for s in shapes if s.element is not None), 2)
         self.colours = parameter(tables["colours"], 3)
         self.opacities = parameter(tables["opacities"])
@@ -308,8 +309,12 @@ class SVG(torch.nn.Module):
         self.painted = [n for n, layer in enumerate(self.layers) if layer.gradient is not None]
         layers = [self.layers[n] for n in self.painted]
         into = [layer.frame if layer.gradient.on_box else layer.matrix for layer in layers]
-        self.add_buffers(paint_in=np.linalg.pinv(np.reshape(into, (-1, 3, 3))),
-                         paint_unit=np.reshape([layer.gradient.unit for layer in layers], (-1, 3, 3)))
+        into = np.linalg.pinv(np.reshape(into, (-1, 3, 3)))
+        units = np.array([layer.gradient.unit for layer in layers]).reshape(-1, 3, 3)
+        for n, layer in enumerate(layers):
+            if layer.shape.origin and not layer.gradient.on_box:      # both are far away: combine them in float64
+                units[n], into[n] = units[n] @ into[n], np.eye(3)
+        self.add_buffers(paint_in=into, paint_unit=units)
 
     # -- rendering
 

@@ -33,7 +33,7 @@ from svg.outline import (
     shape_outline,
     transform,
 )
-from svg.paint import MAX_COORDINATE, MAX_REFERENCES, Layer, Paints, Shape, share
+from svg.paint import FAR, MAX_COORDINATE, MAX_REFERENCES, Layer, Paints, Shape, share
 from svg.source import Source, write_file
 from svg.style import INHERITED, MARKERS, MASK_FRAME, REFUSED, URL, colour, path_data
 
@@ -402,13 +402,16 @@ class Document:
         """Shape of the element, created at its first use; None if there is nothing to draw."""
         if element in self.shape_of and element is not None:
             return self.shape_of[element]
-        scale, points = size_of(matrix), np.array(outline.points)
+        scale, points, start = size_of(matrix), np.array(outline.points), 0j
+        if points.size and np.all(np.isfinite(points)) and np.abs(points).max() * scale > FAR:
+            start = complex(points.mean())
+            points = points - start
         if points.size and not np.all(np.abs(points) < MAX_COORDINATE / scale if scale else True):
             what = "a viewport" if element is None else f"<{self.source.tag(element)}>"
             raise SVGError(f"{what} has coordinates that are not finite or lie more than {MAX_COORDINATE:g} px away")
         shape = None
         if outline.curves and scale > NOTHING:
-            shape = Shape(element, outline, scale, self.fixed if element is None else self.points)
+            shape = Shape(element, outline, scale, self.fixed if element is None else self.points, start)
             self.shapes.append(shape)
             if element is None:
                 self.fixed += len(outline.points)
@@ -434,7 +437,7 @@ class Document:
             return []
         if len(self.layers) > MAX_SHAPES:
             raise SVGError(f"more than {MAX_SHAPES} shapes to draw")
-        if not np.abs(matrix).max() < MAX_COORDINATE:
+        if not np.abs(matrix @ affine(e=shape.origin.real, f=shape.origin.imag)).max() < MAX_COORDINATE:
             raise SVGError(f"a transform of <{self.source.tag(element)}> is not finite or too large")
         if clip:
             return [self.add(Layer(shape, matrix, style["clip-rule"][0].lower()))]

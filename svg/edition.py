@@ -48,7 +48,9 @@ class Edition:
             rows = shape.rows
             if shape.element is None or not self.changed("points", rows):
                 continue
-            data[shape.element] = shape.outline.data((self.values["points"][rows] / shape.scale).tolist())
+            points = shape.local(self.values["points"])
+            data[shape.element] = shape.outline.data(np.stack([points.real, points.imag], 1).tolist(),
+                                                     12 if shape.origin else 7)
         renamed = {element for element in data if self.source.tag(element) != "path"}
         for element in renamed:
             self.twin[element].tag = renamed_tag(element, "path")

@@ -311,10 +311,10 @@ class Outline:
                 low, high = np.minimum(low, at.min(0)), np.maximum(high, at.max(0))
         return low, high
 
-    def data(self, points):
+    def data(self, points, digits=7):
         """Path data with these coordinates [n, 2] in place of the stored ones."""
         def text(i):
-            return f"{points[i][0]:.7g} {points[i][1]:.7g}"
+            return f"{points[i][0]:.{digits}g} {points[i][1]:.{digits}g}"
         parts = []
         for first, stop, start, closed in self.drawn():
             parts.append("M" + text(start))

@@ -8,6 +8,7 @@ import numpy as np
 from svg.outline import (
     Outline,
     SVGError,
+    affine,
     length,
     linear_unit,
     numbers,
@@ -17,6 +18,7 @@ from svg.outline import (
 from svg.style import URL, colour
 
 MAX_REFERENCES = 30                   # nested references
+FAR = 1 << 14                         # px; a shape further away is stored relative to an origin of its own
 MAX_COORDINATE = 1e6                  # px; further away float32 cannot place an edge to a tenth of a pixel
 GRADIENTS = {"linearGradient", "radialGradient"}
 
@@ -28,6 +30,7 @@ class Shape:
     outline: Outline
     scale: float                          # pixels (at the drawing's size) of one local unit, at its first use
     first: int                            # its first row in the point table
+    origin: complex = 0j                  # subtracted from far-away points, which float32 would round
 
     @property
     def rows(self):
@@ -39,7 +42,7 @@ class Shape:
         if table is None or self.element is None:
             return None
         points = table[self.rows] / self.scale
-        return points[:, 0] + 1j * points[:, 1]
+        return points[:, 0] + 1j * points[:, 1] + self.origin
 
 
 @dataclass
@@ -66,7 +69,8 @@ class Layer:
     @property
     def frame(self):
         """Matrix from the shape's rows of the point table to pixels."""
-        return self.matrix @ np.diag([1 / self.shape.scale, 1 / self.shape.scale, 1])
+        start = affine(e=self.shape.origin.real, f=self.shape.origin.imag)
+        return self.matrix @ start @ np.diag([1 / self.shape.scale, 1 / self.shape.scale, 1])
 
 
 def share(text):

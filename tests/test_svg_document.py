@@ -40,6 +40,22 @@ def test_namespaces_are_resolved(tmp_path):
     assert psnr(svg.render(), SVG.load(saved, size=16).render()) > 60
 
 
+def test_a_map_in_metres_is_drawn_and_saved_as_one_at_the_origin(load_svg, tmp_path):
+    def body(x, y):
+        return (f'<linearGradient id="g" gradientUnits="userSpaceOnUse" x1="{x}" y1="{y}" x2="{x + 32}" y2="{y}"><stop '
+                'stop-color="red"/><stop offset="1" stop-color="blue"/></linearGradient><clipPath id="c"><circle '
+                f'cx="{x + 14}" cy="{y + 15}" r="14"/></clipPath><g clip-path="url(#c)"><rect x="{x + 3}" y="{y + 4}" '
+                f'width="25" height="20" fill="url(#g)"/><path d="M{x + 5} {y + 9}h20v3" stroke="#fff"/></g>')
+    near, far = load_svg(body(0, 0)), load_svg(body(4_500_000, 5_600_000), 'viewBox="4500000 5600000 32 32"')
+    assert torch.allclose(near.render(), far.render(), atol=2e-4)
+    with torch.no_grad():
+        far.points += torch.randn(far.points.shape, generator=torch.Generator().manual_seed(0)) / 3
+    far.save(tmp_path / "saved.svg")
+    assert psnr(far.render(), SVG.load(tmp_path / "saved.svg", size=32).render()) > 60
+    with pytest.raises(SVGError, match="too large"):
+        load_svg('<rect x="4500000" y="5600000" width="9" height="9"/>')
+
+
 # ---- CSS
 
 def colours_of(svg):
