@@ -450,7 +450,9 @@ class Document:
             layer = Layer(shape, matrix, style["fill-rule"][0].lower() if name == "fill" else "nonzero")
             if self.paints.paint(layer, element, name, style) and (
                     name == "fill" or self.paints.stroke(layer, element, style)):
-                if name == "stroke" and self.styles.of(element).get("vector-effect", "none").lower() != "none":
+                effect, turn = self.styles.of(element).get("vector-effect", "none").lower(), matrix[:2, :2] / self.unit
+                rigid = np.allclose(turn @ turn.T, np.eye(2), atol=1e-6)      # a width in pixels is one in local units
+                if name == "stroke" and effect != "none" and not (rigid and effect == "non-scaling-stroke"):
                     self.source.unsupported(f"vector-effect on <{tag}>")
                 ops.append(self.add(layer))
         return ops

@@ -241,6 +241,9 @@ SAME = {                                  # both bodies show the same
     "CSS transform": ('<rect width="9" height="9" transform="scale(9)" style="transform:translate(8px, 25%) '
                       'rotate(.125turn)"/>',
                       '<rect width="9" height="9" transform="translate(8 8) rotate(45)"/>'),
+    "a stroke that does not scale where nothing scales": (
+        '<path d="M5 5L20 9" transform="rotate(20) translate(3)" stroke="red" vector-effect="non-scaling-stroke"/>',
+        '<path d="M5 5L20 9" transform="rotate(20) translate(3)" stroke="red"/>'),
     "plane transforms in space": (
         '<g style="transform:translate3d(2px, 1px, 0px) translateZ(0) rotateX(0deg)"><rect width="9" height="9" '
         'style="transform:scale3d(2, 1, 1) rotate3d(0, 0, 1, 45deg)"/></g><rect width="5" height="5" '
@@ -546,7 +549,9 @@ BAD_FILES = {
     "gradient '#g' is not finite or too large": svg_text(
         '<radialGradient id="g" gradientTransform="matrix(1e-29 0 0 10 0 0)"><stop/><stop offset="1"/></radialGradient>'
         '<rect width="9" height="9" fill="url(#g)"/>'),
-    "vector-effect on <path>": svg_text('<path d="M0 0H9" stroke="red" vector-effect="non-scaling-stroke"/>'),
+    "vector-effect on <path>": svg_text('<path d="M0 0H9" stroke="red" vector-effect="non-scaling-stroke" '
+                                        'transform="scale(2)"/>'),
+    "vector-effect on <rect>": svg_text('<rect width="9" height="9" stroke="red" vector-effect="fixed-position"/>'),
     "clip-path 'circle(9px)' on <rect>": svg_text('<rect width="9" height="9" style="clip-path:circle(9px)"/>'),
     "mix-blend-mode plus-lighter on <g>": svg_text('<g style="mix-blend-mode:plus-lighter"/>'),
     "pattern fill on <rect>": svg_text('<pattern id="p"/><rect width="9" height="9" fill="url(#p)"/>'),
