@@ -414,7 +414,7 @@ def test_settings_of_a_flow_have_the_noise_of_the_papers(flows, kind):
 
 @pytest.mark.parametrize("mode", ["svg", "image"])
 def test_drawings_and_pictures_are_edited_with_stable_diffusion_3(command, flows, tmp_path, small_pictures, mode):
-    assert command("--model", flows["sd3"], "--steps", 2, "--refine", 0, mode=mode) == 0
+    assert command("--model", flows["sd3"], "--steps", 2, mode=mode) == 0
     found = outputs(tmp_path / "out")
     assert {"source.png", "result.png", "sheet.png", f"result.{'svg' if mode == 'svg' else 'png'}"} <= found.keys()
     assert found["source.png"] != found["result.png"]

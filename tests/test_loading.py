@@ -581,13 +581,17 @@ def test_a_run_in_half_precision_with_a_word_of_its_own(command, tmp_path, capsy
 
 def test_the_edits_of_a_list_are_made_with_what_lies_over_the_model(monkeypatch, tmp_path):
     import run
+    from bench import edits
+    from bench.__main__ import main
     kept = []
-    monkeypatch.setattr(run.Prior, "from_pretrained", lambda *args, **options: kept.append((args, options)))
-    monkeypatch.setattr(run, "make_table", lambda edits, names, prior, maker, *_: kept.append(maker))
-    args = run.parse(["--mode", "bench", "--lora", "style", "--lora-scale", "0.5", "--embedding", "word",
-                      "--dtype", "float16"])
-    run.bench(args)
-    (given, options), maker = kept
-    assert given[-1] == "float16" and options == {"lora": "style", "lora_scale": 0.5, "embedding": args.embedding}
-    own = maker.options("svg", "a.svg", "a", "b", tmp_path / "fit")
-    assert (own.lora, own.lora_scale, own.embedding, own.dtype) == ("style", 0.5, args.embedding, "float16")
+    monkeypatch.setattr(run.Prior, "from_pretrained",
+                        lambda *args, **options: kept.append((args, options)) or SimpleNamespace(device="cpu"))
+    monkeypatch.setattr(edits, "edit_row", lambda prior, name, args, *_: kept.append(args) or {})
+    monkeypatch.setattr(edits, "write_table", lambda *_: None)
+    (tmp_path / "a.svg").write_text("<svg/>")
+    (tmp_path / "list.txt").write_text("svg | a.svg | a | b\n")
+    assert main(["edits", "--list", str(tmp_path / "list.txt"), "--compare", "pds", "--out", str(tmp_path / "out"),
+                 "--lora", "style", "--lora-scale", "0.5", "--embedding", "word", "--dtype", "float16"]) == 0
+    (given, options), own = kept
+    assert given[-1] == "float16" and options == {"lora": "style", "lora_scale": 0.5, "embedding": own.embedding}
+    assert (own.lora, own.lora_scale, str(own.embedding), own.dtype) == ("style", 0.5, "word", "float16")
