@@ -40,6 +40,7 @@ from svg.style import INHERITED, MARKERS, MASK_FRAME, REFUSED, URL, colour, path
 MAX_SHAPES = 30_000
 MAX_VISITS = 150_000                  # visits of elements, those of `use` counted as often as they are used
 MAX_MEASURED = 30_000                 # shapes measured for the boxes of clip paths and masks
+MAX_TILES = 1000                      # of a pattern on one shape
 LENGTHS = set(GEOMETRY) - {"d", "points"}
 RELATIVE = re.compile("%|e[mx]|ch", re.I)  # units that depend on the context of a length
 NOTHING = 1e-9                        # pixels per unit of a shape too small to be seen
@@ -381,6 +382,63 @@ class Document:
         weights = ALPHA if props.get("mask-type", "luminance").lower() == "alpha" else LUMINANCE
         return [("push", 4), *ops, ("mask", weights)]
 
+    # -- patterns
+
+    def tiled(self, layer, element, name, pattern, style):
+        """ops of a fill or stroke with a pattern: its tiles, drawn one by one, under the shape as a mask."""
+        what, chain = f"pattern {name} on <{self.source.tag(element)}>", [pattern]
+        while (parent := self.source.reference(chain[-1])) is not None and parent not in chain:
+            chain.append(parent)
+
+        def get(attribute, default=None):
+            return next((e.get(attribute) for e in chain if e.get(attribute) is not None), default)
+        if get("patternUnits") != "userSpaceOnUse" or get("patternContentUnits") == "objectBoundingBox":
+            self.source.unsupported(f"{what} in units of its box")
+            return []
+        x, y, width, height = (self.source.units(get(k), k, style) for k in ("x", "y", "width", "height"))
+        content = next((e for e in chain if any(self.source.tag(child) for child in e)), None)
+        matrix = layer.matrix @ transform(get("patternTransform"))
+        if width <= 0 or height <= 0 or content is None or size_of(matrix) <= NOTHING or \
+                name == "stroke" and not self.paints.stroke(layer, element, style):
+            return []
+        view, inner = numbers(get("viewBox")), affine()
+        if len(view) == 4 and min(view[2:]) > 0:
+            inner = fit(view, get("preserveAspectRatio"), x, y, width, height)
+        self.follow(pattern)
+        style_inside, ops = self.context(content, style), []
+        for i, j in self.tiles(layer, matrix, (x, y, width, height), what):
+            end, step = len(self.drawn), matrix @ affine(e=i * width, f=j * height)
+            drawn = [op for child in content for op in self.visit(child, step @ inner, style_inside, False)]
+            del self.drawn[end:]
+            frame = Shape(None, box_outline(x, y, width, height), size_of(matrix), self.fixed)
+            if drawn:
+                self.shapes.append(frame)
+                self.fixed += len(frame.outline.points)
+                ops += self.isolate(drawn, None, [[("push", 1), self.add(Layer(frame, step)), ("mask", None)]], False)
+        self.active.pop()
+        key = name + "-opacity"
+        owner = element if element not in self.paints.shared else style[key][1]
+        layer.opacities.append(self.paints.slot("opacities", owner, key, share(style[key][0])))
+        return self.isolate(ops, None, [[("push", 1), self.add(layer), ("mask", None)]], False)
+
+    def tiles(self, layer, matrix, tile, what):
+        """(column, row) of the tiles that a layer may show, with half of its size around it to move in."""
+        back, (x, y, width, height) = np.linalg.inv(matrix), tile
+        low, high = layer.shape.outline.bounds(back @ layer.matrix)
+        around = (high - low) / 2
+        if layer.stroke is not None:
+            around = around + self.paints.tables["widths"][layer.stroke["width"]][0]
+        x0, y0, x1, y1 = self.frame
+        seen = np.array([[x0, x1, x0, x1], [y0, y0, y1, y1], [1, 1, 1, 1]])
+        seen = (back @ seen)[:2]
+        low, high = np.maximum(low - around, seen.min(1)), np.minimum(high + around, seen.max(1))
+        first = np.floor((low - (x, y)) / (width, height))
+        count = np.maximum(np.ceil((high - (x, y)) / (width, height)) - first, 0)
+        if not count.prod() <= MAX_TILES:
+            self.source.unsupported(f"{what} of more than {MAX_TILES} tiles")
+            return []
+        return [(first[0] + i, first[1] + j) for j in range(int(count[1])) for i in range(int(count[0]))]
+
     # -- shapes
 
     def outline(self, element, style):
@@ -448,6 +506,10 @@ class Document:
                 self.source.unsupported(f"{name} on <{tag}>")
         for name in sorted(("fill", "stroke"), key=order.index):
             layer = Layer(shape, matrix, style["fill-rule"][0].lower() if name == "fill" else "nonzero")
+            pattern = self.source.link(style[name][0])
+            if pattern is not None and self.source.tag(pattern) == "pattern":
+                ops += self.tiled(layer, element, name, pattern, style)
+                continue
             if self.paints.paint(layer, element, name, style) and (
                     name == "fill" or self.paints.stroke(layer, element, style)):
                 effect, turn = self.styles.of(element).get("vector-effect", "none").lower(), matrix[:2, :2] / self.unit

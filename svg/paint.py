@@ -122,9 +122,6 @@ class Paints:
         elif tag.lower() in ("meshgradient", "mesh", "hatch"):
             self.source.unsupported(f"a {tag} as {name} on <{self.source.tag(element)}>")
             return False
-        elif tag == "pattern":
-            self.source.unsupported(f"pattern {name} on <{self.source.tag(element)}>")
-            return False
         if layer.gradient is None:
             value = (fallback[2] if fallback else value).lower()
             if value.startswith("context-"):

@@ -113,6 +113,10 @@ MASKED = {
         '<g mask="url(#m)" opacity=".8"><rect x="3.3" y="4.4" width="20" height="19" fill="#c33"/><path d="M8 8L30 '
         '12L11 27Z" '
         'mask="url(#a)"/></g>'),
+    "a pattern": (
+        '<pattern id="p" width="10" height="8" patternUnits="userSpaceOnUse" patternTransform="rotate(20)"><circle '
+        'cx="5.1" cy="4.2" r="3" fill="#d33"/></pattern><circle cx="15.3" cy="14.2" r="11" fill="url(#p)" '
+        'fill-opacity=".7"/>'),
     "many stops": '<linearGradient id="a" x2=".9">' + "".join(
         f'<stop offset="{k / 19:.3f}" stop-color="#{99 - k}{10 + k}{50 + k}" stop-opacity="{0.4 + k / 40}"/>'
         for k in range(20)) + '</linearGradient><circle cx="14" cy="15" r="9.3" fill="url(#a)"/>',
@@ -227,6 +231,14 @@ FEATURES = {                              # drawings on 100 x 100
         'clipPathUnits="objectBoundingBox"><path d="M.5 0L1 1H0Z"/></clipPath><g clip-path="url(#b)" '
         'opacity=".7"><rect width="100" height="60" fill="red"/><rect y="40" width="100" height="60" '
         'fill="blue"/></g><rect x="65" y="5" width="30" height="30" clip-path="url(#c)" fill="teal"/>'),
+    "patterns": (
+        # resvg rounds tiles to whole pixels, which these are
+        '<pattern id="p" width="12.5" height="6.25" patternUnits="userSpaceOnUse" '
+        'patternTransform="translate(3.125 0)">'
+        '<circle cx="5" cy="4" r="3" fill="#d00"/><path d="M0 0L10 8" stroke="#06c"/></pattern>'
+        '<pattern id="q" href="#p" x="3.125" viewBox="0 0 20 20" patternTransform="scale(2)"/>'
+        '<circle cx="40" cy="40" r="33" fill="url(#p)" fill-opacity=".7"/><path d="M55 55H95V95H60Z" fill="url(#q)"/>'
+        '<path d="M5 90H50" stroke="url(#p)" stroke-width="12"/>'),
     "caps and joins": (
         '<g fill="none" stroke="#246" stroke-width="9"><path d="M10 10H80"/><path d="M10 25H80" '
         'stroke-linecap="round"/><path d="M10 40H80" stroke-linecap="square"/><path d="M92 10h0" '
@@ -298,9 +310,10 @@ def test_save_keeps_the_picture(load_svg, tmp_path, name):
     assert np.array_equal(pixels(SVG.load(path, size=100), 128), pixels(svg, 128))
     random_steps(svg)
     svg.save(path)
-    edited = pixels(svg, 128)
-    assert psnr(edited, pixels(SVG.load(path, size=100), 128)) > 55     # colours are in 8 bits
-    assert psnr(edited, resvg(path.read_text(), 128, 1 if name == "gradients" else 4)) > 40
+    size = 256 if name == "patterns" else 128
+    edited = pixels(svg, size)
+    assert psnr(edited, pixels(SVG.load(path, size=100), size)) > 55    # colours are in 8 bits
+    assert psnr(edited, resvg(path.read_text(), size, 1 if name == "gradients" else 4)) > 40
 
 
 def test_state_dict_is_bit_exact(load_svg):
