@@ -4,8 +4,8 @@
     python run.py --svg cat.svg --source "cat face" --target "dog face" --compare                # SDS, DDS and PDS
     python run.py --image apple.png --source "red apple" --target "green apple" --loss in2n      # an editor of pictures
     python run.py --scene DIR --source "red apple" --target "green apple" --refine 200           # a NeRF, both stages
-    python run.py --scene DIR --fit-only --fit-seconds 60                                        # fit, measure test views
-    python run.py --mode splat --scene DIR --source "red apple" --target "green apple"           # 3D Gaussians
+    python run.py --scene DIR --fit-only --fit-seconds 60                                        # fit, measure test
+    views python run.py --mode splat --scene DIR --source "red apple" --target "green apple"           # 3D Gaussians
     python run.py --splats trained.ply --source "chair" --target "throne"                        # trained Gaussians
     python run.py --mode nerf --compare in2n inv2n sds dds pds                                   # the paper's Figure 1
     python run.py --mode toy                                  # SDS, DDS and PDS in the plane, the paper's Figure 2
@@ -51,7 +51,7 @@ from options import HERE, check_prompts, complete, kept_apart, settings, slug
 from prior import InstructPix2Pix, Prior
 from scene.cameras import input_path, sides, turntable
 from scene.reading import load_scene
-from scene.representation import depth_picture, evaluate, export
+from scene.representation import depth_picture, evaluate, export, fit_report
 from splat import Splats
 from svg_raster import SVG
 
@@ -65,7 +65,8 @@ EXAMPLE = {"svg": ("smiling-face.svg", "slightly smiling face", "smiling face wi
 # render(view) is the picture before.
 
 def load_svg(args, prior):
-    """An SVG file; its points may move as one smooth field, and opaque shapes stay opaque (see --smooth, --opacities)."""
+    """An SVG file; its points may move as one smooth field, and opaque shapes stay opaque (see --smooth,
+    --opacities)."""
     scene = SVG.load(args.input, skip_unsupported=args.skip_unsupported, size=args.frame, ss=args.ss).to(prior.device)
     scene.jitter = args.jitter
     if args.points is None:  # the model gives the rate in units of the canvas
@@ -141,7 +142,8 @@ AROUND = {"turntable": turntable, "input": input_path}  # camera paths of turnta
 
 
 def where_of(scene, source, prior, args):
-    """Where the edit may act, a masks.Where: the user's masks, or with --local those of the prompts; None: everywhere."""
+    """Where the edit may act, a masks.Where: the user's masks, or with --local those of the prompts; None:
+    everywhere."""
     if not (args.local or args.mask):
         return None
     around, size = args.mode in SCENES, args.frame
@@ -207,7 +209,8 @@ def run_one(prior, name, args, out):
         if args.resume:
             read_run(out / "checkpoint.pt", config)  # its errors come before anything is written
         elif first:
-            (out / "checkpoint.pt").unlink(missing_ok=True)  # of an earlier run, which --resume must not mix with this one
+            # of an earlier run, which --resume must not mix with this one
+            (out / "checkpoint.pt").unlink(missing_ok=True)
         if name in EDITORS and args.mode not in SCENES:
             picture, generator = source.render(None, args.frame), torch.Generator().manual_seed(args.seed)
             scene.put(stages[0].edited(picture, picture, EDITORS[name].strength, generator))
@@ -215,7 +218,8 @@ def run_one(prior, name, args, out):
         else:
             frames, interrupted = edit(scene, groups, stages, prior, args, out, config)
         if first:  # the results before the pictures: torchrun kills its processes soon after Ctrl-C
-            write(out / "config.json", json.dumps(config, indent=1) + "\n")  # only now: else it would describe old results
+            # only now: else it would describe old results
+            write(out / "config.json", json.dumps(config, indent=1) + "\n")
             scene.save(out / f"result{SUFFIX[args.mode]}")
             if original is not None:
                 write(out / f"source{args.input.suffix.lower()}", original)
@@ -251,7 +255,9 @@ class Shown:
         write(out / "sheet.png", sheet([("source", args.source, self.before), (title, args.target, after)]))
         write(out / "progress.gif", frames)
         if self.around:
-            turned = [beside([a, snapshot(scene, view=camera)]) for a, camera in zip(self.turned, self.turn, strict=True)]
+            turned = [
+                beside([a, snapshot(scene, view=camera)]) for a, camera in zip(self.turned, self.turn, strict=True)
+            ]
             write(out / "turntable.gif", turned)
             for stage in stages:
                 if stage.state.get("edited"):
@@ -292,7 +298,7 @@ def work(args):
         scene = fit(args)
         psnr, views = evaluate(scene, scene.scene)
         done = "" if args.fitted else ", {steps} steps, {seconds:.1f} s".format(**scene.fitted)
-        print(f"test PSNR {psnr:.1f} dB, {views} views{done}")
+        print("\n".join([f"test PSNR {psnr:.1f} dB, {views} views{done}", *fit_report(scene, scene.scene)]))
         return
     check_prompts(args)
     check_writable(args.out)

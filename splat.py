@@ -403,6 +403,7 @@ class Splats(Representation):
     # ---- the fit
 
     DENSIFY = 100  # steps from one densification to the next
+    CHECKS = {"splats": dictionary, "moved": torch.is_tensor}  # of the values in a checkpoint
 
     @staticmethod
     def sizes(device):
@@ -461,15 +462,12 @@ class Splats(Representation):
         device = torch.device(device)
         sizes = cls.sizes(device) | sizes
         scene = undistorted(scene)
-        checks = {"splats": dictionary, "moved": torch.is_tensor}
-        course = Course(scene, sizes, checks, seconds, steps, checkpoint, device)
+        course = Course(scene, sizes, cls.CHECKS, seconds, steps, checkpoint, device)
         generator, = parallel.streams(seed, 1)
         if course.saved:
             splats = cls._restored(scene, course.saved, sizes, course.checkpoint)
         else:
-            # start on as many points of the cloud as leave room to grow
-            points = 0 if scene.points is None else min(len(scene.points), START_POINTS, sizes["limit"] // 2)
-            splats = cls.start(scene, max(sizes["count"], points), sizes["degree"], parallel.shared(generator, seed))
+            splats = cls.start(scene, _first_count(scene, sizes), sizes["degree"], parallel.shared(generator, seed))
         splats.to(device)
         # for each Gaussian, the sum of the gradients of its mean on the screen, and the number of pictures with one
         moved = course.saved["moved"] if course.saved else torch.zeros(2, len(splats.means), device=device)
@@ -580,6 +578,12 @@ def _places(scene, count, generator):
     # the size of its share of the surface, or of the volume, which the contraction has stretched
     spacing = each ** (-1 / 2 if scene.bounded else -1 / 3) * 2 * extent / cells * scene.half
     return x.T * scene.half + scene.centre, 0.5 * spacing * x.norm(dim=0) / inner.norm(dim=0).clamp_min(1e-6)
+
+
+def _first_count(scene, sizes):
+    """Number of Gaussians at the start of a fit: at least one per point of the cloud, but leaving room to grow."""
+    points = 0 if scene.points is None else min(len(scene.points), START_POINTS, sizes["limit"] // 2)
+    return max(sizes["count"], points)
 
 
 def _in_turn(views, step, seed):

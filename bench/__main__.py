@@ -44,38 +44,48 @@ COMMANDS = {  # name: (module and function of this folder, help, arguments)
     "svg-field": ("geometry.field", "a step of many paths with the smooth field, and without", [
         ("--paths", dict(type=int, default=5000)), ("--way", dict(help=HIDDEN))]),
     "svg-batch": ("drawings.batch", "--batch N at equal numbers of views, over ten drawings", [
-        MODEL, SEED, ("--share", dict(type=number(float, 0.01, 100), default=1, help="of the default's number of views"))]),
+        MODEL, SEED, ("--share", dict(type=number(float, 0.01, 100), default=1, help="of the default's number of "
+        "views"))]),
     "svg-flow": ("drawings.flow", "PDS with a flow as prior, by its coefficients, over ten drawings", [MODEL, SEED]),
     "fuzz-drawings": ("fuzz.drawings", "random drawings: rendered, or refused in one line", [
         ("--count", dict(type=COUNT, default=5000)), SEED,
         ("--first", dict(type=int, default=0, help="number of the first drawing (default: 0)")),
         ("--keep", dict(help="folder for the drawings that fail"))]),
-    "fuzz-scenes": ("fuzz_scenes.scenes", "damaged scenes, pictures, checkpoints, settings: read, or refused in one line", [
+    "fuzz-scenes": ("fuzz_scenes.scenes", "damaged scenes, pictures, checkpoints, settings: read, or refused in one "
+    "line", [
         ("--share", dict(type=number(float, 0.001, 100), default=1, help="of the 1600 cases (default: 1)")), SEED]),
     "kills": ("kills.kills", "runs killed at random moments: --resume ends bit-identically", [
         ("--count", dict(type=COUNT, default=20)), SEED]),
     "nerf-grid": ("nerf.grid", "the hash grid against nn.Embedding", [("--points", dict(type=int, default=20000))]),
     "nerf-fit": ("nerf.fit", "PSNR over time, rays/s, memory of fits", FITS),
     "nerf-deferred": ("nerf.deferred", "deferred image gradients against direct ones; memory", [
-        ("scene", {}), ("--seconds", dict(type=float, default=10, help="of the fit")), ("--only", dict(type=int, help=HIDDEN)),
+        ("scene", {}), ("--seconds", dict(type=float, default=10, help="of the "
+        "fit")), ("--only", dict(type=int, help=HIDDEN)),
         ("--how", dict(help=HIDDEN)), ("--nerf", dict(help=HIDDEN))]),
     "nerf-edit": ("nerf.edit", "the rendering of an edit's step: samples, seconds, shares", [
         ("scene", {}), ("--size", dict(type=COUNT, default=64, help="of the picture in pixels (default: 64)")),
         ("--whole", dict(action="store_true", help="the whole photograph, not its central square")),
-        ("--fit-seconds", dict(type=float, default=60)), ("--kept", dict(help="file of the fit, which goes on from there")),
+        ("--fit-seconds", dict(type=float, default=60)), ("--kept", dict(help="file of the fit, which goes on from "
+        "there")),
         ("--downscale", dict(type=int, default=1)), SEED]),
     "splat-speed": ("splat.speed", "3D Gaussians against a dense formulation and a loop over tiles", [
         ("--size", dict(type=int, default=128, help="of the picture, a multiple of 64"))]),
     "splat-memory": ("splat.memory", "peak memory of a forward and a backward", [
         ("--size", dict(type=int, default=128)), ("--only", dict(type=int, help=HIDDEN))]),
     "splat-fit": ("splat.fit", "PSNR over time, and the files of the last fit", FITS),
+    "capture": ("capture.capture", "NeRF and splats of a ray-traced capture by views and seconds; sheets", [
+        ("--views", dict(type=number(int, 3), nargs="+", default=[12, 24, 48])), SEED,
+        ("--at", dict(type=float, nargs="+", default=[30, 60, 120], help="seconds of process CPU time, one fit each")),
+        ("--modes", dict(nargs="+", choices=["nerf", "splat"], default=["nerf", "splat"])),
+        ("--out", dict(default="out/capture", help="folder of the scenes and sheets (default: out/capture)"))]),
     "local": ("local.local", "--local on the ball, alone and on a ground: what it keeps", [
         ("--mode", dict(choices=["nerf", "splat"], default="nerf")),
         ("--out", dict(default="out/local", help="folder of the results, which are reused (default: out/local)"))]),
     "step": ("step.step", "a PDS step of run.py: the network, and everything else", [
         ("--steps", dict(type=number(int, 3), default=200))]),
     "memory": ("memory.memory", "the memory of a PDS step by part", [
-        MODEL, ("--sd15", dict(action="store_true", help="random weights of Stable Diffusion 1.5's shapes; 8 GB of memory")),
+        MODEL, ("--sd15", dict(action="store_true", help="random weights of Stable Diffusion 1.5's shapes; 8 GB of "
+        "memory")),
         ("--device", dict(default="cpu")),
         ("--dtype", dict(choices=["float32", "float16", "bfloat16"], help="number format of the networks")),
         ("--size", dict(type=number(int, 8), help="of the picture in pixels (default: the model's own)"))])}

@@ -88,15 +88,32 @@ class Representation(torch.nn.Module):
 
 
 @torch.no_grad()
-def evaluate(representation, scene):
-    """Mean PSNR in dB over the scene's test views, on the background and without masked pixels, and their number."""
+def mean_psnr(representation, views):
+    """Mean PSNR in dB over a list of View, on the background and without masked pixels; NaN for none."""
     psnrs = []
-    for view in scene.test:
+    for view in views:
         photograph = over(view.picture(representation.centre.device), representation.background)
         error = (representation.render(view.camera)[0] - photograph).square()
         error = error if view.mask is None else error[:, view.mask.to(error.device)]
         psnrs.append(-10 * math.log10(error.mean().item() + 1e-12))
-    return (sum(psnrs) / len(psnrs) if psnrs else math.nan), len(psnrs)
+    return sum(psnrs) / len(psnrs) if psnrs else math.nan
+
+
+def evaluate(representation, scene):
+    """Mean PSNR in dB over the scene's test views, see mean_psnr, and their number."""
+    return mean_psnr(representation, scene.test), len(scene.test)
+
+
+OVERFITTED = 6  # dB by which training views may be better than test views
+
+
+def fit_report(representation, scene):
+    """Lines for the user: mean PSNR of the training views, and a warning if the test views are much worse."""
+    train, test = mean_psnr(representation, scene.train), mean_psnr(representation, scene.test)
+    lines = [f"training PSNR {train:.1f} dB, {len(scene.train)} views"]
+    if train - test > OVERFITTED:
+        lines.append("the training views are reproduced, the test views are not: too few views, or wrong poses")
+    return lines
 
 
 def depth_picture(depth):

@@ -12,6 +12,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 import run
+from bench.capture import nearest, photograph, ring
+from bench.capture import write as write_capture
 from scene.cameras import turntable
 from scene.captures import SceneError
 from scene.colmap import MODELS, read_points
@@ -210,6 +212,27 @@ def test_splats_start_on_the_points(tmp_path):
     more = Splats.start(scene, 400, 1, torch.Generator().manual_seed(0))  # the rest as without points
     assert len(more.means) == 400 and (more.means.norm(dim=1) - 0.8).abs().lt(1e-5).sum() == 300
     assert torch.isfinite(more.log_scales).all() and torch.isfinite(more.sh_dc).all()
+
+
+def test_the_ray_traced_capture_of_the_bench_is_a_model(tmp_path):
+    """Its points lie on what its rays meet, and project to the features of the views that see them."""
+    scene = load_scene(write_capture(tmp_path, 9, 150))
+    assert len(scene.train) == 7 and len(scene.test) == 2 and not scene.bounded and len(scene.points) > 50
+    for view, camera in zip(scene.test, ring(9)[::8], strict=True):
+        assert (view.camera.pose[:, 3] - camera.pose[:, 3]).norm() < 0.05
+        turn = view.camera.pose[:, :3].T @ camera.pose[:, :3]
+        assert 0 < (torch.trace(turn) - 3).abs() < 1e-3  # off by about a pixel
+        assert (view.picture() - photograph(camera)).abs().max() < 0.51 / 255 + 1e-6
+    way = scene.points - ring(9)[0].pose[:, 3]
+    met, _, _ = nearest(ring(9)[0].pose[:, 3:].expand(3, len(way)), (way / way.norm(dim=1, keepdim=True)).T)
+    assert ((met - way.norm(dim=1)).abs() < 0.1).float().mean() > 0.5  # the others are hidden here
+    lines = (tmp_path / "sparse" / "0" / "images.txt").read_text().splitlines()
+    points = {line.split()[0]: line.split() for line in (tmp_path / "sparse/0/points3D.txt").read_text().splitlines()}
+    for i, features in enumerate(lines[1::2]):
+        words = features.split()
+        for at, number in enumerate(words[2::3]):
+            track = points[number][8:]
+            assert [str(i + 1), str(at)] in [track[k:k + 2] for k in range(0, len(track), 2)]
 
 
 # ---- what cannot be used ------------------------------------------------------------------------------

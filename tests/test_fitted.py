@@ -106,8 +106,9 @@ def test_a_nerf_is_edited_again(ball, edit, tmp_path, monkeypatch):
 def test_a_trained_model_is_measured(ball, tmp_path, capsys):
     folder, file = ball
     assert run.main(["--splats", str(file), "--scene", str(folder), "--fit-only", "--out", str(tmp_path / "out")]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith("test PSNR ") and told.endswith(" dB, 2 views\n") and float(told.split()[2]) > 14
+    told, own = capsys.readouterr().out.splitlines()
+    assert told.startswith("test PSNR ") and told.endswith(" dB, 2 views") and float(told.split()[2]) > 14
+    assert own.startswith("training PSNR ") and own.endswith(" dB, 6 views") and float(own.split()[2]) > 14
 
 
 @pytest.mark.parametrize("flags, message", [

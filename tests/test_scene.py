@@ -20,7 +20,7 @@ from scene.cameras import Camera, directions, input_path, sides, turntable
 from scene.captures import SceneError
 from scene.photographs import Pixels, View, undistorted
 from scene.reading import load_scene, scene_files
-from scene.representation import Representation, evaluate, export
+from scene.representation import Representation, evaluate, export, fit_report, mean_psnr
 
 
 class Ball(Representation):
@@ -635,6 +635,17 @@ def test_what_the_cameras_see_is_what_the_photographs_show(ball):
     assert (ball.render(2, 24) - photograph).abs().mean() < 0.02
     dataset = ball.dataset(24, ball.render)
     assert (dataset.picture(2) - ball.render(2, 24)).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_a_fit_that_fails_on_the_test_views_is_told(ball):
+    """As of few views or wrong poses: here the test views are photographs of something else."""
+    scene = ball.scene
+    told, = fit_report(ball, scene)
+    assert told == f"training PSNR {mean_psnr(ball, scene.train):.1f} dB, 9 views" and float(told.split()[2]) > 25
+    grey = replace(scene, test=[replace(v, pixels=torch.full_like(v.pixels, 128)) for v in scene.test])
+    assert fit_report(ball, grey)[1:] == ["the training views are reproduced, the test views are not: too few views, "
+                                          "or wrong poses"]
+    assert len(fit_report(ball, replace(scene, test=[]))) == 1
 
 
 def test_a_view_is_a_number_a_camera_or_the_middle_one(ball):
