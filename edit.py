@@ -36,9 +36,9 @@ RATES = {"settle": settling_share, "released": released_share}  # learning-rate 
 
 
 # A stage has `name`, `steps`, `rate` (a factor on all learning rates), `resets_optimiser`, a `state` for the checkpoint
-# with `checks` of its keys, and backward(step, generators), which adds a step's gradient to the scene's parameters. Each
-# generator stands for one view, timestep and noise; the gradient is the mean over them, and over `world` processes with
-# as many each.
+# with `checks` of its keys, and backward(step, generators), which adds a step's gradient to the scene's parameters.
+# Each generator stands for one view, timestep and noise; the gradient is the mean over them, and over `world` processes
+# with as many each.
 
 class Distillation:
     """The edit itself: one of the three losses, at views that are kept for HOLD steps."""
@@ -56,7 +56,9 @@ class Distillation:
         self.scene, self.source, self.args, self.name, self.where = scene, source, args, name, where
         self.steps, self.rate, self.options = args.steps, 1, {}
         if name == "pds":
-            self.options = dict(stride=args.stride, coefficients=COEFFICIENTS[args.coefficients], identity=args.identity)
+            self.options = dict(
+                stride=args.stride, coefficients=COEFFICIENTS[args.coefficients], identity=args.identity
+            )
         if editor:
             self.prior = editor.at(args.guidance, args.image_guidance)
             self.y_src, self.y_tgt = editor.unconditional(), editor.embed(instruction(args))
@@ -92,8 +94,8 @@ class Distillation:
     def looks(self, step, generators):
         """For each generator: the view, what is rendered of it, the timestep [1], and the generator.
 
-        Of a scene the pixel centres are shifted by up to half a pixel, so that over many steps the edit covers the whole
-        surface, not only the points that the centres meet.
+        Of a scene the pixel centres are shifted by up to half a pixel, so that over many steps the edit covers the
+        whole surface, not only the points that the centres meet.
         """
         args, looks = self.args, []
         progress = step / self.steps if args.schedule == "decreasing" else None
@@ -119,8 +121,8 @@ class Distillation:
     def surroundings(self, views, pictures):
         """SURROUNDINGS times the squared error [] of a scene's pictures [n,3,H,W] outside of the masks, mean over n.
 
-        The push does not act there, but it changes a field or Gaussians that reach there, and the pull on the few pixels
-        of a latent is too weak to undo that.
+        The push does not act there, but it changes a field or Gaussians that reach there, and the pull on the few
+        pixels of a latent is too weak to undo that.
         """
         wanted = torch.cat([self.source.render(view, self.args.frame).to(pictures) for view in views])
         masks = torch.cat([self.where(view, pictures) for view in views])
@@ -179,7 +181,10 @@ def edit(scene, groups, stages, prior, args, out, config=None):
     plan = [(stage, at) for stage in stages for at in range(stage.steps)]
     start, frames = run.resumed(len(plan)) if args.resume else (0, run.frames)
     others, adam, stopped = parallel.rank() > 0, run.optimiser, False
-    with DelayedInterrupt() as interrupt, progress_bar(total=len(plan), initial=start, unit="step", disable=others) as bar:
+    with (
+        DelayedInterrupt() as interrupt,
+        progress_bar(total=len(plan), initial=start, unit="step", disable=others) as bar,
+    ):
         for step, (stage, at) in enumerate(plan[start:], start):
             run.prepare(stage, at)
             loss = parallel.average(stage.backward(at, run.generators), adam.param_groups)
@@ -223,7 +228,8 @@ class Run:
             self.optimiser.fields = self.scene.fields(self.args.smooth * FINEST ** (level / (LEVELS - 1)))
 
     def resumed(self, steps):
-        """Restore the checkpoint, if there is one, of a run of `steps` steps: the step to go on from, and the frames."""
+        """Restore the checkpoint, if there is one, of a run of `steps` steps: the step to go on from, and the
+        frames."""
         saved = checkpoint.read_run(self.path, self.config)
         if saved is None:
             return 0, self.frames
@@ -242,8 +248,10 @@ class Run:
         own = [generator.get_state() for generator in self.generators], [stage.state for stage in self.stages]
         streams, states = zip(*parallel.gathered([own]), strict=True)
         if parallel.rank() == 0:
-            pixels = [torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8).reshape(frame.height, frame.width, 3)
-                      for frame in self.frames]
+            pixels = [
+                torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8).reshape(frame.height, frame.width, 3)
+                for frame in self.frames
+            ]
             write(self.path, dict(scene=self.scene.state_dict(), optimiser=self.optimiser.state_dict(),
                                   generators=[*streams], step=step, stages=[*states], frames=pixels,
                                   config=json.dumps(self.config)))

@@ -29,15 +29,16 @@ from scene.reading import scene_files
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE / "models" / "emoji"
-INPUTS = {"svg": "svg", "image": "image", "scene": "nerf"}  # the flags that name what is edited, and the modes they mean
+# the flags that name what is edited, and the modes they mean
+INPUTS = {"svg": "svg", "image": "image", "scene": "nerf"}
 METHODS = (*LOSSES, *EDITORS)
 UP = ("x", "y", "z", "-x", "-y", "-z")
 OUTPUTS = {"source.png", "sheet.png", "progress.gif", "turntable.gif", "depth.png", "config.json",
            "checkpoint.pt"}  # of a run
 PATHS = ("turntable", "input")  # camera paths of turntable.gif
 
-# modes: those that read the option, all if empty; elsewhere it is refused. kept: whether the result depends on it, so that
-# config.json holds it. more: further arguments of argparse's add_argument.
+# modes: those that read the option, all if empty; elsewhere it is refused. kept: whether the result depends on it, so
+# that config.json holds it. more: further arguments of argparse's add_argument.
 Option = namedtuple("Option", "flag help modes kept more")
 POSITIVE, RATE, SHARE = number(int, 1, 10 ** 6), number(float, 0, 1e6), number(float, 0, 1)
 
@@ -54,22 +55,26 @@ def _setting(name):
     """The option of a setting that a model may bring, from pipelines/settings.py."""
     _, kind, least, _, modes, text = SETTINGS[name]
     types = {int: number(int, least, 10 ** 6), float: SHARE if name in ("t_min", "t_max", "decay") else RATE, str: str}
-    more = ({"action": argparse.BooleanOptionalAction} if kind is bool else {"choices": kind} if isinstance(kind, tuple)
-            else {"type": types[kind], "metavar": {"identity": "K", "smooth": "PX"}.get(name, name.split("_")[-1].upper())})
+    metavar = {"identity": "K", "smooth": "PX"}.get(name, name.split("_")[-1].upper())
+    more = ({"action": argparse.BooleanOptionalAction} if kind is bool else
+            {"choices": kind} if isinstance(kind, tuple) else {"type": types[kind], "metavar": metavar})
     return Option("--" + name.replace("_", "-"), text, () if modes == MODES else modes, True, more)
 
 
 GROUPS = {
     "what is edited": [
-        _option("--mode", "what is edited, or toy: the method in the plane (default: what the next options imply, else svg)",
+        _option("--mode", "what is edited, or toy: the method in the plane (default: what the next options imply, "
+                "else svg)",
                 choices=[*MODES, "toy"]),
         _option("--svg", "an SVG file (default: a shipped example of the mode)", ("svg",), type=Path, metavar="FILE"),
         _option("--image", "a picture", ("image",), type=Path, metavar="FILE"),
-        _option("--scene", "posed photographs, fitted before the edit: a folder with a transforms.json or a COLMAP model",
+        _option("--scene", "posed photographs, fitted before the edit: a folder with a transforms.json or a COLMAP "
+                "model",
                 SCENES, type=Path, metavar="DIR"),
-        _option("--splats", "edit trained Gaussians without a fit: a .ply or .splat file, with the cameras of --scene or with "
-                "some around it", ("splat",), type=Path, metavar="FILE"),
-        _option("--fitted", "the same for the result of an earlier run: result.safetensors with its --scene, or result.ply",
+        _option("--splats", "edit trained Gaussians without a fit: a .ply or .splat file, with the cameras of --scene "
+                "or with some around it", ("splat",), type=Path, metavar="FILE"),
+        _option("--fitted", "the same for the result of an earlier run: result.safetensors with its --scene, or "
+                "result.ply",
                 SCENES, type=Path, metavar="FILE"),
         _option("--source", "prompt that describes it now", metavar="PROMPT"),
         _option("--target", "prompt that describes it after the edit", metavar="PROMPT"),
@@ -79,9 +84,11 @@ GROUPS = {
                 "models/emoji)", default=str(SHIPPED)),
         _option("--lora", "LoRA that is fused into the model: .safetensors file, folder or hub id"),
         _option("--lora-scale", "its strength (default: %(default)g)", type=number(float, -100, 100), default=1.0),
-        _option("--embedding", "textual inversion, a .safetensors file; its word is printed", type=Path, metavar="FILE"),
+        _option("--embedding", "textual inversion, a .safetensors file; its word is "
+                "printed", type=Path, metavar="FILE"),
         _option("--instruct", "InstructPix2Pix folder or hub id for in2n (default: --model, if it is one too)"),
-        _option("--dtype", "number format of the networks (default: float32 on a CPU, elsewhere float16, bfloat16 for FLUX)",
+        _option("--dtype", "number format of the networks (default: float32 on a CPU, elsewhere float16, bfloat16 for "
+                "FLUX)",
                 choices=["float32", "float16", "bfloat16"]),
         _option("--device", "torch device (default: cuda if available, else cpu)", kept=False, type=device,
                 default="cuda" if torch.cuda.is_available() else "cpu")],
@@ -92,18 +99,22 @@ GROUPS = {
                 kept=False, nargs="*", choices=METHODS, metavar="LOSS"),
         _setting("steps"), _setting("batch"),
         _option("--guidance", "classifier-free guidance scale", type=RATE),
-        _option("--image-guidance", "in2n: guidance towards the photograph (default: %(default)g)", type=RATE, default=1.5),
+        _option("--image-guidance", "in2n: guidance towards the photograph (default: "
+                "%(default)g)", type=RATE, default=1.5),
         _option("--instruction", 'in2n: the instruction (default: "make it a TARGET")'),
         _setting("identity"),
         _option("--coefficients", "psi and chi of PDS; dreamcatalyst brings its own guidance and timesteps and, with "
-                "--instruct, its InstructPix2Pix prior (default: %(default)s)", choices=COEFFICIENTS, default="official"),
+                "--instruct, its InstructPix2Pix prior (default: "
+                "%(default)s)", choices=COEFFICIENTS, default="official"),
         _option("--stride", "t - s of the PDS posterior (default: %(default)s)", type=POSITIVE, default=2),
         _setting("t_min"), _setting("t_max"), _setting("schedule"), _setting("rates"),
         _switch("--local", "edit only where the two prompts disagree about the source (DiffEdit's mask)", MODES),
-        _option("--mask", "edit only where this picture is white; for scenes a folder of masks named like the photographs",
+        _option("--mask", "edit only where this picture is white; for scenes a folder of masks named like the "
+                "photographs",
                 MODES, type=Path, metavar="FILE"),
-        _switch("--square", "show the model square crops: the centre of a photograph, a drawing or picture between white "
-                "bars (default: whole frames, the shorter side at the model's size)"),
+        _switch("--square", "show the model square crops: the centre of a photograph, a drawing or picture between "
+                "white bars "
+                "(default: whole frames, the shorter side at the model's size)"),
         _option("--seed", "seed of views, timesteps and noise (default: %(default)s)", type=number(int, 0, 2 ** 62),
                 default=0)],
     "drawings and pictures": [
@@ -123,8 +134,9 @@ GROUPS = {
                 type=number(int, 1, 1000), default=1),
         _option("--images", "folder of the photographs inside the scene's, such as images_4 (default: the one that the "
                 "scene's file names)", SCENES, metavar="FOLDER"),
-        _option("--up", "direction that is up in --splats without a --scene, written --up=-y (default: what the file says, "
-                "else -y as in COLMAP)", ("splat",), choices=UP),
+        _option("--up", "direction that is up in --splats without a --scene, written --up=-y (default: what the file "
+                "says, else "
+                "-y as in COLMAP)", ("splat",), choices=UP),
         _setting("table"), _setting("mlps"), _setting("means"), _setting("scales"), _setting("rotations"),
         _setting("opacity"), _setting("refine"),
         _option("--path", "camera path of turntable.gif (default: %(default)s)", SCENES, kept=False, choices=PATHS,
@@ -140,9 +152,9 @@ OPTIONS = {option.flag[2:].replace("-", "_"): option for group in GROUPS.values(
 def parse(argv=None, about=None, strict=True):
     """The options of a command line, a Namespace; what depends on the model is None until `complete`.
 
-    Attributes besides those of OPTIONS: input, the file or folder that is edited, None: the shipped example; losses, the
-    methods to run. Exits with one line on stderr for contradictions. strict: refuse options that the mode does not read;
-    False: ignore them, for a list of edits of several modes.
+    Attributes besides those of OPTIONS: input, the file or folder that is edited, None: the shipped example; losses,
+    the methods to run. Exits with one line on stderr for contradictions. strict: refuse options that the mode does not
+    read; False: ignore them, for a list of edits of several modes.
     """
     parser = _parser(about)
     args = parser.parse_args(argv)
@@ -160,7 +172,9 @@ def parse(argv=None, about=None, strict=True):
             setattr(args, name, parser.get_default(name))
     if args.mode in SCENES and (args.fitted or gaussians):
         if gaussians != (args.mode == "splat"):
-            parser.error(f"{args.fitted or args.input}: --mode splat edits a .ply or .splat, --mode nerf a .safetensors")
+            parser.error(
+                f"{args.fitted or args.input}: --mode splat edits a .ply or .splat, --mode nerf a .safetensors"
+            )
         if args.input is None and not gaussians:
             parser.error(f"{args.fitted}: also give --scene DIR, the photographs that it was fitted to")
         args.fitted = args.fitted or args.input
@@ -203,8 +217,11 @@ class _Shipped:
     def values(self, name):
         """A setting as text: one value, or one for each mode that reads it."""
         modes = SETTINGS[name].modes if name in SETTINGS else MODES
-        each = {mode: own["guidance"].get("pds") if name == "guidance" else own.get(name) for mode, own in self.own.items()
-                if mode in modes}
+        each = {
+            mode: own["guidance"].get("pds") if name == "guidance" else own.get(name)
+            for mode, own in self.own.items()
+            if mode in modes
+        }
         words = {mode: "none" if value in (None, "") else {True: "yes", False: "no"}[value] if isinstance(value, bool)
                  else f"{value:g}" if isinstance(value, (int, float)) else value for mode, value in each.items()}
         if len(set(words.values())) == 1:
@@ -246,8 +263,15 @@ def settings(args, prior, name):
     """Everything that a result depends on, as a dict for config.json; args: completed."""
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
               if key in ("input", "fitted") or key in OPTIONS and OPTIONS[key].kept}
-    config |= {"loss": name, "size": prior.size, "device": str(prior.device), "threads": torch.get_num_threads(),
-               "processes": parallel.world(), "sha256": digest(files_of(args)), "versions": {"torch": torch.__version__}}
+    config |= {
+        "loss": name,
+        "size": prior.size,
+        "device": str(prior.device),
+        "threads": torch.get_num_threads(),
+        "processes": parallel.world(),
+        "sha256": digest(files_of(args)),
+        "versions": {"torch": torch.__version__},
+    }
     return config
 
 
@@ -267,8 +291,9 @@ def check_timesteps(args, abar):
     if lowest < args.stride:
         raise ValueError(f"--stride {args.stride} is longer than the lowest timestep, {lowest}: raise --t-min")
     if abar[highest] < 1e-9:
-        raise ValueError(f"--t-max {args.t_max:g}: the model's schedule has no signal left there; lower it, for example "
-                         "to 0.98")
+        raise ValueError(
+            f"--t-max {args.t_max:g}: the model's schedule has no signal left there; lower it, for example to 0.98"
+        )
 
 
 def slug(text, longest=40):

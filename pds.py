@@ -17,8 +17,8 @@ The three losses share one signature and differ in one line each, the gradient o
     DDS  (Delta Denoising Score, arXiv 2304.07090)  w(t) (eps_tgt - eps_src)
     PDS                                             psi(t) (x0_tgt - x0_src) + chi(t) (eps_tgt - eps_src)
 
-Scale: the gradient that reaches x0_tgt is the expression above divided by the batch size B. The released
-PDS code divides by B*C*H*W instead. Adam does not see the difference, SGD and weight decay do.
+Scale: the gradient that reaches x0_tgt is the expression above divided by the batch size B. The released PDS code
+divides by B^2 C H W instead (at B = 1, all that it runs, by C H W). Adam hides the difference, SGD does not.
 """
 import math
 
@@ -56,10 +56,10 @@ def pds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, stride=2, 
 
 
 def dds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, weight=1.0, mask=None, generator=None):
-    """Delta Denoising Score: w(t) (eps_tgt - eps_src). Arguments as in pds_loss; weight: w(t), a number, a tensor [B] or a
-    function (abar, t) -> [B], 1 in DDS's own code.
+    """Delta Denoising Score: w(t) (eps_tgt - eps_src). Arguments as in pds_loss; weight: w(t), a number, a tensor [B]
+    or a function (abar, t) -> [B]; 1 in DDS's own code.
 
-    The source's prediction takes away the bias that both share, but nothing pulls x0_tgt back to x0_src.
+    The source's prediction removes the bias that both share, but nothing pulls x0_tgt back to x0_src.
     """
     x0_tgt, x0_src, t, noise = _prepare(prior, x0_tgt, x0_src, t, noise, 0, generator)
     eps_tgt, eps_src = predict(prior, t, noise, (x0_tgt, y_tgt), (x0_src, y_src))
@@ -74,7 +74,7 @@ def noise_variance(abar, t):
 def sds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, weight=noise_variance, mask=None, generator=None):
     """Score Distillation Sampling: w(t) (eps_tgt - noise), w(t) = 1 - abar_t as published. Arguments as in dds_loss.
 
-    SDS does not look at x0_src and y_src, which stand in the signature so that the three can be exchanged."""
+    x0_src and y_src are unused; they keep the three signatures interchangeable."""
     x0_tgt, x0_src, t, noise = _prepare(prior, x0_tgt, x0_src, t, noise, 0, generator)
     eps_tgt, = predict(prior, t, noise, (x0_tgt, y_tgt))
     return as_loss(x0_tgt, _masked(_weights(weight, prior.abar, t, x0_tgt) * (eps_tgt - noise), mask))

@@ -10,7 +10,8 @@ from bench.measure import table
 from pipelines.flow import Flow, sigmas_of
 from prior import Prior
 
-BATCHES = [(1, 0.5), (2, 0.5), (2, 1), (2, 1.5), (4, 1), (4, 2)]  # --batch, and how much larger than its own the rates are
+# --batch, and how much larger than its own the rates are
+BATCHES = [(1, 0.5), (2, 0.5), (2, 1), (2, 1.5), (4, 1), (4, 2)]
 
 
 def batch(args):

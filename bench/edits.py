@@ -1,10 +1,12 @@
-"""`python -m bench edits`: every edit of a list by every method, measured in one table, with one sheet of pictures a mode.
+"""`python -m bench edits`: every edit of a list by every method, measured in one table, with one sheet of pictures a
+mode.
 
-    python -m bench edits --list examples/edits.txt --compare sds dds pds --modes svg image --clip CLIP [options of run.py]
+    python -m bench edits --list examples/edits.txt --compare sds dds pds --modes svg image --clip CLIP [options of
+    run.py]
 
-An edit is measured by how well it reads as the target (log-odds under the prior, CLIP), how close it stays to the source
-(PSNR, SSIM, LPIPS), its seconds and its memory. Each mode runs with the model's own settings unless an option says
-otherwise.
+An edit is measured by how well it reads as the target (log-odds under the prior, CLIP), how close it stays to the
+source (PSNR, SSIM, LPIPS), its seconds and its memory. Each mode runs with the model's own settings unless an option
+says otherwise.
 """
 import csv
 import io
@@ -190,7 +192,7 @@ def edits_sheet(rows, out):
                     for file in files]
         names = ["source"] + [TITLES[row["loss"]] for row in own]
         prompts = [own[0]["source"]] + [own[0]["target"]] * len(own)
-        pages.append([*zip(names, prompts, pictures)] if scenes else
+        pages.append([*zip(names, prompts, pictures, strict=False)] if scenes else
                      (" ", f"{prompts[0]}: {', '.join(names[1:])} to {prompts[1]}", [p for p, in pictures]))
     if scenes:
         return beside([sheet(page) for page in pages])

@@ -27,8 +27,8 @@ def pixels(picture, size=SIDE):
 def ssim(a, b):
     """Structural similarity of two pictures [1,3,H,W] in [0,1] (Wang et al. 2004); 1 if they are equal.
 
-    A Gaussian window of 11 pixels and sigma 1.5, K1 = 0.01, K2 = 0.03; the mean over the three channels and all positions
-    where the whole window fits.
+    A Gaussian window of 11 pixels and sigma 1.5, K1 = 0.01, K2 = 0.03; the mean over the three channels and all
+    positions where the whole window fits.
     """
     line = (-(torch.arange(11, dtype=a.dtype, device=a.device) - 5).square() / (2 * 1.5 ** 2)).exp()
     window, conv = (line / line.sum()).expand(3, 1, 1, 11), torch.nn.functional.conv2d
@@ -55,8 +55,8 @@ def log_odds(prior, x0, y_tgt, y_src, noises=8):
     """log p(y_tgt | x0) - log p(y_src | x0) of a latent x0 [1,C,h,w], by the diffusion classifier (Li et al., arXiv
     2303.16203) with uniform weights instead of the bound's. Above 0 the picture reads as the target.
 
-    The mean of |noise - eps(x_t, y_src)|^2 - |noise - eps(x_t, y_tgt)|^2, summed over the latent at guidance 1, over pairs
-    of noise and timestep (0.2 T to 0.9 T) that are the same for every picture, so that common errors cancel.
+    The mean of |noise - eps(x_t, y_src)|^2 - |noise - eps(x_t, y_tgt)|^2, summed over the latent at guidance 1, over
+    pairs of noise and timestep (0.2 T to 0.9 T) that are the same for every picture, so that common errors cancel.
     """
     T, generator = len(prior.abar), torch.Generator().manual_seed(0)
     t = torch.linspace(0.2 * T, 0.9 * T, noises).round().long().to(x0.device)
@@ -101,13 +101,14 @@ class Clip:
 
 
 def figures(prior, before, after, args, lpips=None, clip=None):
-    """The figures of an edit, {column: figure}, means over the PIL pictures before and after; args: completed options."""
+    """The figures of an edit, {column: figure}, means over the PIL pictures before and after; args: completed
+    options."""
     y_src, y_tgt = map(prior.embed, prompts(args))
 
     def odds(picture):
         with torch.no_grad():
             return log_odds(prior, prior.encode(pixels(picture, args.frame)), y_tgt, y_src)
-    pairs = [(pixels(a), pixels(b)) for a, b in zip(before, after)]
+    pairs = [(pixels(a), pixels(b)) for a, b in zip(before, after, strict=False)]
     row = {"before": np.mean([odds(p) for p in before]), "log-odds": np.mean([odds(p) for p in after]),
            "PSNR": np.mean([psnr(a, b) for a, b in pairs]), "SSIM": np.mean([ssim(a, b) for a, b in pairs])}
     if lpips:

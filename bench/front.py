@@ -1,7 +1,8 @@
-"""`python -m bench front`: how well each method aligns a drawing with its prompt against how much of the source it keeps.
+"""`python -m bench front`: how well each method aligns a drawing with its prompt against how much of the source it
+keeps.
 
-PDS runs at several weights K of its identity term, with smooth and with free points; SDS, DDS and other coefficients run
-at their own settings. Writes front.png (the chart), front.csv (its numbers) and along.png (one drawing along K).
+PDS runs at several weights K of its identity term, with smooth and with free points; SDS, DDS and other coefficients
+run at their own settings. Writes front.png (the chart), front.csv (its numbers) and along.png (one drawing along K).
 """
 import csv
 import io
@@ -24,7 +25,8 @@ COLOURS = ("#d9480f", "#2f5fd0", "#2b8a3e", "#c2255c", "#0b7285", "#111111")
 
 def methods():
     """The chart's lines: {title: [(label, loss, flags)]}, one point for each label."""
-    series = lambda *flags: [(f"{k:g}", "pds", ["--identity", f"{k:g}", *flags]) for k in IDENTITIES]
+    def series(*flags):
+        return [(f"{k:g}", "pds", ["--identity", f"{k:g}", *flags]) for k in IDENTITIES]
     return {"PDS, smooth field, by K": series(), "PDS, free points, by K": series(*PAPER),
             "SDS": [("", "sds", [])], "DDS": [("", "dds", [])],
             "PDS, psi = 0 (consistent)": [("", "pds", ["--coefficients", "consistent"])],
@@ -32,8 +34,8 @@ def methods():
 
 
 def front(args):
-    """The command: make every drawing of a list by every method in the folder --out; an edit that an earlier run made with
-    the same settings is not made again."""
+    """The command: make every drawing of a list by every method in the folder --out; an edit that an earlier run made
+    with the same settings is not made again."""
     first = options.parse(args.run, strict=False)
     first.device = parallel.start(first.device)
     listed, prior, out = read_edits(args.list, ["svg"]), run.load_prior(first), args.out
@@ -90,11 +92,11 @@ def chart(lines, width=900, height=560, scale=2):
         text((scale * 50, place(left, y)[1]), f"{y}")
     text((scale * width / 2, scale * (height - 18)), "identity: PSNR to the source, dB")
     text((scale * 12, scale * 14), "alignment: log-odds of target against source", anchor="lm")
-    for number, ((title, points), colour) in enumerate(zip(lines.items(), COLOURS)):
+    for number, ((title, points), colour) in enumerate(zip(lines.items(), COLOURS, strict=False)):
         places = [place(x, y) for _, x, y in points]
         if len(places) > 1:
             draw.line(places, fill=colour, width=3 * scale)
-        for (x, y), (label, *_) in zip(places, points):
+        for (x, y), (label, *_) in zip(places, points, strict=False):
             draw.ellipse([x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale], fill=colour)
             text((x + 9 * scale, y - 9 * scale), label, colour, "lm")
         text((scale * (width - 260), scale * (44 + 20 * number)), title, colour, "lm")

@@ -21,7 +21,8 @@ from prior import Prior
 
 
 def outlines(svg, points):
-    """The subpaths of all shapes: a list of ([n,4,2] float64 control points of cubics, a line as (p, p, q, q); closed)."""
+    """The subpaths of all shapes: a list of ([n,4,2] float64 control points of cubics, a line as (p, p, q, q);
+    closed)."""
     found = []
     for shape in svg.document.shapes:
         if shape.element is not None:
@@ -40,7 +41,8 @@ def self_intersections(svg, points, chords=8):
         lines = torch.stack([torch.cat([(weights @ c)[:-1], (weights @ c)[1:]], 1) for c in curves]).view(-1, 2, 2)
         a, d = lines[:, 0], lines[:, 1] - lines[:, 0]
         a, d = (x[d.norm(dim=1) > 1e-9] for x in (a, d))
-        cross = lambda u, v: u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0]
+        def cross(u, v):
+            return u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0]
         way, turn = a - a[:, None], cross(d[:, None], d)
         s, u = cross(way, d.expand_as(way)) / turn, cross(way, d[:, None].expand_as(way)) / turn
         inside = (s > -1e-9) & (s < 1 - 1e-9) & (u > -1e-9) & (u < 1 - 1e-9)  # a chord owns its start
@@ -54,7 +56,7 @@ def joint_angles(svg, points):
     for curves, closed in outlines(svg, points):
         ways = (curves[:, None, 3] - curves[:, :3]).flip(1), curves[:, 1:] - curves[:, :1]  # nearest arm first
         first = [(w.norm(dim=2) > 1e-6).to(torch.int64).argmax(1) for w in ways]
-        at_end, at_start = (w[torch.arange(len(w)), i] for w, i in zip(ways, first))
+        at_end, at_start = (w[torch.arange(len(w)), i] for w, i in zip(ways, first, strict=False))
         follows = at_start.roll(-1, 0)
         cosine = (at_end * follows).sum(1) / (at_end.norm(dim=1) * follows.norm(dim=1))
         angles.append(torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))[:len(curves) if closed else len(curves) - 1])
@@ -62,7 +64,8 @@ def joint_angles(svg, points):
 
 
 def measured(prior, file, source, target, flags):
-    """An edit of a drawing by PDS with these flags: its figures, {"odds", "PSNR", "crossings", "kinks"}, and its picture."""
+    """An edit of a drawing by PDS with these flags: its figures, {"odds", "PSNR", "crossings", "kinks"}, and its
+    picture."""
     options = run.parse(["--mode", "svg", f"--svg={file}", f"--source={source}", f"--target={target}", *flags])
     options = run.complete(options, prior)
     scene, groups, original = run.LOAD["svg"](options, prior)
@@ -91,9 +94,10 @@ def geometry(args):
                   f"crossings {row['crossings']:+4d}  kinks {row['kinks']:3d}", flush=True)
     total = {way: {k: sum(row[k] for row in rows) for k in rows[0]} for way, rows in found.items()}
     smooth, free, n = total["smooth"], total["free"], len(drawings)
-    lost = sum(a["odds"] < 0 <= b["odds"] for a, b in zip(found["smooth"], found["free"]))
+    lost = sum(a["odds"] < 0 <= b["odds"] for a, b in zip(found["smooth"], found["free"], strict=False))
     share, gain = smooth["odds"] / free["odds"], (smooth["PSNR"] - free["PSNR"]) / n
-    count = lambda key: f"{smooth[key]} of {free[key]}"
+    def count(key):
+        return f"{smooth[key]} of {free[key]}"
     return table(f"{n} drawings, the defaults against {' '.join(PAPER)}", [
         ("self-intersections gained", count("crossings"), "<= a tenth", smooth["crossings"] <= free["crossings"] / 10),
         ("smooth joints broken", count("kinks"), "<= a tenth", smooth["kinks"] <= free["kinks"] / 10),
@@ -123,7 +127,7 @@ def field(args):
             step()
         memory, start = peak_memory(all_steps), step()
         times = [start, *(step() for _ in range(6))]
-        print(min(b - a for a, b in zip(times, times[1:])), memory)
+        print(min(b - a for a, b in zip(times, times[1:], strict=False)), memory)
         return 0
     figures = {}
     for way in ("free", "smooth"):

@@ -15,9 +15,9 @@ import torch
 from pds import add_noise, posterior, stochastic_latent
 
 Editor = namedtuple("Editor", "title guidance strength")  # strength: of a single edit, see DatasetUpdate.edited
-EDITORS = {"sdedit": Editor("SDEdit", 15.0, 0.4), "inv2n": Editor("Inv2N", 15.0, 0.36), "in2n": Editor("IN2N", 7.5, 1.0),
-           "drfs": Editor("DRFS", 16.5, 0.0)}
-TITLES = {name: name.upper() for name in ("sds", "dds", "pds")} | {name: editor.title for name, editor in EDITORS.items()}
+EDITORS = {"sdedit": Editor("SDEdit", 15.0, 0.4), "inv2n": Editor("Inv2N", 15.0, 0.36),
+           "in2n": Editor("IN2N", 7.5, 1.0), "drfs": Editor("DRFS", 16.5, 0.0)}
+TITLES = {"sds": "SDS", "dds": "DDS", "pds": "PDS"} | {name: editor.title for name, editor in EDITORS.items()}
 
 
 def prompts(args):
@@ -61,7 +61,9 @@ def sdedit(prior, x0, y, steps=20, skip=0.85, generator=None):
     """
     if not 0 <= skip <= 1:
         raise ValueError(f"skip must be in 0 .. 1, got {skip}")
-    return _renoised(prior, x0, y, ddim_timesteps(len(prior.abar), steps)[min(round(steps * skip), steps - 1):], generator)
+    return _renoised(
+        prior, x0, y, ddim_timesteps(len(prior.abar), steps)[min(round(steps * skip), steps - 1) :], generator
+    )
 
 
 def _renoised(prior, x0, y, timesteps, generator):
@@ -93,7 +95,9 @@ def ddpm_inversion(prior, x0, y_tgt, y_src, steps=100, skip=0.36, guidance_src=3
     timesteps = [*dict.fromkeys(ddim_timesteps(len(prior.abar), steps))]  # for steps = T the last one comes twice
     timesteps = timesteps[min(round(steps * skip), len(timesteps) - 1):]
     source, target = prior.at(guidance_src), prior.at(guidance_tgt)
-    rows = lambda t: torch.full((len(x0),), t)  # on the CPU, as abar is: not every device has float64
+
+    def rows(t):
+        return torch.full((len(x0),), t)  # on the CPU, as abar is: not every device has float64
     abar, noise = prior.abar.cpu(), draw_noise(x0, generator)
     x_src, x_t = (add_noise(x, noise, abar, rows(timesteps[0])) for x in (x0, x0 if start is None else start))
     for t, s in zip(timesteps, [*timesteps[1:], 0], strict=True):
@@ -111,9 +115,9 @@ def ddpm_inversion(prior, x0, y_tgt, y_src, steps=100, skip=0.36, guidance_src=3
 def instruct_pix2pix(editor, picture, y, x0=None, steps=20, level=1.0, generator=None):
     """Edit a picture [B,3,H,W] in [0,1] as the instruction y says -> x0 [B,C,h,w], by deterministic DDIM.
 
-    x0: the latent that is noised to timestep `level` T and denoised from there in `steps` steps; None: the picture's. At
-    level 1 it hardly matters. Instruct-NeRF2NeRF (Haque et al., arXiv 2303.12789) passes the scene's render, with the
-    photograph as the picture and a random level. Raises ValueError for a level below `steps` timesteps.
+    x0: the latent that is noised to timestep `level` T and denoised from there in `steps` steps; None: the picture's
+    (at level 1 it hardly matters). Instruct-NeRF2NeRF (Haque et al., arXiv 2303.12789) passes the scene's render, with
+    the photograph as the picture and a random level. Raises ValueError for a level below `steps` timesteps.
     """
     editor, T = editor.of(picture), len(editor.abar)
     timesteps = ddim_timesteps(round(level * T), steps, T)
@@ -126,9 +130,9 @@ def drfs(prior, x0, y_tgt, y_src, steps=50, guidance_src=None, guidance_tgt=16.5
     """Delta Rectified Flow Sampling (Beaudouin et al., arXiv 2509.05342), with the released settings.
 
     From noise to picture, x moves against v(y_tgt) - v(y_src) + (1 - c) (x - x0). Both samples share one noise, and the
-    target's is shifted by c sigma (x - x0). With c = 1 and rates sigma_k - sigma_(k+1) this is FlowEdit (Kulikov et al.,
-    arXiv 2412.08629), with c = 0 it is the gradient of DDS over 1 - sigma. Any prior works: up to a factor, the x_t of a
-    diffusion model is the (1 - sigma) x0 + sigma eps of a flow.
+    target's is shifted by c sigma (x - x0). With c = 1 and rates sigma_k - sigma_(k+1) this is FlowEdit (Kulikov et
+    al., arXiv 2412.08629), with c = 0 it is the gradient of DDS over 1 - sigma. Any prior works: up to a factor, the
+    x_t of a diffusion model is the (1 - sigma) x0 + sigma eps of a flow.
 
     Args:
         x0: [B,C,h,w] latent of the picture; start: [B,C,h,w] where x begins, None: x0.

@@ -7,8 +7,8 @@ from files.pictures import to_tensor
 
 
 def perceptual(device="cpu"):
-    """LPIPS (Zhang et al., arXiv 1801.03924): a differentiable function of two pictures [1,3,H,W] in [0,1] -> [], or None
-    if the package lpips is not installed."""
+    """LPIPS (Zhang et al., arXiv 1801.03924): a differentiable function of two pictures [1,3,H,W] in [0,1] -> [], or
+    None if the package lpips is not installed."""
     try:
         import lpips
     except ImportError:

@@ -20,7 +20,8 @@ from scene.box import contract
 
 @torch.no_grad()
 def diffedit_map(prior, x0, y_tgt, y_src, noises=16, level=0.5, generator=None):
-    """How much the two prompts disagree about a latent x0 [B,C,h,w]: [B,1,h,w] >= 0, step 1 of DiffEdit (arXiv 2210.11427).
+    """How much the two prompts disagree about a latent x0 [B,C,h,w]: [B,1,h,w] >= 0, step 1 of DiffEdit (arXiv
+    2210.11427).
 
     The difference of the two noise predictions at timestep `level` T, averaged over noises and channels and scaled so
     that its 98th percentile is 1, which a single extreme does not move. y_tgt, y_src: one row each.
@@ -51,7 +52,8 @@ def _widened(prior, pictures, source, target, noises):
 
 
 def local_masks(prior, pictures, source, target):
-    """Soft masks of pictures [1,3,S,S] for --local: DiffEdit's, dilated and blurred by one latent pixel, [1,1,h,w] each."""
+    """Soft masks of pictures [1,3,S,S] for --local: DiffEdit's, dilated and blurred by one latent pixel, [1,1,h,w]
+    each."""
     return [avg_pool2d(mask, 3, 1, 1, count_include_pad=False)
             for mask in _widened(prior, pictures, source, target, noises=16)]
 
@@ -77,20 +79,23 @@ def read_masks(folder, names, sides):
     found = {path.stem: path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in (".png", ".jpg")}
     stems = [Path(name).stem for name in names]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise ValueError(f"{folder}: several photographs, in different folders, are named {twice[0]}: it is unclear which "
-                         "one a mask belongs to")
+        raise ValueError(
+            f"{folder}: several photographs, in different folders, are named {twice[0]}: it is unclear which "
+            "one a mask belongs to"
+        )
     missing = [name for name in names if Path(name).stem not in found]
     if missing:
         raise ValueError(f"{folder}: {len(missing)} of {len(names)} masks are missing, e.g. one for {missing[0]}")
-    return [read_mask(found[Path(name).stem], own) for name, own in zip(names, sides)]
+    return [read_mask(found[Path(name).stem], own) for name, own in zip(names, sides, strict=False)]
 
 
 @torch.no_grad()
 def agree(representation, masks, size, cells=32):
-    """Make the masks of all training views consistent: [1,1,h,w] each -> [1,1,H,W], sides of representation.camera(view, size).
+    """Make the masks of all training views consistent: [1,1,h,w] each -> [1,1,H,W], sides of
+    representation.camera(view, size).
 
-    Each pixel votes for the scene point that it shows, and a view's new mask is the mean vote of its points, so that one
-    bad view does not leak. Where the scene is empty, a view keeps its own mask close to what the others agree on.
+    Each pixel votes for the scene point that it shows, and a view's new mask is the mean vote of its points, so that
+    one bad view does not leak. Where the scene is empty, a view keeps its own mask close to what the others agree on.
     """
     scene, extent = representation.scene, 1 if representation.scene.bounded else 2
     votes, seen = torch.zeros(2, cells ** 3), []
@@ -119,7 +124,8 @@ class Where:
         self.masks, self.sides = masks, sides
 
     def __call__(self, view, like):
-        """[1,1,h,w] for a latent `like` [B,C,h,w]. view: a number, the shift (dx, dy) of a drawing in pixels, or None."""
+        """[1,1,h,w] for a latent `like` [B,C,h,w]. view: a number, the shift (dx, dy) of a drawing in pixels, or
+        None."""
         mask = self.masks[view if isinstance(view, int) else 0].to(like)
         if isinstance(view, tuple):
             dx, dy = view

@@ -13,8 +13,8 @@ class Picture(torch.nn.Module):
     """A picture to edit; theta is its latent, which the prior's decoder draws, or the pixels themselves."""
 
     def __init__(self, pixels, prior, in_pixels=False, alpha=None):
-        """pixels: [1,3,H,W] in [0,1]; in_pixels: optimise the pixels instead of the latent; alpha: a PIL picture of mode
-        L that `save` puts back."""
+        """pixels: [1,3,H,W] in [0,1]; in_pixels: optimise the pixels instead of the latent; alpha: a PIL picture of
+        mode L that `save` puts back."""
         super().__init__()
         self.alpha, self.sides = alpha, (pixels.shape[3], pixels.shape[2])
         with torch.no_grad():

@@ -134,7 +134,8 @@ class DatasetUpdate:
     def pictures(self):
         """The views edited last as rows of a sheet: the photographs, their edits in 2D, the scene."""
         views, size = sorted(self.state["edited"][-sheets.SIDES:]), self.args.frame
-        look = lambda render: [thumbnail(to_pil(render(view)), sheets.SIDE_SIZE) for view in views]
+        def look(render):
+            return [thumbnail(to_pil(render(view)), sheets.SIDE_SIZE) for view in views]
         with torch.no_grad():
             return [("photographs", self.args.source, look(lambda view: self.source.render(view, size))),
                     (f"{TITLES[self.name]} of each", self.args.target, look(self.open().picture)),
@@ -142,7 +143,8 @@ class DatasetUpdate:
 
 
 class PictureRefinement:
-    """The paper's second stage for a single picture: AdamW moves its latent towards SDEdit's edit of its present state."""
+    """The paper's second stage for a single picture: AdamW moves its latent towards SDEdit's edit of its present
+    state."""
     resets_optimiser = True
 
     def __init__(self, scene, prior, steps, guidance, args):

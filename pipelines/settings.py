@@ -41,10 +41,12 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("suffix", str, 0, "", EVERY, "words appended to both prompts"),
     Setting("points", float, 0, None, ("svg",), "rate of the points in pixels of the model"),
     Setting("canvas_points", float, 0, None, ("svg",), None),  # the same in units of the canvas, as in the paper's code
-    Setting("smooth", float, 0, None, ("svg",), "width in pixels of the field that moves all points together; it falls to "
+    Setting("smooth", float, 0, None, ("svg",), "width in pixels of the field that moves all points together; it "
+            "falls to "
             "a quarter; 0: every point moves on its own, as in the paper"),
     Setting("colours", float, 0, 0.01, ("svg", "image", "splat"), "rate of colours and pixels"),
-    Setting("steady", bool, 0, True, ("svg",), "share one second moment of Adam among all points, one among all colours"),
+    Setting("steady", bool, 0, True, ("svg",), "share one second moment of Adam among all points, one among all "
+            "colours"),
     Setting("opacities", bool, 0, False, ("svg",), "let opaque shapes become transparent"),
     Setting("jitter", float, 0, 3.0, ("svg",), "random shift of the drawing in each step, in pixels"),
     Setting("latent", float, 0, 0.02, ("image",), "rate of the latent"),
@@ -67,14 +69,25 @@ GUIDANCE = {"pds": 100.0, "dds": 7.5, "sds": 100.0}
 RELEASED = {"identity": 1.0, "t_min": 0.02, "t_max": 0.98, "schedule": "uniform", "rates": "released"}
 PAPER = {
     "guidance": GUIDANCE,
-    "svg": RELEASED | {"steps": 1000, "t_min": 0.1, "canvas_points": 0.8, "colours": 0.01, "smooth": 0.0, "steady": False,
-                       "opacities": True, "jitter": 0.0,
-                       "suffix": ". minimal flat 2d vector image. lineal color. trending on artstation"},
-    "image": RELEASED | {"steps": 500, "guidance": GUIDANCE | {"pds": 50.0}, "latent": 0.1, "decay": 0.01, "refine": 50},
+    "svg": RELEASED
+    | {
+        "steps": 1000,
+        "t_min": 0.1,
+        "canvas_points": 0.8,
+        "colours": 0.01,
+        "smooth": 0.0,
+        "steady": False,
+        "opacities": True,
+        "jitter": 0.0,
+        "suffix": ". minimal flat 2d vector image. lineal color. trending on artstation",
+    },
+    "image": RELEASED
+    | {"steps": 500, "guidance": GUIDANCE | {"pds": 50.0}, "latent": 0.1, "decay": 0.01, "refine": 50},
     "nerf": RELEASED | {"steps": 30000, "table": 1e-2, "mlps": 1e-2},
-    "splat": RELEASED | {"steps": 30000, "means": 1.6e-4, "scales": 5e-3, "rotations": 1e-3, "opacity": 5e-2,
-                         "colours": 2.5e-3},
-    "in2n": {"steps": 15000}}
+    "splat": RELEASED
+    | {"steps": 30000, "means": 1.6e-4, "scales": 5e-3, "rotations": 1e-3, "opacity": 5e-2, "colours": 2.5e-3},
+    "in2n": {"steps": 15000},
+}
 # DreamCatalyst comes with its own guidance and timesteps (released code, dc.py).
 DREAMCATALYST = {"guidance": {"pds": 7.5}, "identity": 1.0, "t_min": 0.2, "t_max": 0.9, "schedule": "decreasing"}
 
@@ -133,7 +146,13 @@ def read_defaults(path):
     except ValueError as e:
         raise PriorError(e) from e
     owns = [("", found), *((part, found[part]) for part in PARTS if part in found)]
-    owns += [(f"{mode} {part}", own[part]) for mode, own in owns[1:] if isinstance(own, dict) for part in PARTS if part in own]
+    owns += [
+        (f"{mode} {part}", own[part])
+        for mode, own in owns[1:]
+        if isinstance(own, dict)
+        for part in PARTS
+        if part in own
+    ]
     for place, own in owns:
         if not isinstance(own, dict):
             raise PriorError(f"{path}: {place} is no object with settings")

@@ -3,12 +3,13 @@ import signal
 
 import pytest
 import torch
-from PIL import Image
 from conftest import nerf_scene, outputs
+from PIL import Image
 
 import pds
 import run
-from edit import LOSSES, DatasetUpdate
+from edit import LOSSES
+from image.updates import DatasetUpdate
 from nerf import NeRF
 from scene.reading import load_scene
 

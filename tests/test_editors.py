@@ -1,4 +1,4 @@
-"""image/editors.py: DDIM, SDEdit and DDPM inversion against diffusers' scheduler and an exact prior; DiffEdit's mask."""
+"""image/editors.py: DDIM, SDEdit, DDPM inversion against diffusers and an exact prior; DiffEdit's mask."""
 import copy
 
 import pytest
@@ -45,7 +45,8 @@ def test_ddim_carries_the_noise_to_the_data():
 
 def test_sdedit_keeps_less_of_the_source_the_less_it_skips():
     prior, x0 = GaussianPrior(), torch.full((1, 1, 8, 8), -1.0, dtype=torch.float64)
-    draw = lambda: torch.Generator().manual_seed(0)
+    def draw():
+        return torch.Generator().manual_seed(0)
     means = [sdedit(prior, x0, TGT, 20, skip, draw()).mean().item() for skip in (1, 0.85, 0.4, 0)]
     assert means == sorted(means) and abs(means[0] + 1) < 0.1 and abs(means[-1] - 2) < 0.2
     with pytest.raises(ValueError, match="skip must be in 0 .. 1, got 1.5"):
@@ -70,7 +71,8 @@ class Guided(GaussianPrior):
 
 def test_ddpm_inversion_gives_the_picture_back():
     prior, x0 = Guided(), rand(2, 1, 4, 4)
-    draw = lambda: torch.Generator().manual_seed(0)
+    def draw():
+        return torch.Generator().manual_seed(0)
     for steps, skip in ((100, 0.36), (7, 0.0), (10, 0.95)):
         again = ddpm_inversion(prior, x0, SRC, SRC, steps, skip, 3.5, 3.5, generator=draw())
         assert_close(again, x0, atol=1e-9, rtol=0)
@@ -90,7 +92,8 @@ def test_ddpm_inversion_takes_the_steps_of_diffusers_scheduler():
                               set_alpha_to_one=False, steps_offset=1)
     scheduler.set_timesteps(steps)
     generator, zero = torch.Generator().manual_seed(3), torch.zeros_like(x0)
-    draw = lambda: torch.randn(x0.shape, generator=generator).double()
+    def draw():
+        return torch.randn(x0.shape, generator=generator).double()
     times = [t.view(1) for t in scheduler.timesteps[first:]]
     noise = draw()
     path = [pds.add_noise(x0, noise, ABAR, times[0])] + [pds.add_noise(x0, draw(), ABAR, t) for t in times[1:]] + [x0]

@@ -1,10 +1,10 @@
-"""Whole frames: drawings, pictures and captures that are not square are seen, edited and given back in their own shape."""
+"""Whole frames: drawings, pictures and captures that are not square keep their own shape through an edit."""
 import json
 
 import numpy as np
 import pytest
-from PIL import Image
 from conftest import nerf_scene
+from PIL import Image
 from torch.testing import assert_close
 
 import run
@@ -68,8 +68,21 @@ def test_a_picture_that_is_not_square_keeps_its_shape_and_its_alpha(pipelines, t
     picture = Image.new("RGB", (60, 120), "tomato")
     picture.putalpha(alpha)
     picture.save(tmp_path / "tall.png")
-    assert run.main(["--image", str(tmp_path / "tall.png"), "--model", str(pipelines["sd"]), *FLAGS[:-2], *flags, "--out",
-                     str(tmp_path / "out")]) == 0
+    assert (
+        run.main(
+            [
+                "--image",
+                str(tmp_path / "tall.png"),
+                "--model",
+                str(pipelines["sd"]),
+                *FLAGS[:-2],
+                *flags,
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     assert seen == {(16, 32)}
     result = Image.open(tmp_path / "out" / "result.png")
     assert result.mode == "RGBA" and result.size == (16, 32)

@@ -1,4 +1,4 @@
-"""bench/front.py: alignment against identity, each method at its own settings; the chart, its numbers, one drawing along K."""
+"""bench/front.py: alignment against identity by method; the chart, its numbers, one drawing along K."""
 import csv
 import types
 
@@ -36,7 +36,9 @@ def test_every_method_is_run_at_its_own_settings_and_drawn(tmp_path, monkeypatch
     free = [flags for name, flags in asked if "--smooth" in flags]
     assert len(free) == 2 * len(IDENTITIES) and all(set(PAPER) <= set(flags) for flags in free)
     assert sum("dreamcatalyst" in flags for _, flags in asked) == 2
-    assert [name for name, _ in asked].count("sds") == 2 and f"done: {tmp_path / 'front.png'}" in capsys.readouterr().out
+    assert [name for name, _ in asked].count(
+        "sds"
+    ) == 2 and f"done: {tmp_path / 'front.png'}" in capsys.readouterr().out
     chart = Image.open(tmp_path / "front.png")
     colours = {colour for _, colour in chart.convert("RGB").getcolors(1 << 20)}
     assert chart.size == (900, 560) and {(0xd9, 0x48, 0x0f), (0x2f, 0x5f, 0xd0)} <= colours

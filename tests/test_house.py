@@ -13,7 +13,7 @@ DOORS = {
     "prior": ["pipelines", "files"], "toy": ["pds", "pipelines", "files"],
     "svg_raster": ["svg", "loop", "files"], "nerf": ["scene", "loop", "files"], "splat": ["scene", "loop", "files"],
     "edit": ["pds", "image", "loop", "files"],
-    "options": ["pds", "edit", "pipelines", "scene", "loop", "files"],
+    "options": ["pds", "edit", "image", "pipelines", "scene", "loop", "files"],
     "run": ["options", "edit", "toy", "prior", "svg_raster", "nerf", "splat", "image", "scene", "loop", "files"],
     "bench": ["run", "options", "edit", "toy", "prior", "svg_raster", "nerf", "splat", "pds", "image", "scene", "svg",
               "pipelines", "loop", "files"],
@@ -31,7 +31,8 @@ def room(path):
 
 
 def imports(path):
-    """The dotted names of all modules that a file imports, those inside of functions too; "a.b" of `from a import b`."""
+    """The dotted names of all modules that a file imports, those inside of functions too; "a.b" of `from a import
+    b`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -61,12 +62,18 @@ def test_a_folder_says_its_subject_and_nothing_else(name):
 def test_a_room_imports_only_what_it_may(name):
     for path in FILES:
         if room(path) == name:
-            assert first(imports(path)) & {*DOORS, "tests"} <= {*DOORS[name], *([name] if name in FOLDERS else [])}, path
+            assert first(imports(path)) & {*DOORS, "tests"} <= {*DOORS[name], *([name] if name in FOLDERS else [])}, (
+                path
+            )
 
 
 def test_the_imports_make_no_circle():
     tuple(graphlib.TopologicalSorter(DOORS).static_order())  # raises CycleError
-    tuple(graphlib.TopologicalSorter({name: imports(path) & WITHIN.keys() for name, path in WITHIN.items()}).static_order())
+    tuple(
+        graphlib.TopologicalSorter(
+            {name: imports(path) & WITHIN.keys() for name, path in WITHIN.items()}
+        ).static_order()
+    )
 
 
 def test_pds_and_its_tests_need_torch_and_pytest_alone():

@@ -1,12 +1,12 @@
-"""run.py's flags that keep an edit whole or in its place, from --smooth to --only; without them the steps of the paper."""
+"""Flags that keep an edit whole or in its place, from --smooth to --only; without them the paper's steps."""
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from conftest import ROOT, nerf_scene
+from PIL import Image
 from torch.testing import assert_close
 
 import pds
@@ -51,13 +51,13 @@ def test_without_its_helps_an_edit_takes_the_steps_of_the_paper(smiling):
         x0_tgt = prior.encode(own.render(view))
         t = pds.sample_timesteps(1, 1000, 0.1, 0.98, generator=generator)
         loss = pds.pds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t, generator=generator)
-        for group, rate in zip(adam.param_groups, rates):
+        for group, rate in zip(adam.param_groups, rates, strict=False):
             group["lr"] = rate * min(1, (step + 1) / 10, 2 - 2 * step / 12)
         adam.zero_grad()
         loss.backward()
         adam.step()
         own.project_()
-    assert all(torch.equal(a, b) for a, b in zip(scene.parameters(), own.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(scene.parameters(), own.parameters(), strict=False))
     moved = scene.points.detach() - scene.loaded["points"]
     recorded = torch.tensor([[-0.335056, -0.107124], [-0.409477, -0.387749], [-0.378101, -0.335972]])
     assert_close(moved[:3], recorded, atol=2e-3, rtol=0)
@@ -160,8 +160,24 @@ def test_an_edit_of_a_masked_place_in_a_scene(small_pictures, pipelines, tmp_pat
     (tmp_path / "masks").mkdir()
     for name in names:
         Image.fromarray(np.uint8([[255, 0], [255, 0]])).save(tmp_path / "masks" / f"{name.split('/')[-1]}.png")
-    flags = ["--mode", mode, "--scene", str(tmp_path / "scene"), "--fit-seconds", "1", "--device", "cpu", "--source", "a",
-             "--target", "b", "--model", str(pipelines["sd"]), "--steps", "3"]
+    flags = [
+        "--mode",
+        mode,
+        "--scene",
+        str(tmp_path / "scene"),
+        "--fit-seconds",
+        "1",
+        "--device",
+        "cpu",
+        "--source",
+        "a",
+        "--target",
+        "b",
+        "--model",
+        str(pipelines["sd"]),
+        "--steps",
+        "3",
+    ]
     for name, own in (("local", ["--local"]), ("mask", ["--mask", str(tmp_path / "masks")]), ("free", [])):
         assert run.main([*flags, *own, "--out", str(tmp_path / "out" / name)]) == 0
     results = {(tmp_path / "out" / name / "result.png").read_bytes() for name in ("local", "mask", "free")}
@@ -191,8 +207,22 @@ class Sheet(torch.nn.Module):
 @pytest.mark.parametrize("rates", ["settle", "released"])
 def test_a_scene_is_held_to_its_photographs_outside_of_the_masks(pipelines, rates):
     prior = Prior.from_pretrained(pipelines["sd"])
-    flags = ["--mode", "nerf", "--scene", ".", "--source", "a cat", "--target", "a dog", "--guidance", "3", "--rates", rates]
-    draw = lambda seed: torch.Generator().manual_seed(seed)
+    flags = [
+        "--mode",
+        "nerf",
+        "--scene",
+        ".",
+        "--source",
+        "a cat",
+        "--target",
+        "a dog",
+        "--guidance",
+        "3",
+        "--rates",
+        rates,
+    ]
+    def draw(seed):
+        return torch.Generator().manual_seed(seed)
     before, after = (torch.rand(1, 3, 16, 16, generator=draw(seed)) for seed in (0, 1))
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., :8] = 1
@@ -210,8 +240,16 @@ def test_a_scene_is_held_to_its_photographs_outside_of_the_masks(pipelines, rate
     t = pds.sample_timesteps(1, 1000, 0.02, 0.98, generator=generator)
     x0_tgt, x0_src = prior.encode(theta), prior.encode(before).detach()
     scale = 1 / x0_src.numel() if rates == "released" else 1
-    wanted = scale * pds.pds_loss(prior.at(3.0), x0_tgt, x0_src, prior.embed("a dog"), prior.embed("a cat"), t, generator=generator,
-                                  mask=torch.nn.functional.interpolate(mask, size=x0_src.shape[2:], mode="area"))
+    wanted = scale * pds.pds_loss(
+        prior.at(3.0),
+        x0_tgt,
+        x0_src,
+        prior.embed("a dog"),
+        prior.embed("a cat"),
+        t,
+        generator=generator,
+        mask=torch.nn.functional.interpolate(mask, size=x0_src.shape[2:], mode="area"),
+    )
     wanted.backward()
     assert_close(loss, wanted.detach())
     assert_close(found, theta.grad + 0.6 * scale * (1 - mask) * (after - before), atol=1e-6, rtol=1e-5)

@@ -1,11 +1,11 @@
-"""image/masks.py: masks of the user, DiffEdit's, views that vote on the points of a scene, a mask that moves with a drawing."""
+"""image/masks.py: the user's masks, DiffEdit's, views that vote on points, a mask that moves with a drawing."""
 import copy
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from conftest import rand
+from PIL import Image
 from torch.testing import assert_close
 
 from image.masks import Where, agree, local_masks, read_mask, read_masks

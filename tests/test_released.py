@@ -1,4 +1,4 @@
-"""The paper's released settings and arithmetic: defaults by mode, its 2D stages, its refining stage, Instruct-NeRF2NeRF."""
+"""The paper's released settings and arithmetic: defaults by mode, 2D stages, refining, Instruct-NeRF2NeRF."""
 import json
 import math
 import sys
@@ -6,8 +6,8 @@ import types
 
 import pytest
 import torch
-from PIL import Image
 from conftest import ABAR, nerf_scene, rand
+from PIL import Image
 from torch.testing import assert_close
 
 import options
@@ -36,7 +36,9 @@ TABLE = {  # of the released code, by mode
 @pytest.mark.parametrize("mode", TABLE)
 def test_a_model_without_settings_gets_the_papers(mode, pipelines, tmp_path, monkeypatch, small_pictures):
     file = {"svg": tmp_path / "face.svg", "image": tmp_path / "face.png"}.get(mode, tmp_path / "scene")
-    (tmp_path / "face.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 16'><rect width='9' height='9'/></svg>")
+    (tmp_path / "face.svg").write_text(
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 16'><rect width='9' height='9'/></svg>"
+    )
     Image.new("RGB", (20, 10), "tomato").save(tmp_path / "face.png")
     if file.name == "scene":
         nerf_scene(file)
@@ -47,8 +49,21 @@ def test_a_model_without_settings_gets_the_papers(mode, pipelines, tmp_path, mon
         return [snapshot(scene)], False
     monkeypatch.setattr(run, "edit", no_steps)
     what = ["--scene", str(file), "--fit-seconds", "0.5"] if file.name == "scene" else [f"--{mode}", str(file)]
-    flags = ["--mode", mode, *what, "--source", "a", "--target", "b", "--model", str(pipelines["sd"]), "--device", "cpu",
-             "--out", str(tmp_path / "out" / "edit")]
+    flags = [
+        "--mode",
+        mode,
+        *what,
+        "--source",
+        "a",
+        "--target",
+        "b",
+        "--model",
+        str(pipelines["sd"]),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "out" / "edit"),
+    ]
     assert run.main(flags) == 0
     config = json.loads((tmp_path / "out" / "edit" / "config.json").read_text())
     assert {key: config[key] for key in TABLE[mode]} == TABLE[mode] and config["rates"] == "released"
@@ -69,10 +84,32 @@ def test_a_model_without_settings_gets_the_papers(mode, pipelines, tmp_path, mon
 
 
 def test_every_setting_of_the_paper_has_a_flag_that_wins(pipelines):
-    prior = types.SimpleNamespace(size=16, multiple=8, abar=ABAR, defaults=Prior.from_pretrained(pipelines["sd"]).defaults)
-    flags = {"steps": 3, "guidance": 4, "t_min": 0.3, "t_max": 0.9, "schedule": "decreasing", "rates": "settle",
-             "identity": 0.2, "suffix": "!", "points": 0.1, "colours": 0.2, "colours_t_min": 0.4, "smooth": 5, "jitter": 1,
-             "latent": 0.3, "decay": 0.4, "table": 0.5, "mlps": 0.6, "means": 0.7, "scales": 0.8, "rotations": 0.9, "opacity": 0.11}
+    prior = types.SimpleNamespace(
+        size=16, multiple=8, abar=ABAR, defaults=Prior.from_pretrained(pipelines["sd"]).defaults
+    )
+    flags = {
+        "steps": 3,
+        "guidance": 4,
+        "t_min": 0.3,
+        "t_max": 0.9,
+        "schedule": "decreasing",
+        "rates": "settle",
+        "identity": 0.2,
+        "suffix": "!",
+        "points": 0.1,
+        "colours": 0.2,
+        "colours_t_min": 0.4,
+        "smooth": 5,
+        "jitter": 1,
+        "latent": 0.3,
+        "decay": 0.4,
+        "table": 0.5,
+        "mlps": 0.6,
+        "means": 0.7,
+        "scales": 0.8,
+        "rotations": 0.9,
+        "opacity": 0.11,
+    }
     words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     args = options.complete(run.parse(["--mode", "svg", *words, "--steady", "--no-opacities"]), prior, "pds")
     assert {key: getattr(args, key) for key in flags} == flags and args.steady and not args.opacities
@@ -82,7 +119,8 @@ def test_every_setting_of_the_paper_has_a_flag_that_wins(pipelines):
 
 def test_dreamcatalyst_brings_its_own_guidance_and_timesteps(pipelines):
     prior = Prior.from_pretrained(pipelines["sd"])
-    asked = lambda *flags: options.complete(run.parse(["--mode", "nerf", "--coefficients", "dreamcatalyst", *flags]), prior, "pds")
+    def asked(*flags):
+        return options.complete(run.parse(["--mode", "nerf", "--coefficients", "dreamcatalyst", *flags]), prior, "pds")
     args = asked()
     assert (args.guidance, args.t_min, args.t_max, args.schedule, args.identity) == (7.5, 0.2, 0.9, "decreasing", 1)
     assert (asked("--guidance", "3").guidance, asked("--t-max", "0.5").t_max) == (3, 0.5)
@@ -139,8 +177,24 @@ def picture_run(tmp_path, steps, refine):
     pixels = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(1))
     scene, source = Picture(pixels, prior).double(), Picture(pixels, prior).double()
     start = scene.theta.detach().clone()
-    args = options.complete(run.parse(["--mode", "image", "--source", "a dog", "--target", "a cat", "--steps", str(steps),
-                                       "--refine", str(refine)]), prior, "pds")
+    args = options.complete(
+        run.parse(
+            [
+                "--mode",
+                "image",
+                "--source",
+                "a dog",
+                "--target",
+                "a cat",
+                "--steps",
+                str(steps),
+                "--refine",
+                str(refine),
+            ]
+        ),
+        prior,
+        "pds",
+    )
     stages = stages_of(scene, source, prior, "pds", args)
     edit(scene, scene.param_groups(args.latent, args.decay), stages[-1 if steps == 1 else 0:], prior, args, tmp_path)
     return prior, start, scene.theta.detach()
@@ -172,7 +226,8 @@ def test_the_2d_stage_is_that_of_the_released_notebook(tmp_path):
 
 
 def test_the_2d_refining_stage_is_that_of_the_released_notebook(tmp_path):
-    """A new AdamW draws the latent to SDEdit's edit of what it is now, at guidance 15; 16, 17 or 18 of 20 steps skipped."""
+    """A new AdamW draws the latent to SDEdit's edit of what it is now, at guidance 15; 16, 17 or 18 of 20 steps
+    skipped."""
     prior, start, ours = picture_run(tmp_path, 1, 5)
     x, generator = start.clone().requires_grad_(), torch.Generator().manual_seed(0)
     adam, y = torch.optim.AdamW([x], lr=0.1), prior.embed("a cat")
@@ -311,11 +366,15 @@ def test_dreamcatalyst_with_an_editor_has_no_text_on_the_side_of_the_source(pipe
     for x0, y in ((scene.theta.detach(), editor.embed("make it a cat")), (source.theta.detach(), None)):
         x_t = (ABAR[t].sqrt() * x0 + (1 - ABAR[t]).sqrt() * noise).float()
         null = editor.unconditional()
-        call = lambda words, told: editor._predict(x_t, torch.tensor([t]), [words], [told])[0]
+
+        def call(words, told, x_t=x_t):
+            return editor._predict(x_t, torch.tensor([t]), [words], [told])[0]
         plain, seen = call(null, torch.zeros_like(image)), call(null, image)
         eps.append(plain + 1.5 * (seen - plain) + (7.5 * (call(y, image) - seen) if y else 0))
     tau = (t - 1) / 1000
-    wanted = (0.2 + 0.8 * tau ** (1 / math.e)) * (eps[0] - eps[1]) + 0.075 * math.exp(tau) * (scene.theta - source.theta)
+    wanted = (0.2 + 0.8 * tau ** (1 / math.e)) * (eps[0] - eps[1]) + 0.075 * math.exp(tau) * (
+        scene.theta - source.theta
+    )
     assert_close(scene.theta.grad * scene.theta.numel(), wanted.detach(), atol=1e-5, rtol=1e-5)
 
 

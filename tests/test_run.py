@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from conftest import ROOT, nerf_scene, outputs
+from PIL import Image
 
 import run
 from edit import MODES, SCENES
@@ -24,7 +24,14 @@ def test_a_run_writes_its_files_and_repeats_itself(command, tmp_path, mode, flag
     assert command(*flags, mode=mode) == 0 and command(*flags, mode=mode, out="again") == 0
     first = outputs(tmp_path / "out")
     suffix = "svg" if mode == "svg" else "png"
-    assert set(first) >= {f"source.{suffix}", "source.png", f"result.{suffix}", "result.png", "progress.gif", "sheet.png"}
+    assert set(first) >= {
+        f"source.{suffix}",
+        "source.png",
+        f"result.{suffix}",
+        "result.png",
+        "progress.gif",
+        "sheet.png",
+    }
     assert first == outputs(tmp_path / "again")
     assert first["result.png"] != first["source.png"]
     assert command(*flags, "--seed", 1, mode=mode, out="other") == 0
@@ -62,8 +69,28 @@ def test_an_editor_that_is_none_is_refused(command, pipelines, tmp_path, capsys)
     assert command("--loss", "in2n", "--instruct", ROOT / "models" / "emoji", mode="image") == 2
     assert "made for 64 pixels" in capsys.readouterr().err and not (tmp_path / "out").exists()
     nerf_scene(tmp_path / "scene")
-    assert run.main(["--scene", str(tmp_path / "scene"), "--source", "a face", "--target", "a cat", "--compare", "pds", "in2n",
-                     "--model", str(pipelines["sd"]), "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    assert (
+        run.main(
+            [
+                "--scene",
+                str(tmp_path / "scene"),
+                "--source",
+                "a face",
+                "--target",
+                "a cat",
+                "--compare",
+                "pds",
+                "in2n",
+                "--model",
+                str(pipelines["sd"]),
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 2
+    )
     assert "no InstructPix2Pix model" in capsys.readouterr().err
     assert not list(tmp_path.glob("*-fit.pt"))  # it is said before anything is fitted
 
@@ -130,10 +157,16 @@ def test_bad_flags_are_refused_by_the_parser(command, flags, capsys):
     assert e.value.code == 2 and flags[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--fit-only"], "--fit-only: only with --mode nerf and splat"), (["--latent", "1"], "--latent: only with --mode image"),
-    (["--refine", "3"], "--refine: only with --mode image and nerf and splat"), (["--list", "edits.txt"], "--list"),
-    (["--image", "a.png"], "--svg and --image name two things to edit: choose one")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--fit-only"], "--fit-only: only with --mode nerf and splat"),
+        (["--latent", "1"], "--latent: only with --mode image"),
+        (["--refine", "3"], "--refine: only with --mode image and nerf and splat"),
+        (["--list", "edits.txt"], "--list"),
+        (["--image", "a.png"], "--svg and --image name two things to edit: choose one"),
+    ],
+)
 def test_options_of_another_mode_are_refused(command, flags, message, capsys):
     with pytest.raises(SystemExit) as e:
         command(*flags)

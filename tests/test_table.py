@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from conftest import ABAR, DRAWING, ROOT, rand
+from PIL import Image
 
 import run
-from files import sheets
 import toy
 from bench.__main__ import main as measure
 from bench.edits import read_edits
 from bench.figures import Clip, log_odds, ssim
+from files import sheets
 from files.sheets import beside
 from files.writing import write
 from image.figures import psnr
@@ -41,7 +41,7 @@ def test_psnr_and_ssim_have_their_known_values():
     a, b = a[..., :11, :11], b[..., :11, :11]
     line = np.exp(-np.arange(-5, 6) ** 2 / (2 * 1.5 ** 2))
     weights, values = np.outer(line, line).ravel(), []
-    for x, y in zip(a[0].flatten(1).numpy(), b[0].flatten(1).numpy()):
+    for x, y in zip(a[0].flatten(1).numpy(), b[0].flatten(1).numpy(), strict=False):
         (vx, vxy), (_, vy) = np.cov(x, y, aweights=weights, ddof=0)
         mx, my = np.average(x, weights=weights), np.average(y, weights=weights)
         values.append((2 * mx * my + 1e-4) * (2 * vxy + 9e-4) / ((mx ** 2 + my ** 2 + 1e-4) * (vx + vy + 9e-4)))
@@ -57,7 +57,7 @@ def test_log_odds_are_those_of_the_exact_prior():
     assert prior.guidance == 3.0
     # the long form: a loop over the timesteps, the noise prediction of one Gaussian written out
     noises, terms = torch.randn(8, 2, 1, 1, generator=torch.Generator().manual_seed(0)).double(), []
-    for noise, t in zip(noises.view(8, 2), range(200, 901, 100)):
+    for noise, t in zip(noises.view(8, 2), range(200, 901, 100), strict=False):
         x_t = ABAR[t].sqrt() * means[1, 0] + (1 - ABAR[t]).sqrt() * noise
         var = ABAR[t] * prior.sigma ** 2 + 1 - ABAR[t]
         predictions = [(1 - ABAR[t]).sqrt() * (x_t - ABAR[t].sqrt() * mean[0]) / var for mean in means]
@@ -79,8 +79,23 @@ def edits(pipelines, tmp_path, monkeypatch, capsys):
 
     def call(*flags, out="out"):
         capsys.readouterr()
-        code = measure(["edits", "--list", str(tmp_path / "list.txt"), "--model", str(tmp_path / "model"), "--compare", "sds",
-                        "pds", "--device", "cpu", "--out", str(tmp_path / out), *map(str, flags)])
+        code = measure(
+            [
+                "edits",
+                "--list",
+                str(tmp_path / "list.txt"),
+                "--model",
+                str(tmp_path / "model"),
+                "--compare",
+                "sds",
+                "pds",
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path / out),
+                *map(str, flags),
+            ]
+        )
         return code, capsys.readouterr().out.splitlines()
     return call
 
@@ -120,7 +135,7 @@ def test_the_table_holds_the_means_and_stands_when_it_is_made(edits, tmp_path, m
     assert printed[0] == ["mode", "loss", "edits", "log-odds", "read", "PSNR", "SSIM", "s", "MB"]
     assert [p[:3] for p in printed[1:]] == [[m, n, "1"] for m in ("svg", "image") for n in ("source", "sds", "pds")]
     assert len(printed[1]) == 5 and float(printed[1][3]) == round(float(rows[0]["before"]), 2)
-    for p, row in zip(printed[2:4] + printed[5:], rows):
+    for p, row in zip(printed[2:4] + printed[5:], rows, strict=False):
         assert p[4] == ("1/1" if float(row["log-odds"]) > 0 else "0/1")
         assert [float(p[5]), float(p[6])] == [round(float(row["PSNR"]), 1), round(float(row["SSIM"]), 3)]
         assert float(row["s"]) > 0 and float(row["MB"]) > 50
@@ -191,8 +206,7 @@ def test_the_list_of_the_examples_is_the_default(edits, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory):
-    from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
-    from transformers import CLIPImageProcessor
+    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
     folder = tmp_path_factory.mktemp("clip")
     tokens = AutoTokenizer.from_pretrained(ROOT / "models" / "emoji" / "tokenizer")
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -283,9 +297,9 @@ def test_a_loss_that_is_not_finite_names_its_edit(fake_edits, monkeypatch, capsy
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is counted anew on Linux alone")
 def test_the_peak_of_memory_is_counted_anew():
     """In a process of its own: one that has freed much takes what it needs from there."""
-    code = ("import torch; from bench.figures import peak, restart_peak; device = torch.device('cpu'); restart_peak(device); before = peak(device); "
-            "torch.ones(2 ** 25); print(peak(device) - before); restart_peak(device); "
-            "print(peak(device) - before)")
+    code = ("import torch; from bench.figures import peak, restart_peak; device = torch.device('cpu'); "
+            "restart_peak(device); before = peak(device); torch.ones(2 ** 25); print(peak(device) - before); "
+            "restart_peak(device); print(peak(device) - before)")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     with_it, anew = map(float, out.split())
     assert 100 < with_it < 200 and anew < 60  # 128 MB, given back at once

@@ -7,8 +7,8 @@ import types
 
 import pytest
 import torch
-from PIL import Image
 from conftest import ABAR, ROOT
+from PIL import Image
 from torch.testing import assert_close
 
 
@@ -53,11 +53,14 @@ def test_augmented_drawings_keep_what_they_should(train):
     assert_close(turned[[0, 2]], plain[[0, 2]], atol=1e-5, rtol=0)  # black and grey have no hue
     assert (turned[1] - plain[1]).abs().amax() > 0.2 and turned.min() >= 0 and turned.max() <= 1
     warped = train.augment(rgba, torch.Generator().manual_seed(1), white=1.0, strength=0.0, warp=0.05)
-    area = lambda x: (1 - x[0]).sum()
+    def area(x):
+        return (1 - x[0]).sum()
     assert 0.7 * area(plain) < area(warped) < 1.4 * area(plain) and (warped - plain).abs().amax() > 0.3
     rgba[0, 3, :, 32:64] = 0
     seen = train.augment(rgba, torch.Generator(), white=1.0, strength=0.0)
-    mirrored = train.augment(rgba, torch.Generator(), white=1.0, strength=0.0, mirrored=torch.tensor([True, False, True]))
+    mirrored = train.augment(
+        rgba, torch.Generator(), white=1.0, strength=0.0, mirrored=torch.tensor([True, False, True])
+    )
     assert_close(mirrored, torch.stack([seen[0].flip(-1), seen[1], seen[2]]), atol=1e-5, rtol=0)
     assert (mirrored[0] - seen[0]).abs().amax() > 0.9
 
@@ -74,7 +77,10 @@ def test_names_that_share_a_word(train):
 
 
 def test_contrast_pulls_where_the_wrong_caption_fits_better(train):
-    right, wrong = torch.tensor([0.05, 0.05, 0.05], requires_grad=True), torch.tensor([0.2, 0.05, 0.0], requires_grad=True)
+    right, wrong = (
+        torch.tensor([0.05, 0.05, 0.05], requires_grad=True),
+        torch.tensor([0.2, 0.05, 0.0], requires_grad=True),
+    )
     value = train.contrast(right, wrong, width=0.01)
     value.sum().backward()
     assert_close(value[1].item(), 0.01 * math.log(2))
@@ -130,9 +136,11 @@ def test_the_last_weights_are_mixed_with_those_of_the_least_held_out_loss(train,
     clock = iter(range(0, 10000, 180))
     monkeypatch.setattr(train, "time", types.SimpleNamespace(time=lambda: next(clock)))  # three minutes a step
     torch.manual_seed(0)
-    start = lambda: train.Run(tmp_path / "net.pt", {"net": torch.nn.Linear(2, 2)}, 0.1, 12)
+    def start():
+        return train.Run(tmp_path / "net.pt", {"net": torch.nn.Linear(2, 2)}, 0.1, 12)
     run, held_out, lines = start(), iter(losses), []
-    weight = lambda: run.ema["net"].weight.clone()
+    def weight():
+        return run.ema["net"].weight.clone()
     exported = [weight()]  # what it begins with may be the best
     run.train(lambda: (run.modules["net"].weight - 1).square().sum(), lambda net: torch.tensor(next(held_out)),
               lambda: exported.append(weight()), lines.append, share=0.75)
@@ -188,7 +196,8 @@ class Answers(torch.nn.Module):
 
 
 def test_a_student_of_the_velocity_learns_what_its_teacher_means(train):
-    """No error for the student that says (eps - x) / (1 - sigma); noisier than the teacher knows, that of the picture."""
+    """No error for the student that says (eps - x) / (1 - sigma); noisier than the teacher knows, that of the
+    picture."""
     import diffusers
     scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     text = Answers(None)
