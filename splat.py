@@ -440,11 +440,10 @@ class Splats(Representation):
 
     @classmethod
     def fit(cls, scene, seconds=None, steps=None, seed=0, checkpoint=None, device="cpu", progress=True, **sizes):
-        """Fit new splats to the training views of a scene, one view per step.
+        """Fit new splats to the training views of a scene, one view per step: Adam on the absolute difference.
 
-        Adam on the absolute difference. The paper's structural similarity is left out: it made a step on a CPU a third
-        slower and the test PSNR of the apple no better. Objects are fitted on random backgrounds, which only the true
-        opacity explains.
+        Without the paper's structural similarity, which made a step on a CPU a third slower and no fit better. Objects
+        are fitted on random backgrounds, which only the true opacity explains.
 
         Args:
             seconds: process CPU time on a CPU, wall time elsewhere; 60 if neither it nor steps is given.
@@ -459,9 +458,8 @@ class Splats(Representation):
             ValueError: the checkpoint is damaged, or of another scene or other sizes.
             FloatingPointError: the loss is not finite.
         """
-        device = torch.device(device)
+        device, scene = torch.device(device), undistorted(scene)
         sizes = cls.sizes(device) | sizes
-        scene = undistorted(scene)
         course = Course(scene, sizes, cls.CHECKS, seconds, steps, checkpoint, device)
         generator, = parallel.streams(seed, 1)
         if course.saved:
@@ -471,7 +469,7 @@ class Splats(Representation):
         splats.to(device)
         # for each Gaussian, the sum of the gradients of its mean on the screen, and the number of pictures with one
         moved = course.saved["moved"] if course.saved else torch.zeros(2, len(splats.means), device=device)
-        # several times the paper's rates: it takes 30,000 steps, a minute on a CPU has 2,000
+        # several times the paper's rates: a minute on a CPU has 2,000 steps, not 30,000
         optimiser = torch.optim.Adam(splats.param_groups(4e-3, 4e-2, 2e-2, 1e-1, 4e-2), betas=(0.9, 0.99), fused=True)
         rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
 

@@ -25,6 +25,10 @@ ICONS = [("icons", dict(nargs="+", help="icons.json of an iconify set")),
 FITS = [("scene", {}), ("--downscale", dict(type=int, default=1)), SEED, ("--device", dict(default="cpu")),
         ("--at", dict(type=float, nargs="+", default=[10, 30, 60], help="seconds of process CPU time, one fit each")),
         ("--bars", dict(type=float, nargs="+", help="PSNR that each must reach"))]
+PROBE = [("icons", dict(help="folder of the icon sets, as of models/emoji/train.py")), MODEL,
+         ("--trainer", dict(default="models/emoji/train.py", help="the script whose recolouring paints")),
+         ("--work", dict(type=Path, default=Path("out/colours"), help="folder of the rendered drawings")),
+         ("--noises", dict(type=COUNT, default=8))]
 COMMANDS = {  # name: (module and function of this folder, help, arguments)
     "edits": ("edits.edits", "every edit of a list by several methods: one table, sheets", [
         ("--list", dict(type=Path, default=EXAMPLES / "edits.txt", help="the edits (default: examples/edits.txt)")),
@@ -81,6 +85,9 @@ COMMANDS = {  # name: (module and function of this folder, help, arguments)
     "local": ("local.local", "--local on the ball, alone and on a ground: what it keeps", [
         ("--mode", dict(choices=["nerf", "splat"], default="nerf")),
         ("--out", dict(default="out/local", help="folder of the results, which are reused (default: out/local)"))]),
+    "colours": ("colours.colours", "colours that a prior tells apart, on painted and on natural drawings", [
+        *PROBE, ("--nouns", dict(type=COUNT, default=60)), ("--natural", dict(type=COUNT, default=20))]),
+    "colours-pull": ("colours.pull", "how far one denoising step leads a wrong colour back to the caption's", PROBE),
     "step": ("step.step", "a PDS step of run.py: the network, and everything else", [
         ("--steps", dict(type=number(int, 3), default=200))]),
     "memory": ("memory.memory", "the memory of a PDS step by part", [

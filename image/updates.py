@@ -5,6 +5,8 @@
 
 PictureRefinement is the same for a single picture: the paper's second stage in two dimensions.
 """
+import warnings
+
 import torch
 
 from files import sheets
@@ -46,6 +48,9 @@ class DatasetUpdate:
                        "rounds": count}
         if name == "in2n":
             self.editor, self.lpips = editor.at(guidance, args.image_guidance), perceptual(prior.device)
+            if self.lpips is None:
+                warnings.warn("lpips is not installed: IN2N runs without its perceptual term (pip install lpips)",
+                              stacklevel=2)
             self.y_edit = editor.embed(instruction(args))
 
     @torch.no_grad()

@@ -49,9 +49,8 @@ def test_augmented_drawings_keep_what_they_should(train):
     plain = train.augment(rgba, torch.Generator(), white=1.0, strength=0.0)
     assert_close(plain, torch.nn.functional.avg_pool2d(
         rgba[:, :3] / 255 * (rgba[:, 3:] / 255) + 1 - rgba[:, 3:] / 255, 2), atol=1e-5, rtol=0)
-    turned = train.augment(rgba, torch.Generator().manual_seed(1), white=1.0, strength=0.0, turned=torch.ones(3))
-    assert_close(turned[[0, 2]], plain[[0, 2]], atol=1e-5, rtol=0)  # black and grey have no hue
-    assert (turned[1] - plain[1]).abs().amax() > 0.2 and turned.min() >= 0 and turned.max() <= 1
+    red = train.augment(rgba[1:2], torch.Generator().manual_seed(1), white=1.0)[0]
+    assert red[0, 24:40, 24:40].min() > red[1:, 24:40, 24:40].max() + 0.3  # however it is augmented, it stays red
     warped = train.augment(rgba, torch.Generator().manual_seed(1), white=1.0, strength=0.0, warp=0.05)
     def area(x):
         return (1 - x[0]).sum()
@@ -66,14 +65,56 @@ def test_augmented_drawings_keep_what_they_should(train):
 
 
 def test_names_are_drawn_equally_often(train):
-    captions = [["cat", "kitty"], ["cat", "kitty"], ["cat", "kitty"], ["letter g", "g"], ["red car"], ["red car"]]
-    assert_close(train.shares(captions), torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0, 0.125, 0.125]))
+    captions = [["cat", "meow"], ["cat", "meow"], ["cat", "meow"], ["owl", "o"], ["red car"], ["red car"], []]
+    # a name as often as any other, recoloured drawings less often, and never one without a caption
+    assert_close(train.shares(captions), torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0, 0.15, 0.15, 0.0]))
 
 
 def test_names_that_share_a_word(train):
     like = train.alike(["letter a", "letter b", "red letter", "red car", "owl", "owl"])
     assert like["letter a"] == ["letter b", "red letter"] and like["red letter"] == ["letter a", "letter b", "red car"]
     assert like["owl"] == ["letter a", "letter b", "red car", "red letter"]
+
+
+def square(colour):
+    """RGBA uint8 [4,128,128]: a square of one colour on nothing, with a white square in it."""
+    rgba = torch.zeros(4, 128, 128, dtype=torch.uint8)
+    rgba[:3, 32:96, 32:96] = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
+    rgba[3, 32:96, 32:96] = 255
+    rgba[:3, 48:56, 48:56] = 255
+    return rgba
+
+
+@pytest.mark.parametrize("name", ["red", "yellow", "green", "blue", "purple", "brown", "white", "black"])
+def test_recoloured_drawings_have_the_named_colour_and_keep_their_highlights(train, name):
+    """From a dull purple, which turning the hue alone leaves dark."""
+    painted = train.recolour(square((120, 70, 140)), name)
+    wanted = [int(train.PAINTS[name][0][i:i + 2], 16) for i in (1, 3, 5)]
+    got = painted[:3, 70:90, 70:90].float().mean((1, 2))
+    assert (got - torch.tensor(wanted)).abs().max() < 12, got
+    assert painted[:3, 50:54, 50:54].float().min() > 235 and torch.equal(painted[3], square((0, 0, 0))[3])
+    assert train.colour_of(train.dominant(painted)) == name
+
+
+def test_the_colour_of_a_drawing_goes_into_its_captions(train, tmp_path, monkeypatch):
+    words = {"fox": ["fox", "COLOUR fox"], "car": ["car", "auto", "COLOUR car"], "red-book": ["red book"],
+             "panda": ["panda"]}
+    monkeypatch.setattr(train, "vocabulary", lambda: words)
+    rgba = torch.stack([square(c) for c in ((247, 133, 27), (44, 123, 224), (229, 48, 45), (150, 156, 163))])
+    monkeypatch.setattr(train, "render_icons", lambda *_: (["fox", "car", "red-book", "panda"], rgba))
+    found = train.items("icons", ["set"], tmp_path)
+    first = [found.drawing.index(k) for k in range(4)]
+    assert [found.captions[i] for i in first] == [["fox", "orange fox"], ["car", "auto", "blue car"], ["red book"],
+                                                  ["panda", "grey panda"]]
+    # a fox is orange without saying so, a car has any colour: only the words that tell the colour teach it
+    assert [found.telling[i] for i in first] == [["fox"], ["blue car"], ["red book"], ["panda"]]
+    foxes, cars = ([c for c, k in zip(found.captions, found.drawing, strict=True) if k == n][1:] for n in (0, 1))
+    assert len(foxes) == len(cars) == 4
+    assert all(len(c) == 1 and c[0].endswith(" fox") and c[0] != "orange fox" for c in foxes)
+    assert all(c[0].endswith(" car") and c[1] == "car" for c in cars)
+    assert [c for c, k in zip(found.captions, found.drawing, strict=True) if k == 3][1:] == [[], []]
+    again = train.items("icons", ["set"], tmp_path)  # from the cache
+    assert again.captions == found.captions and torch.equal(again.rgba, found.rgba)
 
 
 def test_contrast_pulls_where_the_wrong_caption_fits_better(train):
@@ -97,7 +138,7 @@ def test_dropout_is_in_the_residual_blocks_alone(train):
 
 
 @pytest.mark.parametrize("flags, said", [(["--icons", "nowhere"], "there is no nowhere/noto/icons.json, and 6 more"),
-                                         (["--icons", "x", "--pool", "1"], "--pool has to be at least 2")])
+                                         (["--icons", "x", "--drawings", "0"], "--drawings has to be at least 1")])
 def test_bad_input_of_the_training(train, flags, said, monkeypatch, capsys, tmp_path):
     work = tmp_path / "work"
     work.mkdir()

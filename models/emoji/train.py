@@ -21,14 +21,21 @@ import re
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import resvg_py
 import torch
 import torch.nn.functional as F
-from diffusers import (AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler,
-                       StableDiffusionInstructPix2PixPipeline, StableDiffusionPAGPipeline, StableDiffusionPipeline,
-                       UNet2DConditionModel)
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
@@ -42,8 +49,27 @@ RENDERED = "fluent-emoji-3d"  # pictures, not drawings, named by code points
 TRAIN = [*FULL, *SPELLED, RENDERED]
 HELD_OUT = ["emojione", "noto-v1"]  # never trained on: the styles that the examples are edited in
 SIZE, RENDER, TOKENS = 64, 128, 20
-HUES = {"red": 0.0, "orange": 0.08, "yellow": 0.145, "green": 0.33, "blue": 0.6, "purple": 0.77, "pink": 0.91}
-COLOURS = {*HUES, "black", "white", "brown", "grey", "gray", "golden", "gold", "silver", "light", "dark", "blond"}
+# What is meant by a colour in an emoji: its vivid form first, then one other that sets use.
+PAINTS = {"red": ["#e5302d", "#dd2e44"], "orange": ["#f7851b", "#f4900c"], "yellow": ["#ffcd2b", "#fdcb58"],
+          "green": ["#3ea63a", "#78b159"], "blue": ["#2c7be0", "#55acee"], "purple": ["#8b42c8", "#aa8ed6"],
+          "pink": ["#f88ac0", "#f4a3bb"], "brown": ["#85512e", "#795548"], "white": ["#f2f2f3", "#e6e7e8"],
+          "grey": ["#969ca3", "#99aab5"], "black": ["#2f3136", "#3c4043"]}
+COLOURS = {*PAINTS, "gray", "golden", "gold", "silver", "light", "dark", "blond"}
+# The nouns of captions.txt whose natural colour goes without saying: "fox" is an orange one, "umbrella" any.
+GROWN = set("""
+    ant, apple, avocado, baby chick, badger, banana, bat, bear, beaver, beetle, bell pepper, bird, bison,
+    blossom, blowfish, blueberries, bouquet, broccoli, bug, butterfly, cactus, camel, carrot, cat, cat face,
+    cherries, cherry blossom, chicken, chipmunk, clover, cow, cow face, crab, cricket, crocodile, cucumber,
+    deer, dog, dog face, dolphin, donkey, dove, dragon, dragon face, duck, eagle, egg, eggplant, elephant, ewe,
+    fish, flamingo, flower, fox, frog, goat, goose, gorilla, grapes, hamster, hedgehog, herb, hibiscus,
+    hippopotamus, honeybee, horse, horse face, hot pepper, hyacinth, jellyfish, kangaroo, koala, lady beetle,
+    leaf, lemon, lime, lion, lizard, llama, lobster, lotus, mammoth, mango, melon, monkey, monkey face, moose,
+    mosquito, mouse, mouse face, mushroom, octopus, olive, onion, orca, otter, owl, ox, palm tree, parrot,
+    peach, peacock, pear, pig, pig face, pineapple, poodle, potato, potted plant, rabbit, rabbit face, raccoon,
+    ram, rat, rhinoceros, rooster, rose, sauropod, scorpion, seal, seedling, shamrock, shark, shrimp, skunk,
+    sloth, snail, snake, spider, spouting whale, squid, strawberry, sunflower, swan, t rex, tangerine, tomato,
+    tree, tropical fish, tulip, turkey, turtle, two hump camel, unicorn, water buffalo, whale, wolf, worm
+    """.strip().replace(",\n   ", ",").split(", "))
 HANDED = re.compile("left|right|clock|thirty|letter|digit|keycap|button|input|symbol|sign|mark|moon|note|music|arrow|"
                     "[0-9]")  # their mirror images would be wrong
 
@@ -77,7 +103,7 @@ def write_vocabulary(icons):
                      if owners[w] <= 2 and re.fullmatch("[A-Za-z][A-Za-z_ -]{3,}", w) and w not in names]
             synonyms.get(name, []).extend(words[:3])
     lines = ["# The vocabulary of the embedded prior: icon names of the training sets, synonyms behind |.",
-             "# COLOUR is one of " + " ".join(HUES)]
+             "# COLOUR is one of " + " ".join(PAINTS)]
     for name in sorted(names):
         own = name.replace("-", " ")
         coloured = [w for w in synonyms[name] if "COLOUR" in w]
@@ -114,7 +140,8 @@ def source(icons, name):
 def open_pictures(icons):
     """The renders of RENDERED that are in the vocabulary: names, RGBA uint8 [4,128,128] each."""
     vocab = vocabulary()
-    bare = lambda code: code.replace("-fe0f", "")  # which of two forms of a character, sets do not agree on it
+    def bare(code):
+        return code.replace("-fe0f", "")  # which of two forms of a character, sets do not agree on it
     names = {bare(code): name for style in ("twemoji", "noto")
              for code, name in json.loads((Path(icons) / style / "chars.json").read_text()).items()}
     files = {names.get(bare(f.stem)): f for f in sorted(source(icons, RENDERED).glob("*.webp"))}
@@ -161,9 +188,9 @@ def restyle(rgb, alpha, rng):
     quarter of them each, details flattened by a median of 5 x 5, dark lines along the edges inside, a dark outline."""
     b, u = len(rgb), lambda *shape: torch.rand(*shape, 1, 1, generator=rng)
     colour = (rgb / alpha.clamp(min=1e-3)).clamp(0, 1) ** ((u(b, 1) - 0.5) * 0.8).exp()
-    patches = F.unfold(F.pad(colour, (2, 2, 2, 2), "replicate"), 5)
-    flat = patches.view(b, 3, 25, -1).median(2).values.view_as(colour)
-    colour = torch.where(u(b, 1) < 0.25, flat, colour)
+    some = (u(b, 1) < 0.25).view(b)
+    patches = F.unfold(F.pad(colour[some], (2, 2, 2, 2), "replicate"), 5)
+    colour[some] = patches.unflatten(1, (3, 25)).median(2).values.view_as(colour[some])
     grey = F.pad((colour * alpha + 1 - alpha).mean(1, keepdim=True), (1, 1, 1, 1), "replicate")
     across, down = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2], grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
     lines = (1.5 * (across.square() + down.square()).sqrt()).clamp(max=0.8)
@@ -172,16 +199,17 @@ def restyle(rgb, alpha, rng):
     return colour * alpha + (wider - alpha) * u(b, 3) * 0.3, wider
 
 
-def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3, warp=0.0, turned=None, mirrored=None):
+def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3, warp=0.0, mirrored=None):
     """uint8 [B,4,128,128] -> RGB [B,3,64,64] in [0,1]: moved a little, a part shaded, on a flat background.
 
     Rotation by up to 15 degrees, scale, shift, a slight perspective, paler or stronger colours, all times `strength`; a
     share 1 - `white` of the backgrounds is a light colour. What other styles may look like: with `warp`, what `restyle`
-    does, and proportions that differ by a smooth displacement of about `warp` half sides; any other hue where `turned`
-    [B] is true; a mirror image where `mirrored` [B] is.
+    does, and proportions that differ by a smooth displacement of about `warp` half sides; a mirror image where
+    `mirrored` [B] is true. Hues stay: a caption without a colour means the natural one.
     """
     b = len(rgba)
-    u = lambda *shape: torch.rand(*shape, generator=rng)
+    def u(*shape):
+        return torch.rand(*shape, generator=rng)
     angle = (u(b) + u(b) - 1) * math.radians(15) * strength  # small angles are the more frequent ones
     scale = 1 / (1 + (u(b) * 0.24 - 0.16) * strength)
     shift = (u(b, 2) - 0.5) * 0.16 * strength
@@ -199,12 +227,6 @@ def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3, warp=0.0, turned=Non
     x = torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], 1)  # premultiplied, or transparent pixels bleed into the edges
     x = F.grid_sample(x, grid, align_corners=False)
     rgb, alpha = restyle(x[:, :3], x[:, 3:], rng) if warp else (x[:, :3], x[:, 3:])
-    if turned is not None:  # about the grey axis
-        turn = 2 * math.pi * u(b) * turned
-        a, c = (1 + 2 * turn.cos()) / 3, turn.sin() / math.sqrt(3)
-        own, left, right = a, (1 - a) / 2 - c, (1 - a) / 2 + c
-        matrix = torch.stack([own, left, right, right, own, left, left, right, own], 1).view(b, 3, 3)
-        rgb = torch.einsum("bij,bjhw->bihw", matrix, rgb)
     grey = rgb.mean(1, keepdim=True)
     rgb = grey + (rgb - grey) * (1 + (u(b, 1, 1, 1) - 0.6) * 0.5 * strength)
     rgb = (rgb * (1 + (u(b, 1, 1, 1) - 0.6) * 0.25 * strength)).clamp(min=0).minimum(alpha)
@@ -216,31 +238,189 @@ def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3, warp=0.0, turned=Non
     return rgb * light[:, None] + (1 - alpha) * background[:, :, None, None]
 
 
-def recolour(rgba, hue):
-    """Turn every saturated pixel of an RGBA picture [4,H,W] to one hue, shading kept; black and white stay."""
-    hsv = np.asarray(Image.fromarray(rgba[:3].permute(1, 2, 0).numpy()).convert("HSV")).copy()
-    mask = hsv[..., 1] > 60
-    hsv[..., 0][mask] = int(hue * 255)
-    rgb = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
-    return torch.cat([torch.from_numpy(rgb.copy()).permute(2, 0, 1), rgba[3:]])
+def to_lab(rgb):
+    """sRGB [...,3] in [0,1] -> OKLab (Ottosson 2020), where equal steps look alike and lightness is one coordinate."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return np.cbrt(linear @ LMS.T) @ LAB.T
+
+
+def from_lab(lab):
+    """OKLab -> sRGB; a colour outside of [0,1] loses as much of its chroma as it takes."""
+    def convert(share):
+        lms = (lab * np.stack([np.ones_like(share), share, share], -1)) @ LAB_BACK.T
+        return lms ** 3 @ LMS_BACK.T
+    low, high = np.zeros(lab.shape[:-1]), np.ones(lab.shape[:-1])
+    for i in range(7):
+        share = (low + high) / 2 if i else high
+        linear = convert(share)
+        inside = ((linear > -2e-3) & (linear < 1.004)).all(-1)
+        low, high = np.where(inside, share, low), np.where(inside, high, share)
+    linear = convert(low).clip(0, 1)
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+LMS = np.array([[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
+                [0.0883024619, 0.2817188376, 0.6299787005]])
+LAB = np.array([[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099],
+                [0.0259040371, 0.7827717662, -0.8086757660]])
+LMS_BACK, LAB_BACK = np.linalg.inv(LMS), np.linalg.inv(LAB)
+PAINTED = {name: to_lab(np.array([[int(p[i:i + 2], 16) / 255 for i in (1, 3, 5)] for p in paints]))
+           for name, paints in PAINTS.items()}
+def step_down(x, start, stop):
+    return ((stop - x) / (stop - start)).clip(0, 1)  # from 1 at start to 0 at stop
+
+
+def dominant(rgba):
+    """What most of a picture [4,H,W] is painted with: its OKLab picture [H,W,3], how much each pixel belongs to that
+    paint [H,W], the mean of the paint, and its share of the opaque area.
+
+    A paint is all that has one hue, within about 40 degrees, or what is grey and of one lightness, if there is twice as
+    much of it.
+    """
+    lab, opaque = to_lab(rgba[:3].permute(1, 2, 0).numpy() / 255.0), rgba[3].numpy() / 255.0
+    chroma, hue = np.hypot(lab[..., 1], lab[..., 2]), np.arctan2(lab[..., 2], lab[..., 1])
+    vivid = 1 - step_down(chroma, 0.035, 0.075)
+
+    def peak(value, weight, bins, low, high, reach, wraps):
+        """The value around which, within reach, most of the weight lies."""
+        centres = low + (np.arange(bins) + 0.5) * (high - low) / bins
+        count = np.histogram(value, bins, (low, high), weights=weight)[0]
+        away = np.abs(centres[:, None] - centres)
+        away = np.minimum(away, 2 * np.pi - away) if wraps else away
+        return centres[(step_down(away, 0, reach) @ count).argmax()]
+    main = peak(hue, opaque * vivid, 72, -np.pi, np.pi, 0.7, True)
+    off = np.abs(np.angle(np.exp(1j * (hue - main))))
+    coloured = vivid * step_down(off, 0.6, 0.85)
+    light = peak(lab[..., 0], opaque * (1 - vivid), 40, 0, 1, 0.2, False)
+    neutral = (1 - vivid) * step_down(np.abs(lab[..., 0] - light), 0.15, 0.25)
+    def area(mask):
+        return max((mask * opaque).sum(), 1e-6)
+    def mean_of(mask):
+        return (lab * (mask * opaque)[..., None]).sum((0, 1)) / area(mask)
+    strong = np.hypot(*mean_of(coloured)[1:])  # what is pale belongs to a pale paint
+    coloured = step_down(off, 0.6, 0.85) * (1 - step_down(chroma, 0.1 * strong, 0.3 * strong + 1e-6))
+    mask = coloured if 2 * area(coloured) > area(neutral) else neutral
+    mean = mean_of(mask)
+    return lab, mask, mean, area(mask) / max(opaque.sum(), 1e-6)
+
+
+def rim(alpha, width=4):
+    """The pixels of a picture's alpha, uint8 [H,W], that lie within `width` of what is transparent: [H,W] in [0,1]."""
+    alpha = alpha[None, None].float() / 255
+    inner = -F.max_pool2d(F.pad(-alpha, [width] * 4), 2 * width + 1, 1)
+    return (alpha - F.avg_pool2d(inner, 3, 1, 1)).clamp(0, 1)[0, 0].numpy()
+
+
+def recolour(rgba, name, rng=None, found=None):
+    """Paint what `dominant` finds in an RGBA picture [4,H,W] in the colour `name`: its mean becomes that colour,
+    lighter and darker parts stay so in proportion; other colours, outlines and highlights stay.
+
+    rng: numpy's; draws one of the paints, a little changed. Without it: the vivid one. found: what `dominant` gives.
+    """
+    lab, mask, mean, _ = found or dominant(rgba)
+    paint = PAINTED[name][0].copy()
+    if rng is not None:
+        paint = PAINTED[name][int(rng.random() < 0.35)] + rng.normal(0, [0.02, 0.008, 0.008])
+    paint[0] = min(paint[0], 0.985)
+    light, old = lab[..., 0].clip(0, 1), mean[0].clip(0.05, 1)
+    power = 0.7 if paint[0] > old else 1.0  # shades of white are paler than those of red
+    darker = paint[0] * (light / old).clip(0, 1) ** power
+    lighter = 1 - (1 - paint[0]) * ((1 - light) / max(1 - old, 1e-3)).clip(0, 1)
+    lighter = lighter if old < 0.9 else np.minimum(paint[0] * light / old, 0.99)  # what is white is no highlight
+    new_light = np.where(light < old, darker, lighter)
+    chroma, hue = np.hypot(lab[..., 1], lab[..., 2]), np.arctan2(lab[..., 2], lab[..., 1])
+    old_chroma, old_hue = np.hypot(*mean[1:]), np.arctan2(mean[2], mean[1])
+    ratio, turn = np.ones_like(chroma), np.zeros_like(chroma)
+    if old_chroma > 0.05:
+        ratio = (chroma / old_chroma).clip(0, 1.3)
+        turn = 0.5 * np.angle(np.exp(1j * (hue - old_hue)))
+    to = np.arctan2(paint[2], paint[1]) + turn
+    new_chroma = np.hypot(*paint[1:]) * ratio
+    if name == "white":  # on a white page its rim is a shade, as the sets draw it
+        new_light = new_light - 0.13 * rim(rgba[3])
+    new = np.stack([new_light, new_chroma * np.cos(to), new_chroma * np.sin(to)], -1)
+    rgb = rgba[:3].permute(1, 2, 0).numpy().copy()
+    some = (mask > 0) & (rgba[3].numpy() > 0)
+    rgb[some] = (from_lab((lab + mask[..., None] * (new - lab))[some]) * 255).round().astype(np.uint8)
+    return torch.cat([torch.from_numpy(rgb).permute(2, 0, 1), rgba[3:]])
+
+
+def colour_of(found):
+    """The name of the colour of most of a picture, by what `dominant` found; None where no name fits well."""
+    _, _, mean, share = found
+    if share < (0.45 if np.hypot(*mean[1:]) > 0.05 else 0.65):
+        return None
+    def far(name):
+        return (np.square((PAINTED[name] - mean) * [0.7, 1, 1]).sum(1) ** 0.5).min()
+    first, second = sorted(PAINTED, key=far)[:2]
+    fits = (np.hypot(*mean[1:]) < 0.03) == (first in ("white", "grey", "black"))
+    return first if fits and far(first) < 0.08 and far(second) > 1.3 * far(first) else None
+
+
+class Drawings(NamedTuple):
+    """Captioned pictures: RGBA uint8 [N,4,128,128]; N lists of captions, empty where none is true of a picture; those
+    of them that its colour follows from; and N numbers, equal for one drawing in several colours."""
+    rgba: torch.Tensor
+    captions: list
+    telling: list
+    drawing: list
 
 
 def items(icons, styles, work, recoloured=True):
-    """The captioned pictures of the vocabulary: RGBA [N,4,128,128], and N lists of captions."""
-    pictures, captions, vocab = [], [], vocabulary()
+    """The captioned pictures of the vocabulary, a Drawings.
+
+    recoloured: each drawing of a noun that comes in any colour is added in four others, every other drawing in two that
+        no caption is true of; and a drawing whose colour has a name gets that name before its caption, as one more.
+    """
+    cache = work / f"coloured-{'-'.join(styles)}.pt"
+    if recoloured and cache.exists():
+        return Drawings(*torch.load(cache))
+    pictures, captions, telling, drawing, vocab, rng = [], [], [], [], vocabulary(), np.random.default_rng(0)
     for style in styles:
-        names, rgba = render_icons(icons, style, work)
-        for i, name in enumerate(names):
-            pictures.append(rgba[i])
-            captions.append([c for c in vocab[name] if "COLOUR" not in c])
-            for caption in vocab[name] if recoloured else []:
-                for colour, hue in HUES.items() if "COLOUR" in caption else []:
-                    pictures.append(recolour(rgba[i], hue))
-                    captions.append([caption.replace("COLOUR", colour)])
-    return torch.stack(pictures), captions
+        for name, rgba in zip(*render_icons(icons, style, work), strict=False):
+            plain = [c for c in vocab[name] if "COLOUR" not in c]
+            pictures.append(rgba)
+            captions.append(plain)
+            telling.append(plain)
+            drawing.append(drawing[-1] + 1 if drawing else 0)
+            if not recoloured:
+                continue
+            found = dominant(rgba)
+            own, nouns = colour_of(found), [c.replace("COLOUR ", "") for c in vocab[name] if "COLOUR" in c]
+            named = COLOURS.intersection(" ".join(plain).split())
+            if own and (not named or own in plain[0].split()):
+                captions[-1] = list(
+                    dict.fromkeys(
+                        [
+                            *plain,
+                            *(f"{own} {n}" for n in nouns if n not in plain or not named),
+                            *([] if named else [f"{own} {plain[0]}"]),
+                        ]
+                    )
+                )
+            if nouns and nouns[0] not in GROWN:
+                telling[-1] = [c for c in captions[-1] if own and own in c.split()]
+            if found[3] < 0.3 or named and not nouns:
+                continue
+            for colour in rng.choice([c for c in PAINTS if c != own], 4 if nouns else 2, replace=False).tolist():
+                pictures.append(recolour(rgba, colour, rng, found))
+                captions.append([c for n in nouns[:1] for c in (f"{colour} {n}", *([] if n in GROWN else [n]))])
+                telling.append(captions[-1][:1])
+                drawing.append(drawing[-1])
+    result = Drawings(torch.stack(pictures), captions, telling, drawing)
+    if recoloured:
+        torch.save(tuple(result), cache)
+    return result
 
 
 # ---- the two models -----------------------------------------------------------------------------------
+
+def half_precision(device):
+    """bfloat16, but for a CPU that has no instructions for it (AVX2 alone): there it is 15 times slower than
+    float32."""
+    return torch.autocast(device.type, torch.bfloat16,
+                          enabled=device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
 
 def planar_group_norm(model):
     """Run every GroupNorm on contiguous planes: several times faster than channels-last in bf16 on a CPU."""
@@ -288,7 +468,7 @@ class Velocity:
         sigma[:count] = last + (1 - last) * (torch.arange(count, device=t.device) + 0.5) / max(count, 1)
         rows, known = sigma.view(-1, 1, 1, 1), (torch.arange(len(t), device=t.device) >= count).view(-1, 1, 1, 1)
         x = (1 - rows) * x0 + rows * noise
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with half_precision(x.device):
             with torch.no_grad():
                 meant = self.unet(self.scale.to(t.device)[t].view(-1, 1, 1, 1) * x, t, self.text(ids)[0]).sample
             got = unet(x, 1000 * sigma, text(ids)[0]).sample
@@ -298,24 +478,29 @@ class Velocity:
 
 def shares(captions):
     """[N] how often each picture is drawn: every name as often as any other, however few sets know it; recoloured
-    drawings, many and easy, a quarter as often."""
-    counts = Counter(c[0] for c in captions)
-    return torch.tensor([(0.25 if c[0].split()[0] in HUES and len(c) == 1 else 1.0) / counts[c[0]] for c in captions])
+    drawings, many and easy, three tenths as often."""
+    counts, names = Counter(c[0] for c in captions if c), {n[0] for n in vocabulary().values()}
+    return torch.tensor([(1.0 if c[0] in names else 0.3) / counts[c[0]] if c else 0.0 for c in captions])
 
 
 def alike(names):
-    """{name: the other names that share a word with it; all others where none does}."""
-    owners = {}
+    """{name: the other names that share a word with it, or all others}; of "red car" the cars in other colours."""
+    owners, nouns = {}, {}
     for name in names:
         for word in name.split():
             owners.setdefault(word, set()).add(name)
+        if name.split()[0] in PAINTS:
+            nouns.setdefault(name.partition(" ")[2], set()).add(name)
     like = {name: sorted(set().union(*(owners[w] for w in name.split())) - {name}) for name in set(names)}
+    for name in like:
+        same = nouns.get(name.partition(" ")[2], set()) - {name} if name.split()[0] in PAINTS else ()
+        like[name] = sorted(same) if len(same) > 3 else like[name]
     return {name: near or sorted(set(names) - {name}) for name, near in like.items()}
 
 
 def contrast(right, wrong, width=0.015):
-    """[B] from the noise errors with the right captions [B] and with wrong ones [B]: a softplus of the difference, whose
-    slope goes from 0, where the right one is clearly the smaller, to 1, where the wrong one is."""
+    """[B] from the noise errors with the right captions [B] and with wrong ones [B]: a softplus of the difference,
+    whose slope goes from 0, where the right one is clearly the smaller, to 1, where the wrong one is."""
     return width * F.softplus((right - wrong) / width)
 
 
@@ -367,7 +552,8 @@ class Run:
     def train(self, batch_loss, held_out_loss, export, log, share=1.0):
         """Steps on batch_loss() until the minutes are spent; every five of them, and at the end, save and export.
 
-        At the end the averages become `share` of themselves and for the rest those of the least held-out loss, which may
+        At the end the averages become `share` of themselves and for the rest those of the least held-out loss, which
+        may
         be what the run began with: what these knew of other styles stays, and most of what the last ones draw sharper.
         """
         name, mean = self.path.stem, 0.0
@@ -430,7 +616,7 @@ def train_vae(args, device, log):
         while more:
             x = augment(rgba[torch.randint(len(rgba), (24,), generator=rng)], rng, white=0.5, strength=1.5)
             x = (x * 2 - 1).to(device, memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16):
+            with half_precision(device):
                 posterior = vae.encode(x).latent_dist
                 z = posterior.mean + torch.randn_like(posterior.mean) * posterior.std.clamp(min=0.03)
                 y = vae.decode(z).sample
@@ -476,7 +662,8 @@ PREFIXES = ["", "", "", "a ", "an ", "an emoji of ", "a picture of ", "a picture
 
 
 def phrase(names, picker):
-    """One way to say a caption: the name seven times of ten, else a synonym; now and then an article or "a picture of"."""
+    """One way to say a caption: the name seven times of ten, else a synonym; now and then an article or "a picture
+    of"."""
     name = names[0] if len(names) == 1 or picker.random() < 0.7 else picker.choice(names[1:])
     return picker.choice(PREFIXES) + name
 
@@ -484,7 +671,7 @@ def phrase(names, picker):
 @torch.no_grad()
 def held_out_batch(args, vae, tokenizer, count=256):
     """`count` drawings of the held-out styles, always the same: scaled latents, token ids, noises and timesteps."""
-    rgba, captions = items(args.icons, HELD_OUT, args.work, recoloured=False)
+    rgba, captions, *_ = items(args.icons, HELD_OUT, args.work, recoloured=False)
     rng = torch.Generator().manual_seed(5)
     some = torch.randperm(len(rgba), generator=rng)[:count].tolist()
     pictures = [augment(rgba[i:i + 1], rng, white=1.0, strength=0.0).to(vae.device) * 2 - 1 for i in some]
@@ -500,35 +687,41 @@ def train_unet(args, device, vae, log):
 
     With --flow they begin with the weights of --start and learn the velocity of flow matching instead.
     """
-    rgba, captions = items(args.icons, TRAIN, args.work)
+    rgba, captions, telling, drawing = items(args.icons, TRAIN, args.work)
     if args.start:  # whatever is new in the captions is spelled with the tokens that its text encoder knows
         tokenizer = CLIPTokenizerFast.from_pretrained(args.start, subfolder="tokenizer")
     else:
         tokenizer = make_tokenizer([p + c for names in captions for c in names for p in PREFIXES], args.work)
-    ids_of = lambda c: torch.tensor(tokenizer(c, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
+    def ids_of(c):
+        return torch.tensor(tokenizer(c, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
     tokens = {c: ids_of(c) for c in {""}.union(p + c for names in captions for c in names for p in PREFIXES)}
-    colourless = torch.tensor([not COLOURS.intersection(" ".join(c).split()) for c in captions])
-    mirrorable = torch.tensor([not HANDED.search(" ".join(c)) for c in captions])
-    encode = lambda x: vae.encode((x * 2 - 1).to(device, memory_format=torch.channels_last)).latent_dist.mean
-    cache = args.work / "latents.pt"
-    if not cache.exists():  # the autoencoder is done, so a pool of augmented pictures is encoded once
-        rng, pool = torch.Generator().manual_seed(1), []
+    versions = {}  # the pictures of each drawing, its own colour first
+    for i, k in enumerate(drawing):
+        versions.setdefault(k, []).append(i)
+    mirrorable = torch.tensor([not HANDED.search(" ".join(captions[versions[k][0]])) for k in drawing])
+    def encode(x):
+        return vae.encode((x * 2 - 1).to(device, memory_format=torch.channels_last)).latent_dist.mean
+    @torch.no_grad()
+    def latents_of(rows, plain, seed):
+        """Scaled latents [B,C,h,w] of the augmented pictures `rows` [B]. Those where `plain` [B] change little: they
+        are what a caption means. Equal seeds augment equal positions alike."""
+        x0 = torch.empty(len(rows), 4, SIZE // 4, SIZE // 4)
+        mirrored = mirrorable[rows[~plain]] & (torch.arange((~plain).sum()) % 5 < 2)
+        for some, change in ((plain, dict(white=0.9, strength=0.3)), (~plain, dict(warp=0.05, mirrored=mirrored))):
+            if some.any():
+                x0[some] = (
+                    encode(augment(rgba[rows[some]], torch.Generator().manual_seed(seed), **change)).float().cpu()
+                )
+        return (x0 * scaling).to(device, memory_format=torch.channels_last)
+
+    scaling = vae.config.scaling_factor
+    if not args.start:
+        some = torch.randperm(len(rgba), generator=torch.Generator().manual_seed(1))[:2048]
         with torch.no_grad():
-            for i in range(args.pool):  # every second one is little changed: these are what a plain caption means
-                batches = []
-                for x, free, mirror in zip(rgba.split(64), colourless.split(64), mirrorable.split(64)):
-                    if i % 2:
-                        change = dict(white=0.9, strength=0.3)
-                    else:
-                        change = dict(warp=0.05, turned=free & (torch.rand(len(x), generator=rng) < 0.25),
-                                      mirrored=mirror & (torch.rand(len(x), generator=rng) < 0.4))
-                    batches.append(encode(augment(x, rng, **change)).half().cpu())
-                pool.append(torch.cat(batches))
-        torch.save(torch.stack(pool), cache)
-    latents = torch.load(cache)
-    scaling = 1 / latents.float().std().item()
+            latents = [encode(augment(rgba[i], torch.Generator().manual_seed(0))) for i in some.split(64)]
+        scaling = 1 / torch.cat(latents).std().item()
     vae.register_to_config(scaling_factor=scaling)
-    log(f"{len(rgba)} pictures, {len(set(c for n in captions for c in n))} captions, vocabulary {len(tokenizer)}, "
+    log(f"{len(rgba)} pictures, {len({c for n in captions for c in n})} captions, vocabulary {len(tokenizer)}, "
         f"latent scaling {scaling:.4f}")
 
     torch.manual_seed(0)
@@ -550,18 +743,26 @@ def train_unet(args, device, vae, log):
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start, subfolder="unet").state_dict())
         text.load_state_dict(CLIPTextModel.from_pretrained(args.start, subfolder="text_encoder").state_dict())
     flow = Velocity(unet, text, scheduler) if args.flow else None
-    run = Run(args.work / "unet.pt", {"unet": unet, "text": text}, 5e-4 if args.start else 1e-3, args.minutes)
+    run = Run(args.work / "unet.pt", {"unet": unet, "text": text}, 4e-4 if args.start else 1e-3, args.minutes)
     run.ema["unet"].set_attn_processor(AttnProcessor())
     log(f"unet {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M, text "
         f"{sum(p.numel() for p in text.parameters()) / 1e6:.2f} M")
 
-    def errors_of(unet, text, x0, ids, noise, t):
+    def errors_of(unet, text, x0, ids, noise, t, meant=None):
+        """[B] squared errors; meant: latents that the prediction leads to instead of x0, with the weight min(1, 1 /
+        SNR) where they differ."""
         if flow:
             return flow.errors_of(unet, text, x0, ids, noise, t)
-        with torch.autocast(device.type, torch.bfloat16):
+        with half_precision(device):
             states = text(ids)[0]
             pred = unet(scheduler.add_noise(x0, noise, t), t, states).sample
-        return (pred.float() - noise).square().mean((1, 2, 3))  # [B]
+        if meant is None:
+            return (pred.float() - noise).square().mean((1, 2, 3))  # [B]
+        abar = scheduler.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+        ratio = (abar / (1 - abar)).sqrt()
+        error = (pred.float() - noise - ratio * (x0 - meant)).square().mean((1, 2, 3))
+        other = (x0 != meant).flatten(1).any(1)
+        return torch.where(other, error / ratio.view(-1).square().clamp(min=1), error)
 
     held = held_out_batch(args, vae, tokenizer)
 
@@ -577,42 +778,75 @@ def train_unet(args, device, vae, log):
         readable_by_transformers_4(args.out)
         own = copy.deepcopy(DEFAULTS)
         if flow:  # which is edited at the noise that the model of diffusion is edited at
-            share = lambda t: round(flow.sigmas[round(1000 * t)].item(), 3)
+            def share(t):
+                return round(flow.sigmas[round(1000 * t)].item(), 3)
             own |= {"t_min": share(0.1), "t_max": share(0.98)}
-            own["svg"]["smooth"]["colours_t_min"] = share(own["svg"]["smooth"]["colours_t_min"])
         (args.out / "pds.json").write_text(json.dumps(own, indent=1) + "\n")
         (args.out / "captions.txt").write_text((HERE / "captions.txt").read_text())
 
-    weights, names = shares(captions), sorted({c[0] for c in captions})
+    weights, names = shares(captions), sorted({c[0] for c in captions if c})
+    painted = [v for v in versions.values() if len(v) > 1 and any(telling[i] for i in v)]
     like = alike(names)
     rng = torch.Generator().manual_seed(100 + run.step)
     picker = random.Random(run.step)
 
+    def repaint(count):
+        """`count` drawings in a wrong colour, x, the latents y that the prediction has to lead to, captions,
+        timesteps."""
+        right = torch.tensor([picker.choice([i for i in v if telling[i]]) for v in picker.choices(painted, k=count)])
+        wrong = torch.tensor([picker.choice([i for i in versions[drawing[k]] if i != k]) for k in right.tolist()])
+        now = torch.stack([tokens[picker.choice(PREFIXES) + picker.choice(telling[k])] for k in right.tolist()]).to(
+            device
+        )
+        seed, plain = picker.randrange(1 << 30), torch.rand(count, generator=rng) < 0.7
+        x, y = (latents_of(rows, plain, seed) for rows in (wrong, right))
+        t = 100 + 850 * (torch.arange(count) + torch.rand(count, generator=rng)) / count
+        # with little noise a colour is seen as it is: the way back to it grows with the noise, from 0 at 100 to all at
+        # 400
+        share = ((t - 100) / 300).clamp(max=1).to(device).view(-1, 1, 1, 1)
+        return x, torch.lerp(x, y, share), now, t.long().to(device)
+
     def batch_loss():
-        done = run.spent / args.minutes
-        early = 0 if flow else max(0, 1 - done / 0.75)  # falls to 0 at three quarters; until then captions are told apart
+        done, size, others = run.spent / args.minutes, args.batch, 0 if flow else args.repaint
+        # falls to 0 at three quarters; until then captions are told apart
+        early = 0 if flow else max(0, 1 - done / 0.75)
         set_dropout(unet, 0.1 * early)
-        rows = torch.multinomial(weights, args.batch, replacement=True, generator=rng)
-        plain = torch.rand(args.batch, generator=rng) < 0.6 + 0.3 * done  # ever more as they are
-        pool = 2 * torch.randint(len(latents) // 2, (args.batch,), generator=rng) + plain
-        x0 = (latents[pool, rows].float() * scaling).to(device, memory_format=torch.channels_last)
+        rows = torch.multinomial(weights, size, replacement=True, generator=rng)
+        plain = torch.rand(size, generator=rng) < 0.6 + 0.3 * done  # ever more as they are
+        x0 = latents_of(rows, plain, picker.randrange(1 << 30))
         words = ["" if picker.random() < 0.1 else phrase(captions[i], picker) for i in rows.tolist()]
         ids = torch.stack([tokens[w] for w in words]).to(device)
-        t = draw_timesteps(scheduler, args.batch, rng).to(device)
-        noise = torch.randn(x0.shape, generator=rng).to(device)
-        if not early:
-            return errors_of(unet, text, x0, ids, noise, t).mean()
-        # every fourth picture once more, with another caption, for half of them one that shares a word
-        others = [picker.choice(like[captions[i][0]] if picker.random() < 0.5 else names) for i in rows[::4].tolist()]
-        again = lambda x: torch.cat([x, x[::4]])
-        wrong_ids = torch.stack([tokens[w] for w in others]).to(device)
-        errors = errors_of(unet, text, again(x0), torch.cat([ids, wrong_ids]), again(noise), again(t))
-        right, wrong = errors[:args.batch], errors[args.batch:]
-        # none is wrong for the empty caption, nor another name of the same picture
-        really = [w != "" and o not in captions[i] for w, o, i in zip(words[::4], others, rows[::4].tolist())]
-        return right.mean() + contrast(right[::4], wrong)[torch.tensor(really, device=device)].sum() / args.batch
+        t = draw_timesteps(scheduler, size, rng).to(device)
+        x, meant = x0, x0  # what is noised, and what the prediction leads to
+        if early:
+            # every fourth picture again with another caption, half of them (with a colour: four of five) with one alike
+            def near(name):
+                return picker.random() < (0.8 if name.split()[0] in PAINTS else 0.5)
 
-    run.train(batch_loss, lambda *ema: errors_of(*ema, *held).mean(), export, log, share=0.6)
+            foreign = [
+                picker.choice(like[c] if near(c) else names) for c in (captions[i][0] for i in rows[::4].tolist())
+            ]
+            # none is wrong for the empty caption, nor another name of the same picture
+            really = torch.tensor([w != "" and o not in captions[i]
+                                   for w, o, i in zip(words[::4], foreign, rows[::4].tolist(), strict=False)])
+            x, meant, t = (torch.cat([v, v[::4]]) for v in (x, meant, t))
+            ids = torch.cat([ids, torch.stack([tokens[w] for w in foreign]).to(device)])
+        noise = torch.randn(x0.shape, generator=rng).to(device)
+        noise = torch.cat([noise, noise[::4]]) if early else noise
+        if others:
+            again = repaint(others)
+            x, meant, ids, t = (torch.cat(pair) for pair in zip((x, meant, ids, t), again, strict=False))
+            noise = torch.cat([noise, torch.randn(again[0].shape, generator=rng).to(device)])
+        errors = errors_of(unet, text, x, ids, noise, t, meant if others else None)
+        loss = errors[:size].mean()
+        if early:
+            wrong = errors[size:size + len(really)]
+            loss = loss + contrast(errors[:size:4], wrong)[really.to(device)].sum() / size
+        if others:
+            loss = loss + args.repaint_weight * (1 - 0.6 * done) * errors[-others:].mean()
+        return loss
+
+    run.train(batch_loss, lambda *ema: errors_of(*ema, *held).mean(), export, log, share=args.keep)
 
 
 # ---- InstructPix2Pix: the same UNet with eight channels -------------------------------------------------
@@ -623,7 +857,8 @@ TUNED = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block
 
 
 def readable_by_transformers_4(folder):
-    """Rename in a saved pipeline what transformers 5 writes differently: the text encoder's keys, the tokenizer's class.
+    """Rename in a saved pipeline what transformers 5 writes differently: the text encoder's keys, the tokenizer's
+    class.
 
     transformers 4 would otherwise draw the text encoder at random, without a word; both versions read the old names.
     """
@@ -660,7 +895,7 @@ def pair_sets(icons, styles, work, recoloured=True):
     """For each style: its pictures, their captions, the pictures of each word, and what can be recoloured."""
     sets, vocab = [], vocabulary()
     for style in styles:
-        rgba, captions = items(icons, [style], work, recoloured=False)
+        rgba, captions, *_ = items(icons, [style], work, recoloured=False)
         words, paint = {}, []
         for i, names in enumerate(captions):
             for word in names[0].split():
@@ -682,9 +917,9 @@ def draw_pairs(sets, count, rng):
         kind, i = picker.random(), picker.randrange(len(rgba))
         if kind < 0.25 and paint:
             i, caption = picker.choice(paint)
-            colour, hue = picker.choice(list(HUES.items()))
-            source.append(rgba[i] if picker.random() < 0.5 else recolour(rgba[i], picker.choice(list(HUES.values()))))
-            target.append(recolour(rgba[i], hue))
+            colour = picker.choice(list(PAINTS))
+            source.append(rgba[i] if picker.random() < 0.5 else recolour(rgba[i], picker.choice(list(PAINTS))))
+            target.append(recolour(rgba[i], colour))
             instructions.append(picker.choice(["make it a ", "make it "]) + caption.replace("COLOUR", colour)
                                 if picker.random() < 0.7 else f"make it {colour}")
         else:
@@ -698,8 +933,8 @@ def draw_pairs(sets, count, rng):
 
 def train_instruct(args, device, log):
     """InstructPix2Pix (Brooks et al., arXiv 2211.09800) from the pipeline in --out: its encoder half is tuned, and
-    the text encoder. Writes instruct.safetensors beside it, the tensors that differ, and instruct.png: pairs of held-out
-    drawings, each source, its edit, and the drawing that the instruction means."""
+    the text encoder. Writes instruct.safetensors beside it, the tensors that differ, and instruct.png: pairs of
+    held-out drawings, each source, its edit, and the drawing that the instruction means."""
     pipe = StableDiffusionPipeline.from_pretrained(args.out).to(dtype=torch.float32)
     vae, tokenizer, scheduler = pipe.vae.to(device).eval(), pipe.tokenizer, pipe.scheduler
     unet = widen(pipe.unet).to(device, memory_format=torch.channels_last)
@@ -710,14 +945,15 @@ def train_instruct(args, device, log):
     for name, p in unet.named_parameters():
         p.requires_grad_(name.startswith(TUNED))
     scaling = vae.config.scaling_factor
-    ids_of = lambda w: torch.tensor(tokenizer(w, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
+    def ids_of(w):
+        return torch.tensor(tokenizer(w, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
 
     @torch.no_grad()
     def encode(source, target, seed):  # one seed, one augmentation for both
         pairs = []
         for x in (source, target):
             x = augment(x, torch.Generator().manual_seed(seed)) * 2 - 1
-            with torch.autocast(device.type, torch.bfloat16):
+            with half_precision(device):
                 pairs.append(vae.encode(x.to(device)).latent_dist.mean.half().cpu())
         return torch.stack(pairs, 1)
 
@@ -742,18 +978,20 @@ def train_instruct(args, device, log):
 
     def loss_of(unet, text, pairs, ids, noise, t):
         image, x0 = pairs[:, 0], pairs[:, 1] * scaling  # the image's latent comes unscaled, as in the paper's code
-        with torch.autocast(device.type, torch.bfloat16):
+        with half_precision(device):
             x = torch.cat([scheduler.add_noise(x0, noise, t), image], 1).contiguous(memory_format=torch.channels_last)
             return (unet(x, t, text(ids)[0]).sample.float() - noise).square().mean()
 
     def export():
         before = StableDiffusionPipeline.from_pretrained(args.out)
         old = {f"unet.{k}": v for k, v in before.unet.state_dict().items()}
-        text_key = lambda k: f"text_encoder.{k.removeprefix('text_model.')}"
+        def text_key(k):
+            return f"text_encoder.{k.removeprefix('text_model.')}"
         old |= {text_key(k): v for k, v in before.text_encoder.state_dict().items()}
         new = {f"unet.{k}": v for k, v in run.ema["unet"].state_dict().items()}
         new |= {text_key(k): v for k, v in run.ema["text"].state_dict().items()}
-        same = lambda k: new[k].shape == old[k].shape and new[k].equal(old[k].float())
+        def same(k):
+            return new[k].shape == old[k].shape and new[k].equal(old[k].float())
         part = args.out / "instruct.safetensors.part"
         save_file({k: v.half().contiguous() for k, v in new.items() if not same(k)}, part)
         part.replace(args.out / "instruct.safetensors")
@@ -764,7 +1002,8 @@ def train_instruct(args, device, log):
     def batch_loss():
         rows = torch.randint(len(latents), (args.batch,), generator=rng)
         pairs, now = latents[rows].float().to(device), ids[rows].to(device)
-        drop = torch.rand(args.batch, generator=rng).to(device)  # 5 % without text, 5 % without picture, 5 % without both
+        # 5 % without text, 5 % without picture, 5 % without both
+        drop = torch.rand(args.batch, generator=rng).to(device)
         now = torch.where((drop < 0.1)[:, None], null, now)
         pairs[:, 0] *= ((drop < 0.05) | (drop > 0.15))[:, None, None, None].float()
         t = draw_timesteps(scheduler, args.batch, rng).to(device)
@@ -777,9 +1016,10 @@ def train_instruct(args, device, log):
                                                   unet=run.ema["unet"], scheduler=scheduler, safety_checker=None,
                                                   feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    plain = lambda x: augment(x[:32], torch.Generator(), white=1.0, strength=0.0)
+    def plain(x):
+        return augment(x[:32], torch.Generator(), white=1.0, strength=0.0)
     pictures = []
-    for before, after, words in zip(plain(source), plain(target), said):
+    for before, after, words in zip(plain(source), plain(target), said, strict=False):
         edited = pipe(words, before[None], num_inference_steps=20, guidance_scale=7.5, image_guidance_scale=1.5,
                       generator=torch.Generator().manual_seed(0), output_type="pt").images[0]
         row = (torch.cat([before, edited.cpu().float(), after], 2).permute(1, 2, 0) * 255).round().byte().numpy()
@@ -810,7 +1050,7 @@ def labelled(pictures, captions, path, columns):
     wide, high = pictures[0].width + 12, pictures[0].height + 24
     sheet = Image.new("RGB", (columns * wide, -(-len(captions) // columns) * high), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (picture, caption) in enumerate(zip(pictures, captions)):
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=False)):
         x, y = i % columns * wide + 6, i // columns * high + 4
         sheet.paste(picture, (x, y))
         draw.text((x, y + picture.height + 2), caption[:picture.width * 24 // 128], fill="black")
@@ -845,7 +1085,7 @@ def classify(pipe, pictures, captions, count=200, others=15, noises=8):
 def measure(args, log):
     """The figures of the model card, of the pipeline in --out, and samples.png."""
     pipe = StableDiffusionPipeline.from_pretrained(args.out).to(dtype=torch.float32)
-    pictures, captions = items(args.icons, HELD_OUT, args.work, recoloured=False)
+    pictures, captions, *_ = items(args.icons, HELD_OUT, args.work, recoloured=False)
     pictures = torch.cat([augment(p, torch.Generator(), white=1.0, strength=0.0) for p in pictures.split(64)])
     with torch.no_grad():
         again = torch.cat([pipe.vae(p * 2 - 1).sample for p in pictures[::12].split(64)]) / 2 + 0.5
@@ -870,9 +1110,9 @@ def measure(args, log):
 # steps of a DDPM inversion; of a mode what is different there
 EDITORS = {"sdedit": 5, "inv2n": 6, "in2n": 7.5, "drfs": 3}
 DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, **EDITORS}, "steps": 300, "points": 0.08, "inversion_steps": 25,
-            "svg": {"identity": 0.5, "width": 6,
-                    "smooth": {"steps": 75, "batch": 2, "points": 0.48, "colours": 0.04, "colours_t_min": 0.35,
-                               "guidance": {"pds": 8}, "identity": 0.3}},
+            "svg": {"identity": 0.5, "smooth": 6,
+                    "smooth_points": {"steps": 75, "batch": 2, "points": 0.48, "colours": 0.04, "guidance": {"pds": 8},
+                                      "identity": 1.0}},
             "image": {"guidance": {"pds": 10, "dds": 3, "sds": 5, **EDITORS}},
             "nerf": {"guidance": {"pds": 10, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 500},
             "splat": {"guidance": {"pds": 15, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 600},
@@ -884,23 +1124,43 @@ def main():
     p.add_argument("--icons", required=True, help="folder that holds noto/icons.json, twemoji/icons.json, ...")
     p.add_argument("--work", type=Path, default=HERE / "work", help="checkpoints, caches and the log")
     p.add_argument("--out", type=Path, default=HERE, help="where the pipeline is written")
-    p.add_argument("--start", type=Path, help="go on from this pipeline; its autoencoder stays as it is; instruct: begin "
-                                              "with what its editor learned")
+    p.add_argument(
+        "--start",
+        type=Path,
+        help="go on from this pipeline; its autoencoder stays as it is; instruct: begin with what its editor learned",
+    )
     p.add_argument("--flow", action="store_true", help="tune the UNet of --start to the velocity of flow matching")
     p.add_argument("--vae-minutes", type=float, default=17, help="training time of the autoencoder")
     p.add_argument("--minutes", type=float, default=95, help="training time of UNet and text encoder")
-    p.add_argument("--batch", type=int, default=128, help="pictures in a UNet step")
-    p.add_argument("--pool", type=int, default=20, help="augmented versions of each picture, at least 2")
+    p.add_argument("--batch", type=int, default=96, help="pictures in a UNet step")
     p.add_argument("--threads", type=int, default=2, help="CPU threads")
     p.add_argument("--drawings", type=int, default=200, help="measure: held-out drawings for the classifier")
     p.add_argument("--seed", type=int, default=0, help="measure: of the 64 captions that are drawn")
+    p.add_argument(
+        "--repaint",
+        type=int,
+        default=32,
+        help="pictures of a UNet step in a wrong colour, besides --batch, which are led to the colour of their caption",
+    )
+    p.add_argument("--repaint-weight", type=float, default=0.5, help="of their loss")
+    p.add_argument(
+        "--keep",
+        type=float,
+        default=0.6,
+        help="share of the last averages in the result; the rest are those "
+        "of the least held-out loss, with --start most often its own",
+    )
     p.add_argument("--pairs", type=int, default=60000, help="instruct: pairs of drawings")
-    p.add_argument("--stage", choices=["vocabulary", "vae", "all", "instruct", "measure"], default="all",
-                   help="`vae` stops after it; only: `vocabulary` writes captions.txt, `instruct` tunes the pipeline in "
-                        "--out to edit pictures, `measure` prints its figures")
+    p.add_argument(
+        "--stage",
+        choices=["vocabulary", "vae", "all", "instruct", "measure"],
+        default="all",
+        help="`vae` stops after it; only: `vocabulary` writes captions.txt, `instruct` tunes the pipeline in "
+        "--out to edit pictures, `measure` prints its figures",
+    )
     args = p.parse_args()
-    if args.pool < 2 or args.drawings < 1:
-        p.error("--pool has to be at least 2, --drawings at least 1")
+    if args.drawings < 1:
+        p.error("--drawings has to be at least 1")
     needed = [source(args.icons, s) for s in [*TRAIN, *HELD_OUT] if not (args.work / f"{s}.npz").exists()]
     needed += [args.start / "model_index.json"] if args.start else []
     needed += [source(args.icons, "emojilib")] if args.stage == "vocabulary" else []
