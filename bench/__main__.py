@@ -39,6 +39,8 @@ COMMANDS = {  # name: (module and function of this folder, help, arguments)
     "front": ("front.front", "drawings by PDS at several --identity K and by its rivals: a chart", [
         ("--list", dict(type=Path, default=EXAMPLES / "edits.txt", help="the edits (default: examples/edits.txt)")),
         ("--out", dict(type=Path, default=Path("out/front"), help="folder of the results (default: out/front)"))]),
+    "coefficients": ("coefficients.coefficients", "psi and chi against t, Stable Diffusion and flows: a chart", [
+        ("--out", dict(type=Path, default=Path("out/coefficients.png"), help="default: out/coefficients.png"))]),
     "svg-fidelity": ("svg.fidelity", "PSNR of renders against resvg", ICONS),
     "svg-roundtrip": ("svg.roundtrip", "save, render with resvg, compare with the own render", ICONS),
     "svg-gradients": ("svg.gradients", "gradients against finite differences", []),
