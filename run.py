@@ -251,7 +251,8 @@ class Shown:
         """Write all pictures of a run to the folder `out`; returns those of the edited scene."""
         args, after = self.args, self.look(scene)
         write(out / "source.png", beside(self.before))
-        write(out / "result.png", beside(after))
+        if args.mode != "image":  # there result.png is what the picture itself has saved, with its alpha
+            write(out / "result.png", beside(after))
         write(out / "sheet.png", sheet([("source", args.source, self.before), (title, args.target, after)]))
         write(out / "progress.gif", frames)
         if self.around:

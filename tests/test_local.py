@@ -59,15 +59,15 @@ def test_without_its_helps_an_edit_takes_the_steps_of_the_paper(smiling):
         own.project_()
     assert all(torch.equal(a, b) for a, b in zip(scene.parameters(), own.parameters(), strict=False))
     moved = scene.points.detach() - scene.loaded["points"]
-    recorded = torch.tensor([[-0.335056, -0.107124], [-0.409477, -0.387749], [-0.378101, -0.335972]])
+    recorded = torch.tensor([[-0.322613, -0.208183], [-0.409454, -0.380493], [-0.370316, -0.320431]])
     assert_close(moved[:3], recorded, atol=2e-3, rtol=0)
-    assert_close((scene.colours.detach() - scene.loaded["colours"])[3], torch.tensor([-0.041134, -0.011275, 0.015684]),
+    assert_close((scene.colours.detach() - scene.loaded["colours"])[3], torch.tensor([-0.039756, -0.026736, -0.006275]),
                  atol=2e-4, rtol=0)
 
 
 def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
     _, scene, _, options = smiling("--steps", "12")
-    assert options.smooth == 6 and options.steady and options.identity == 0.3 and options.batch == 2
+    assert options.smooth == 6 and options.steady and options.identity == 1 and options.batch == 2
     assert options.guidance == 8
     assert (scene.opacities[scene.loaded["opacities"] == 1] == 1).all()
     moved = scene.points.detach() - scene.loaded["points"]
@@ -144,7 +144,7 @@ def test_only_the_named_elements_of_a_drawing(command, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--mask", "none.png"], "none.png: no readable mask"), (["--identity", "-1"], "--identity"),
-    (["--mode", "nerf", "--only", "a"], "--only: only with --mode svg"), (["--smooth", "x"], "--smooth")])
+    (["--mode", "nerf"], "--svg: only with --mode svg"), (["--smooth", "x"], "--smooth")])
 def test_wrong_flags_of_these(command, tmp_path, capsys, flags, message):
     try:
         code = command(*flags)
@@ -196,6 +196,7 @@ class Sheet(torch.nn.Module):
         super().__init__()
         self.picture = torch.nn.Parameter(picture)
         self.camera = lambda view, size: SimpleNamespace(shifted=lambda dx, dy: view)
+        self.scene = SimpleNamespace(train=[None])
 
     def sample_view(self, generator):
         return 0

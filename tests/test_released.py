@@ -1,4 +1,5 @@
 """The paper's released settings and arithmetic: defaults by mode, 2D stages, refining, Instruct-NeRF2NeRF."""
+import copy
 import json
 import math
 import sys
@@ -20,7 +21,7 @@ from image.editors import ddim_timesteps
 from image.picture import Picture
 from image.updates import DatasetUpdate
 from loop.optimiser import SteadyAdam, released_share
-from pipelines.settings import PAPER
+from pipelines.settings import PAPER, SETTINGS
 from prior import InstructPix2Pix, Prior
 
 STYLE = ". minimal flat 2d vector image. lineal color. trending on artstation"
@@ -98,7 +99,6 @@ def test_every_setting_of_the_paper_has_a_flag_that_wins(pipelines):
         "suffix": "!",
         "points": 0.1,
         "colours": 0.2,
-        "colours_t_min": 0.4,
         "smooth": 5,
         "jitter": 1,
         "latent": 0.3,
@@ -110,9 +110,24 @@ def test_every_setting_of_the_paper_has_a_flag_that_wins(pipelines):
         "rotations": 0.9,
         "opacity": 0.11,
     }
-    words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    args = options.complete(run.parse(["--mode", "svg", *words, "--steady", "--no-opacities"]), prior, "pds")
-    assert {key: getattr(args, key) for key in flags} == flags and args.steady and not args.opacities
+    read = set()
+    for mode in ("svg", "image", "nerf", "splat"):
+        own = {key: value for key, value in flags.items() if key == "guidance" or mode in SETTINGS[key].modes}
+        words = [word for key, value in own.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        words += ["--steady", "--no-opacities"] if mode == "svg" else []
+        args = options.complete(run.parse(["--mode", mode, *words]), prior, "pds")
+        assert {key: getattr(args, key) for key in own} == own
+        assert mode != "svg" or args.steady and not args.opacities
+        read |= own.keys()
+    assert read == flags.keys() and {
+        *flags,
+        "steady",
+        "opacities",
+        "refine",
+        "batch",
+        "canvas_points",
+        "inversion_steps",
+    } == {*SETTINGS, "guidance"}
     assert options.complete(run.parse(["--mode", "image", "--refine", "7"]), prior, "pds").refine == 7
     assert options.complete(run.parse(["--mode", "nerf", "--loss", "in2n"]), prior, "in2n").steps == 15000
 
@@ -132,6 +147,11 @@ def test_dreamcatalyst_brings_its_own_guidance_and_timesteps(pipelines):
 class Exact:
     """A prior in float64: Adam divides by gradients, and what a network in float32 rounds of small ones would show."""
     abar, size, multiple, guidance, device, defaults = ABAR, 16, 2, 1.0, torch.device("cpu"), PAPER
+
+    def at(self, scale):
+        twin = copy.copy(self)
+        twin.guidance = scale
+        return twin
 
     def encode(self, picture):
         return torch.nn.functional.avg_pool2d(picture.double() * 2 - 1, 2)
@@ -300,7 +320,6 @@ def test_in2n_denoises_all_20_steps_from_the_noise_that_is_drawn(pipelines):
     """diffusers' scheduler with num_train_timesteps set to T, as Instruct-NeRF2NeRF's edit_image does."""
     from diffusers import DDIMScheduler
     editor = InstructPix2Pix.from_pretrained(pipelines["instruct"])
-    editor.guidance, editor.image_guidance = 7.5, 1.5
     prior = Prior.from_pretrained(pipelines["sd"])
     scene, source, stage = scene_stage(prior, "in2n", editor)
     assert_close(stage.open().picture(1), torch.full((1, 3, 16, 16), 0.9))  # it begins with the photographs
@@ -312,7 +331,8 @@ def test_in2n_denoises_all_20_steps_from_the_noise_that_is_drawn(pipelines):
         scheduler.config.num_train_timesteps = T
         scheduler.set_timesteps(20)
         assert scheduler.timesteps.tolist() == ddim_timesteps(T, 20, 1000)
-        told = editor.of(photograph)
+        told = stage.editor.of(photograph)
+        assert (told.guidance, told.image_guidance) == (15, 1.5)
         with torch.no_grad():
             x0 = editor.encode(render)
             noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
