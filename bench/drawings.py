@@ -60,7 +60,7 @@ def flow(args):
         told = copy.copy(prior)
         told.network = AsFlow(prior.network, shift)
         told.abar = told.network.abar
-        known = {"t-min": own.t_min, "t-max": own.t_max, "colours-t-min": own.colours_t_min}
+        known = {"t-min": own.t_min, "t-max": own.t_max}
         ends = (f"--{end}={told.network.share_of(t)}" for end, t in known.items())
         flags = [*ends, "--seed", str(args.seed)]
         for kind in ("official", "consistent"):

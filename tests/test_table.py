@@ -69,7 +69,8 @@ def test_log_odds_are_those_of_the_exact_prior():
 @pytest.fixture
 def edits(pipelines, tmp_path, monkeypatch, capsys):
     """bench edits on a drawing and a picture with the tiny pipeline, which brings its own steps; what it prints."""
-    monkeypatch.setattr(sheets, "FRAMES", 2)
+    for name, size in {"FRAMES": 2, "FRAME_SIZE": 24, "SHEET_SIZE": 64}.items():  # large animations are slow
+        monkeypatch.setattr(sheets, name, size)
     (tmp_path / "face.svg").write_text(DRAWING)
     Image.new("RGB", (20, 12), "tomato").save(tmp_path / "red.png")
     (tmp_path / "list.txt").write_text("# two edits\nsvg | face.svg | a face | a cat\n\nimage|red.png|a red|a blue\n")
