@@ -316,7 +316,8 @@ def files_of(args):
     except SceneError:
         files = []
     files += [args.fitted] if args.fitted and args.fitted not in files else []
-    files += [Path(name) for name in (args.lora, args.embedding) if name and Path(name).is_file()]
+    for place in (Path(name) for name in (args.lora, args.embedding) if name):  # a LoRA may be peft's folder
+        files += [place] if place.is_file() else sorted(file for file in place.glob("*") if file.is_file())
     masks = sorted(args.mask.iterdir()) if args.mask and args.mask.is_dir() else [args.mask] if args.mask else []
     return files + [mask for mask in masks if mask.is_file()]
 

@@ -46,6 +46,7 @@ from image.masks import Where, agree, local_masks, read_mask, read_masks, subjec
 from image.picture import Picture
 from loop import parallel
 from loop.fit import kept_in
+from loop.interrupt import DelayedInterrupt
 from nerf import NeRF
 from options import HERE, check_prompts, complete, kept_apart, settings, slug
 from prior import InstructPix2Pix, Prior
@@ -218,11 +219,12 @@ def run_one(prior, name, args, out):
         else:
             frames, interrupted = edit(scene, groups, stages, prior, args, out, config)
         if first:  # the results before the pictures: torchrun kills its processes soon after Ctrl-C
-            # only now: else it would describe old results
-            write(out / "config.json", json.dumps(config, indent=1) + "\n")
-            scene.save(out / f"result{SUFFIX[args.mode]}")
-            if original is not None:
-                write(out / f"source{args.input.suffix.lower()}", original)
+            with DelayedInterrupt() as late:  # torchrun forwards Ctrl-C a moment later
+                write(out / "config.json", json.dumps(config, indent=1) + "\n")
+                scene.save(out / f"result{SUFFIX[args.mode]}")
+                if original is not None:
+                    write(out / f"source{args.input.suffix.lower()}", original)
+            interrupted = interrupted or late.seen
             after = shown.write(out, scene, stages, TITLES[name], frames)
         else:
             after = shown.look(scene)

@@ -1,12 +1,13 @@
-"""`python -m bench edits`: every edit of a list by every method, measured in one table, with one sheet of pictures a
+"""`python -m bench edits`: every edit of a list by every method, in one table, with one sheet of pictures for each
 mode.
 
-    python -m bench edits --list examples/edits.txt --compare sds dds pds --modes svg image --clip CLIP [options of
-    run.py]
+    python -m bench edits --list examples/edits.txt --compare sds dds pds --modes svg image [options of run.py]
 
-An edit is measured by how well it reads as the target (log-odds under the prior, CLIP), how close it stays to the
-source (PSNR, SSIM, LPIPS), its seconds and its memory. Each mode runs with the model's own settings unless an option
-says otherwise.
+An edit is measured by how well it reads as the target and how close it stays to the source, by its seconds and its
+memory. Reading: the log-odds of the prior that made it; by the judge, which shares no weights with it, whether the
+target is among its top 5 (`named`) and the cosine between the changes of pictures and captions (`turn`); with --clip,
+CLIP's scores. Identity: PSNR, SSIM, the IoU of the silhouettes, and LPIPS if it is installed. Each mode runs with the
+model's own settings unless an option says otherwise.
 """
 import csv
 import io
@@ -29,7 +30,8 @@ from image.editors import EDITORS, TITLES
 from image.figures import perceptual
 from loop import parallel
 
-DECIMALS = {"log-odds": 2, "PSNR": 1, "SSIM": 3, "LPIPS": 3, "CLIP": 3, "dir": 3, "s": 1, "MB": 0}  # of the columns
+DECIMALS = {"log-odds": 2, "named": 2, "turn": 3, "PSNR": 1, "SSIM": 3, "IoU": 3, "LPIPS": 3, "CLIP": 3, "dir": 3,
+            "s": 1, "MB": 0}  # of the columns
 
 
 def read_edits(path, only=None):
@@ -137,7 +139,7 @@ def edit_row(prior, name, args, out, lpips, clip):
         started = time.perf_counter()
         run.run_one(prior, name, args, out)
         row = {"s": time.perf_counter() - started, "MB": peak(prior.device)}
-    lacking = "before" not in row or lpips and "LPIPS" not in row or clip and row.get("clip") != clip.name
+    lacking = "named" not in row or lpips and "LPIPS" not in row or clip and row.get("clip") != clip.name
     if lacking:
         before, after = (pictures_of(out / file, args.mode) for file in ("source.png", "result.png"))
         row |= figures(prior, before, after, whole, lpips, clip)

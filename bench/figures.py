@@ -1,5 +1,6 @@
 """Figures of an edit: SSIM, log-odds under a prior, CLIP scores, peak memory."""
 import contextlib
+import functools
 import logging
 import resource
 import sys
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 import pds
+from bench.judge import load
 from bench.measure import memory_status
 from files.pictures import frame_of, to_tensor
 from image.editors import prompts
@@ -100,6 +102,12 @@ class Clip:
         return cosine(now, y_tgt).mean().item(), cosine(now - was, y_tgt - y_src).mean().item()
 
 
+@functools.cache
+def shipped_judge():
+    """The judge beside the shipped prior, which shares no weights with it: see its card for what it cannot judge."""
+    return load(Path(__file__).resolve().parent.parent / "models" / "emoji")
+
+
 def figures(prior, before, after, args, lpips=None, clip=None):
     """The figures of an edit, {column: figure}, means over the PIL pictures before and after; args: completed
     options."""
@@ -110,7 +118,10 @@ def figures(prior, before, after, args, lpips=None, clip=None):
             return log_odds(prior, prior.encode(pixels(picture, args.frame)), y_tgt, y_src)
     pairs = [(pixels(a), pixels(b)) for a, b in zip(before, after, strict=False)]
     row = {"before": np.mean([odds(p) for p in before]), "log-odds": np.mean([odds(p) for p in after]),
-           "PSNR": np.mean([psnr(a, b) for a, b in pairs]), "SSIM": np.mean([ssim(a, b) for a, b in pairs])}
+           "PSNR": np.mean([psnr(a, b) for a, b in pairs]), "SSIM": np.mean([ssim(a, b) for a, b in pairs]),
+           "IoU": np.mean([silhouette_iou(a, b) for a, b in pairs])}
+    judged = shipped_judge().scores(before, after, args.source, args.target)
+    row |= {"named": judged["named"], "turn": judged["direction"]}
     if lpips:
         row["LPIPS"] = np.mean([lpips(a, b).item() for a, b in pairs])
     if clip:

@@ -133,12 +133,13 @@ def test_the_table_holds_the_means_and_stands_when_it_is_made(edits, tmp_path, m
     assert [(r["mode"], r["file"], r["loss"]) for r in rows] == wanted
     start = next(i for i, line in enumerate(lines) if line.startswith("mode "))
     printed = [line.split() for line in lines[start:start + 7]]
-    assert printed[0] == ["mode", "loss", "edits", "log-odds", "read", "PSNR", "SSIM", "s", "MB"]
+    assert printed[0] == ["mode", "loss", "edits", "log-odds", "read", "named", "turn", "PSNR", "SSIM", "IoU", "s",
+                          "MB"]
     assert [p[:3] for p in printed[1:]] == [[m, n, "1"] for m in ("svg", "image") for n in ("source", "sds", "pds")]
     assert len(printed[1]) == 5 and float(printed[1][3]) == round(float(rows[0]["before"]), 2)
     for p, row in zip(printed[2:4] + printed[5:], rows, strict=False):
         assert p[4] == ("1/1" if float(row["log-odds"]) > 0 else "0/1")
-        assert [float(p[5]), float(p[6])] == [round(float(row["PSNR"]), 1), round(float(row["SSIM"]), 3)]
+        assert [float(p[7]), float(p[8])] == [round(float(row["PSNR"]), 1), round(float(row["SSIM"]), 3)]
         assert float(row["s"]) > 0 and float(row["MB"]) > 50
     # the settings of one mode are not the next one's
     steps = [json.loads((tmp_path / "out" / folder / "pds" / "config.json").read_text())["steps"]
@@ -236,7 +237,7 @@ def test_clip_and_lpips_add_their_columns_to_what_stands(fake_edits, tiny_clip, 
     code, lines = fake_edits("--modes", "nerf", "--clip", tiny_clip)
     assert code == 0 and not fake_edits.called  # measured anew from the files
     row, header = csv_rows(tmp_path / "out" / "table.csv")[0], next(line for line in lines if line.startswith("mode "))
-    assert header.split()[5:] == ["PSNR", "SSIM", "LPIPS", "CLIP", "dir", "s", "MB"]
+    assert header.split()[5:] == ["named", "turn", "PSNR", "SSIM", "IoU", "LPIPS", "CLIP", "dir", "s", "MB"]
     assert float(row["LPIPS"]) == pytest.approx(2 * 10 / 255 / 3, rel=1e-4)
     # the long form: each side by itself, from the two encoders of the model
     clip = Clip(str(tiny_clip), "cpu")
