@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import nerf_scene
-from test_colmap import quaternion
+from test_scene_colmap import quaternion
 from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 

@@ -1,4 +1,4 @@
-"""loading.py: folders, variants, one file, LoRA, embeddings, the hub, and what is refused by name."""
+"""pipelines/loading.py: folders, variants, one file, LoRA, embeddings, the hub, and what is refused by name."""
 import gc
 import json
 import re

@@ -1,4 +1,4 @@
-"""pictures.py: every kind of picture upright, with its greys, in sRGB; damaged and huge ones refused or reduced."""
+"""files/pictures.py: every kind of picture upright, with its greys, in sRGB; damaged and huge ones refused or reduced."""
 import io
 import struct
 import sys

@@ -1,4 +1,4 @@
-"""parallel.py: processes of torchrun against --batch in one, resuming, one that dies, Ctrl-C, refusals, a table."""
+"""loop/parallel.py: processes of torchrun against --batch in one, resuming, one that dies, Ctrl-C, refusals, a table."""
 import contextlib
 import csv
 import json

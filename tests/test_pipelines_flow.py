@@ -1,4 +1,4 @@
-"""flow.py: Stable Diffusion 3 and FLUX against diffusers; flows against diffusion in the plane; coefficients."""
+"""pipelines/flow.py: Stable Diffusion 3 and FLUX against diffusers; flows against diffusion in the plane; coefficients."""
 import json
 import math
 import shutil

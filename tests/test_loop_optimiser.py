@@ -1,4 +1,4 @@
-"""optimiser.py: the smooth field against a dense kernel, uniform Adam against its long form, plain groups of torch."""
+"""loop/optimiser.py: the smooth field against a dense kernel, uniform Adam against its long form, plain groups of torch."""
 import math
 
 import torch
