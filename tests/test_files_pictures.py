@@ -1,4 +1,4 @@
-"""files/pictures.py: every kind of picture upright, with its greys, in sRGB; damaged and huge ones refused or reduced."""
+"""files/pictures.py: all kinds of pictures upright, with its greys, in sRGB; damaged, huge ones refused, reduced."""
 import io
 import struct
 import sys

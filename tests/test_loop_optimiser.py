@@ -1,4 +1,4 @@
-"""loop/optimiser.py: the smooth field against a dense kernel, uniform Adam against its long form, plain groups of torch."""
+"""loop/optimiser.py: the smooth field against a dense kernel, uniform Adam against its long form, plain groups."""
 import math
 
 import torch

@@ -1,4 +1,4 @@
-"""loop/parallel.py: processes of torchrun against --batch in one, resuming, one that dies, Ctrl-C, refusals, a table."""
+"""loop/parallel.py: torchrun against --batch in one, resuming, one that dies, Ctrl-C, refusals, tables."""
 import contextlib
 import csv
 import json

@@ -1,4 +1,4 @@
-"""pipelines/flow.py: Stable Diffusion 3 and FLUX against diffusers; flows against diffusion in the plane; coefficients."""
+"""pipelines/flow.py: SD3 and FLUX against diffusers; flows against diffusion in the plane; coefficients."""
 import json
 import math
 import shutil
