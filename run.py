@@ -4,8 +4,8 @@
     python run.py --svg cat.svg --source "cat face" --target "dog face" --compare                # SDS, DDS and PDS
     python run.py --image apple.png --source "red apple" --target "green apple" --loss in2n      # an editor of pictures
     python run.py --scene DIR --source "red apple" --target "green apple" --refine 200           # a NeRF, both stages
-    python run.py --scene DIR --fit-only --fit-seconds 60                                        # fit, measure test
-    views python run.py --mode splat --scene DIR --source "red apple" --target "green apple"           # 3D Gaussians
+    python run.py --scene DIR --fit-only --fit-seconds 60                                        # PSNR of the test views
+    python run.py --mode splat --scene DIR --source "red apple" --target "green apple"           # 3D Gaussians
     python run.py --splats trained.ply --source "chair" --target "throne"                        # trained Gaussians
     python run.py --mode nerf --compare in2n inv2n sds dds pds                                   # the paper's Figure 1
     python run.py --mode toy                                  # SDS, DDS and PDS in the plane, the paper's Figure 2
@@ -123,7 +123,7 @@ def load_nerf(args, prior):
     nerf.learn_from(args.frame)
     groups = nerf.param_groups(args.table, args.mlps)
     if args.rates == "released":  # nerfstudio's Adam; rates fall to a tenth in 100,000 steps
-        groups = [group | {"betas": (0.9, 0.999), "warm": 1000, "fall": (0.1, 99000)} for group in groups]
+        groups = [group | {"betas": (0.9, 0.999), "warm": args.warm or 1000, "fall": (0.1, 99000)} for group in groups]
     return nerf, groups, Photographs(nerf)
 
 
@@ -132,7 +132,8 @@ def load_splat(args, prior):
     splats = fit(args, max(256, args.frame.short))
     groups = splats.param_groups(args.means, args.scales, args.rotations, args.opacity, args.colours)
     if args.rates == "released":
-        groups = [group | ({"fall": (0.01, 30000)} if group["name"] == "means" else {}) for group in groups]
+        groups = [group | {"warm": args.warm or 0} | ({"fall": (0.01, 30000)} if group["name"] == "means" else {})
+                  for group in groups]
     return splats, groups, Photographs(splats)
 
 

@@ -1,12 +1,15 @@
-"""README.md: the core on one screen runs as it is printed, the examples of --help parse, the files it names exist."""
+"""README.md and --help: the core on one screen and the examples run as they are printed, the files named exist."""
 import re
 import shlex
+import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import NERF_SIZES, ROOT, nerf_scene
+from PIL import Image
 
 import run
+import toy
 
 README = (ROOT / "README.md").read_text()
 
@@ -36,6 +39,32 @@ def test_every_printed_command_of_run_py_parses(text, tmp_path, monkeypatch):
     for command in commands:
         words = shlex.split(command.replace("--device cuda", "--device cpu"), comments=True)
         assert run.parse(words).mode
+
+
+def test_every_example_of_the_help_runs(pipelines, small_pictures, loaded, tmp_path, monkeypatch):
+    """As printed, in a folder with the files that they name; with a tiny model, two steps and a short fit."""
+    from scene.reading import load_scene
+    from splat import Splats
+    for name in ("Prior", "InstructPix2Pix"):
+        monkeypatch.setattr(run, name, loaded(getattr(run, name)))
+    monkeypatch.setattr(run.NeRF, "sizes", lambda device: NERF_SIZES)
+    monkeypatch.setattr(toy, "STEPS", 100)
+    monkeypatch.setitem(run.EXAMPLE, "nerf", (tmp_path / "DIR", *run.EXAMPLE["nerf"][1:]))  # smaller than the apple
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "examples/smiling-face.svg", "cat.svg")
+    Image.new("RGB", (20, 20), "tomato").save("apple.png")
+    Splats.fit(load_scene(nerf_scene(tmp_path / "DIR")), 0.1).save(tmp_path / "trained.ply")
+    commands = re.findall(r"python run\.py (.*)", run.__doc__)
+    assert len(commands) >= 9
+    for number, command in enumerate(commands):
+        words = [*shlex.split(command, comments=True), "--out", str(number)]
+        around, mode = {"--fit-seconds": "0.2"}, run.parse(words).mode
+        few = {"--model": pipelines["sd"], "--instruct": pipelines["instruct"], "--steps": 2, "--device": "cpu"}
+        few |= (around if mode in ("nerf", "splat") else {}) | ({"--refine": 1} if "--refine" in words else {})
+        more = [str(part) for pair in few.items() for part in pair] if mode != "toy" else []
+        assert run.main([*words, *more]) == 0, command
+        sheet = tmp_path / str(number) / ("toy.png" if mode == "toy" else "sheet.png")
+        assert sheet.exists() != ("--fit-only" in words), command
 
 
 def test_the_files_that_the_readme_names_are_there():
