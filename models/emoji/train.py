@@ -743,7 +743,8 @@ def train_unet(args, device, vae, log):
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start, subfolder="unet").state_dict())
         text.load_state_dict(CLIPTextModel.from_pretrained(args.start, subfolder="text_encoder").state_dict())
     flow = Velocity(unet, text, scheduler) if args.flow else None
-    run = Run(args.work / "unet.pt", {"unet": unet, "text": text}, 4e-4 if args.start else 1e-3, args.minutes)
+    rate = args.rate or (4e-4 if args.start else 1e-3)
+    run = Run(args.work / "unet.pt", {"unet": unet, "text": text}, rate, args.minutes)
     run.ema["unet"].set_attn_processor(AttnProcessor())
     log(f"unet {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M, text "
         f"{sum(p.numel() for p in text.parameters()) / 1e6:.2f} M")
@@ -1116,7 +1117,8 @@ DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, **EDITORS}, "steps": 300
             "image": {"guidance": {"pds": 10, "dds": 3, "sds": 5, **EDITORS}},
             "nerf": {"guidance": {"pds": 10, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 500},
             "splat": {"guidance": {"pds": 15, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 600},
-            "dreamcatalyst": {"guidance": {"pds": 3}}}
+            "dreamcatalyst": {"guidance": {"pds": 3}, "identity": 1.0, "t_min": 0.2, "t_max": 0.9,
+                              "schedule": "decreasing"}}
 
 
 def main():
@@ -1132,6 +1134,7 @@ def main():
     p.add_argument("--flow", action="store_true", help="tune the UNet of --start to the velocity of flow matching")
     p.add_argument("--vae-minutes", type=float, default=17, help="training time of the autoencoder")
     p.add_argument("--minutes", type=float, default=95, help="training time of UNet and text encoder")
+    p.add_argument("--rate", type=float, help="peak learning rate of the UNet; 1e-3, or 4e-4 with --start")
     p.add_argument("--batch", type=int, default=96, help="pictures in a UNet step")
     p.add_argument("--threads", type=int, default=2, help="CPU threads")
     p.add_argument("--drawings", type=int, default=200, help="measure: held-out drawings for the classifier")
