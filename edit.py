@@ -30,7 +30,7 @@ SCENES = ("nerf", "splat")  # modes with many views
 EDITABLE = ("image", *SCENES)  # modes with pictures, which EDITORS need
 LOSSES = {"sds": pds.sds_loss, "dds": pds.dds_loss, "pds": pds.pds_loss}
 COEFFICIENTS = {"official": "official", "consistent": "consistent", "dreamcatalyst": pds.dreamcatalyst}
-HOLD = {"svg": 1, "image": 1, "nerf": 10, "splat": 10}  # steps for which a view is kept, as in the paper
+HOLD = {"svg": 1, "image": 1, "nerf": 10, "splat": 10}  # steps for which a view is kept, in the paper's code
 LEVELS, FINEST = 12, 0.25  # the width of the smooth field falls to this share in so many levels
 RATES = {"settle": settling_share, "released": released_share}  # learning-rate schedules of a stage
 
@@ -41,7 +41,7 @@ RATES = {"settle": settling_share, "released": released_share}  # learning-rate 
 # with as many each.
 
 class Distillation:
-    """The edit itself: one of the three losses, at views that are kept for HOLD steps."""
+    """The edit itself: one of the three losses, at views that are kept for args.hold steps, or HOLD."""
     resets_optimiser = False
     SURROUNDINGS = 0.3  # weight of what lies outside of the masks of a scene, see `surroundings`
     PIXELS = 2 ** 16  # the most that are rendered and encoded at once
@@ -65,6 +65,8 @@ class Distillation:
         else:
             self.prior = prior.at(args.guidance)
             self.y_src, self.y_tgt = map(prior.embed, prompts(args))
+        if args.freeu:
+            self.prior = self.prior.with_freeu()
         self.sees_source = editor is not None
         self.state, self.x0_src = {"views": [None] * args.batch}, {}
         view = checkpoint.below(len(scene.scene.train)) if args.mode in SCENES else checkpoint.shift
@@ -100,7 +102,7 @@ class Distillation:
         args, looks = self.args, []
         progress = step / self.steps if args.schedule == "decreasing" else None
         for i, generator in enumerate(generators):
-            if step % HOLD[args.mode] == 0:
+            if step % (args.hold or HOLD[args.mode]) == 0:
                 self.state["views"][i] = self.scene.sample_view(generator)
             view = camera = self.state["views"][i]
             if args.mode in SCENES:

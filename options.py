@@ -103,8 +103,9 @@ GROUPS = {
                 "%(default)g)", type=RATE, default=1.5),
         _option("--instruction", 'in2n: the instruction (default: "make it a TARGET")'),
         _setting("identity"),
-        _option("--coefficients", "psi and chi of PDS; dreamcatalyst brings its own guidance and timesteps and, with "
-                "--instruct, its InstructPix2Pix prior (default: "
+        _option("--coefficients", "psi and chi of PDS; dreamcatalyst brings the settings of its released code "
+                "(guidance 7.5, falling timesteps, FreeU; for scenes 3,000 steps, each with a new view; the shipped "
+                "model has settings of its own) and, with --instruct, its InstructPix2Pix prior (default: "
                 "%(default)s)", choices=COEFFICIENTS, default="official"),
         _option("--stride", "t - s of the PDS posterior (default: %(default)s)", type=POSITIVE, default=2),
         _setting("t_min"), _setting("t_max"), _setting("schedule"), _setting("rates"),
@@ -263,6 +264,7 @@ def settings(args, prior, name):
     """Everything that a result depends on, as a dict for config.json; args: completed."""
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
               if key in ("input", "fitted") or key in OPTIONS and OPTIONS[key].kept}
+    config |= {key: own for key in ("hold", "warm", "freeu") if (own := getattr(args, key)) is not None}
     config |= {
         "loss": name,
         "size": prior.size,

@@ -23,8 +23,8 @@ from pipelines.captions import plain, read_captions
 from pipelines.flow import Flow
 from pipelines.loading import DROPPED, PriorError, as_stable_diffusion, load_pipeline
 from pipelines.lora import add_embedding, add_lora, find_lora, read_embedding
-from pipelines.networks import FlowUNet, Texts, UNet, network_of, spare_memory
-from pipelines.settings import PAPER, for_flow, read_defaults
+from pipelines.networks import FREEU, FlowUNet, Texts, UNet, network_of, spare_memory
+from pipelines.settings import DREAMCATALYST, PAPER, for_flow, read_defaults
 
 LETTERS = 200  # of a prompt that are compared with captions: the time grows with their square
 
@@ -106,8 +106,9 @@ class Prior:
         defaults = read_defaults(folder / "pds.json") if brought else PAPER
         try:
             prior = cls(cls._complete(pipe, folder), guidance, defaults, device)
-            if isinstance(prior.network, Flow) and not brought:
-                prior.defaults = for_flow(defaults, prior.network)
+            if isinstance(prior.network, Flow):
+                own = {"dreamcatalyst": DREAMCATALYST} if brought else PAPER
+                prior.defaults = for_flow(own, prior.network) | (defaults if brought else {})
             prior._try()
         except PriorError as e:
             raise PriorError(f"{name}: {e}") from e
@@ -131,6 +132,15 @@ class Prior:
         """A copy with another guidance scale; it shares the weights and the embedded prompts."""
         twin = copy.copy(self)
         twin.guidance = scale
+        return twin
+
+    def with_freeu(self):
+        """A copy whose UNet runs with FreeU; the prior itself, with a warning, where that is not possible."""
+        if isinstance(self.network, Flow) or not hasattr(self.network.module, "enable_freeu"):
+            warnings.warn("FreeU is left out: it is made for UNets that predict noise", stacklevel=2)
+            return self
+        twin, twin.network = copy.copy(self), copy.copy(self.network)
+        twin.network.freeu = FREEU
         return twin
 
     @torch.no_grad()

@@ -192,6 +192,7 @@ def network_of(pipe):
     return NETWORKS[kind](pipe)
 
 
+FREEU = {"b1": 1.1, "b2": 1.1, "s1": 0.9, "s2": 0.2}  # DreamCatalyst's factors, as diffusers' enable_freeu takes them
 LARGE = 256 * 256  # pixels from which a feature map of the autoencoder is recomputed for the backward pass
 
 
@@ -199,9 +200,10 @@ class UNet:
     """The noise prediction of a pipeline of Stable Diffusion 1.x, 2.x or XL, without guidance.
 
     Prior uses these names of any network: module, abar, size, multiple, guidance, embedded, zeros, embed, length,
-    check, eps.
+    check, eps. freeu: factors of FreeU (Si et al., arXiv 2309.11497), which scales the features of the decoder and of
+    the skips; None: without.
     """
-    guidance, embedded = 7.5, 0
+    guidance, embedded, freeu = 7.5, 0, None
 
     def __init__(self, pipe, latents=1):
         """latents: number of latents that the UNet takes, concatenated. Raises PriorError."""
@@ -265,7 +267,13 @@ class UNet:
             h, w = (side * self.multiple for side in x.shape[-2:])
             ids = torch.tensor([[h, w, 0, 0, h, w]], device=device, dtype=dtype).expand(len(x), -1)
             added = {"text_embeds": pooled[0], "time_ids": ids}
-        return self.module(x.to(device, dtype), t.to(device), embeddings, added_cond_kwargs=added).sample.float()
+        if self.freeu:  # set for this call alone, since other losses of the same run share the UNet
+            self.module.enable_freeu(**self.freeu)
+        try:
+            return self.module(x.to(device, dtype), t.to(device), embeddings, added_cond_kwargs=added).sample.float()
+        finally:
+            if self.freeu:
+                self.module.disable_freeu()
 
 
 class FlowUNet(UNet, Flow):

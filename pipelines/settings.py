@@ -58,6 +58,9 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("rotations", float, 0, 2e-4, ("splat",), "rate of the quaternions"),
     Setting("opacity", float, 0, 1e-2, ("splat",), "rate of the opacity logits"),
     Setting("refine", int, 0, 0, ("image", *MANY), "steps of the refining stage, 0: none"),
+    Setting("hold", int, 1, None, MANY, None),  # steps for which a view is kept; None: edit.HOLD
+    Setting("warm", int, 0, None, MANY, None),  # steps of warm-up of the released rates; None: the paper's
+    Setting("freeu", bool, 0, None, EVERY, None),  # whether the UNet runs with FreeU, see Prior.with_freeu
     Setting("inversion_steps", int, 1, None, EVERY, None))}
 GUIDED = ("pds", "dds", "sds", "sdedit", "inv2n", "in2n", "drfs")  # methods with a guidance of their own
 PARTS = (*EVERY, "in2n", "dreamcatalyst", "smooth_points")  # what a pds.json may hold settings under
@@ -67,6 +70,10 @@ GUIDANCE = {"pds": 100.0, "dds": 7.5, "sds": 100.0}
 # The released settings of the paper's code by mode (its 2D experiment is a notebook in the history), for every model
 # without a pds.json beside its model_index.json.
 RELEASED = {"identity": 1.0, "t_min": 0.02, "t_max": 0.98, "schedule": "uniform", "rates": "released"}
+# Those of DreamCatalyst's code, which edits scenes; they come with its coefficients.
+OF_ITS_SCENES = {"steps": 3000, "hold": 1, "warm": 100}
+DREAMCATALYST = {"guidance": {"pds": 7.5}, "identity": 1.0, "t_min": 0.2, "t_max": 0.9, "schedule": "decreasing",
+                 "freeu": True, "nerf": OF_ITS_SCENES, "splat": OF_ITS_SCENES}
 PAPER = {
     "guidance": GUIDANCE,
     "svg": RELEASED
@@ -87,16 +94,15 @@ PAPER = {
     "splat": RELEASED
     | {"steps": 30000, "means": 1.6e-4, "scales": 5e-3, "rotations": 1e-3, "opacity": 5e-2, "colours": 2.5e-3},
     "in2n": {"steps": 15000},
+    "dreamcatalyst": DREAMCATALYST,
 }
-# DreamCatalyst comes with its own guidance and timesteps (released code, dc.py).
-DREAMCATALYST = {"guidance": {"pds": 7.5}, "identity": 1.0, "t_min": 0.2, "t_max": 0.9, "schedule": "decreasing"}
 
 
 def settings_for(defaults, mode, method, size=64, width=None, coefficients="official", local=False):
     """The settings {name: value} of a mode and a method under the defaults of a model, before any flag.
 
     Later layers win: the usual values, the model's settings, those of the mode, of the method, of smooth points and of
-    DreamCatalyst's coefficients.
+    DreamCatalyst's coefficients, which are the released ones for a model that brings none.
 
     Args:
         size: side in pixels of the model's pictures; width: of the smooth field of a drawing in pixels, 0: none, None:
@@ -110,7 +116,8 @@ def settings_for(defaults, mode, method, size=64, width=None, coefficients="offi
     if own["smooth"]:
         own = _overlaid(own, own.get("smooth_points", {}))
     if coefficients == "dreamcatalyst" and method == "pds":
-        own = _overlaid(_overlaid(own, DREAMCATALYST), own.get("dreamcatalyst", {}))
+        part = own.get("dreamcatalyst", DREAMCATALYST)
+        own = _overlaid(_overlaid(own, part), part.get(mode, {}))
     if mode == "nerf" and local:
         own = own | {"mlps": own["mlps"] / 10, "table": own["table"] * 2}
     return own
@@ -122,7 +129,7 @@ def _overlaid(own, part):
 
 
 def for_flow(defaults, network):
-    """PAPER's settings for a model of flow matching, a pipelines.flow.Flow.
+    """Settings of Stable Diffusion, as PAPER, for a model of flow matching, a pipelines.flow.Flow.
 
     t_min and t_max, shares of Stable Diffusion's schedule, become the shares of its own schedule with the same noise. A
     model that was trained for a single guidance gets that one for every method.

@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import shutil
 import sys
 import types
 
@@ -21,7 +22,8 @@ from image.editors import ddim_timesteps
 from image.picture import Picture
 from image.updates import DatasetUpdate
 from loop.optimiser import SteadyAdam, released_share
-from pipelines.settings import PAPER, SETTINGS
+from pipelines.networks import STABLE_DIFFUSION_ABAR
+from pipelines.settings import PAPER, SETTINGS, read_defaults, settings_for
 from prior import InstructPix2Pix, Prior
 
 STYLE = ". minimal flat 2d vector image. lineal color. trending on artstation"
@@ -126,20 +128,101 @@ def test_every_setting_of_the_paper_has_a_flag_that_wins(pipelines):
         "refine",
         "batch",
         "canvas_points",
+        "hold",
+        "warm",
+        "freeu",
         "inversion_steps",
     } == {*SETTINGS, "guidance"}
     assert options.complete(run.parse(["--mode", "image", "--refine", "7"]), prior, "pds").refine == 7
     assert options.complete(run.parse(["--mode", "nerf", "--loss", "in2n"]), prior, "in2n").steps == 15000
 
 
-def test_dreamcatalyst_brings_its_own_guidance_and_timesteps(pipelines):
+def catalysed(prior, mode, *flags, method="pds"):
+    return options.complete(run.parse(["--mode", mode, "--coefficients", "dreamcatalyst", *flags]), prior, method)
+
+
+def test_dreamcatalyst_brings_its_released_settings(pipelines):
     prior = Prior.from_pretrained(pipelines["sd"])
-    def asked(*flags):
-        return options.complete(run.parse(["--mode", "nerf", "--coefficients", "dreamcatalyst", *flags]), prior, "pds")
-    args = asked()
+    args = catalysed(prior, "nerf")
     assert (args.guidance, args.t_min, args.t_max, args.schedule, args.identity) == (7.5, 0.2, 0.9, "decreasing", 1)
-    assert (asked("--guidance", "3").guidance, asked("--t-max", "0.5").t_max) == (3, 0.5)
-    assert options.complete(run.parse(["--coefficients", "dreamcatalyst"]), prior, "dds").guidance == 7.5  # DDS's own
+    assert (args.steps, args.hold, args.warm, args.freeu, args.rates) == (3000, 1, 100, True, "released")
+    args.input = options.HERE / "no scene"
+    assert {"hold": 1, "warm": 100, "freeu": True}.items() <= options.settings(args, prior, "pds").items()
+    assert catalysed(prior, "splat").steps == 3000 and catalysed(prior, "image").steps == 500
+    flagged = catalysed(prior, "nerf", "--guidance", "3", "--t-max", "0.5", "--steps", "7")
+    assert (flagged.guidance, flagged.t_max, flagged.steps) == (3, 0.5, 7)
+    other = catalysed(prior, "nerf", method="dds")
+    assert (other.guidance, other.steps, other.hold, other.freeu) == (7.5, 30000, None, None)  # DDS's own
+
+
+def test_the_shipped_model_has_shorter_settings_for_dreamcatalyst():
+    defaults = read_defaults(options.SHIPPED / "pds.json")
+    for mode, steps in (("svg", 75), ("image", 300), ("nerf", 500), ("splat", 600)):
+        own = settings_for(defaults, mode, "pds", coefficients="dreamcatalyst")
+        assert (own["steps"], own["guidance"]["pds"], own["t_min"], own["t_max"]) == (steps, 3, 0.2, 0.9)
+        assert own["schedule"] == "decreasing" and own["identity"] == 1 and not {"hold", "warm", "freeu"} & own.keys()
+
+
+def test_a_view_is_kept_and_the_rates_rise_for_as_many_steps_as_asked(pipelines, tmp_path):
+    prior = Prior.from_pretrained(pipelines["sd"])
+    nerf_scene(tmp_path / "scene", views=6, size=8)
+    for mode in ("nerf", "splat"):
+        for flags, hold, warm in (((), 10, {"nerf": 1000, "splat": 0}[mode]),
+                                  (("--coefficients", "dreamcatalyst"), 1, 100)):
+            args = options.complete(run.parse(["--mode", mode, "--scene", str(tmp_path / "scene"), "--source", "a",
+                                               "--target", "b", "--fit-seconds", "0.05", *flags]), prior, "pds")
+            args.fit = tmp_path / mode
+            scene, groups, source = run.LOAD[mode](args, prior)
+            assert [group.get("warm", 0) for group in groups] == [warm] * len(groups)
+            stage, generator = Distillation(scene, source, prior, "pds", args), torch.Generator().manual_seed(1)
+            views = [stage.looks(step, [generator])[0][0] for step in range(40)]
+            changes = {step for step in range(1, 40) if views[step] != views[step - 1]}
+            assert changes and (min(changes) == 1 if hold == 1 else changes <= {10, 20, 30})
+    rates = [released_share(step, 3000, {"warm": 100}) for step in (0, 50, 100)]
+    assert rates == [0, pytest.approx(math.sqrt(0.5)), 1]
+
+
+def test_freeu_acts_on_the_calls_of_its_own_copy_alone(pipelines):
+    prior, editor = Prior.from_pretrained(pipelines["sd"]), InstructPix2Pix.from_pretrained(pipelines["instruct"])
+    editor.image = torch.ones(1, 4, 8, 8)
+    for model in (prior, editor):
+        x_t, t, y = rand(2, 4, 8, 8, seed=3).float(), torch.tensor([300, 700]), model.embed("a cat")
+        plain, freed = model.at(5.0), model.at(5.0).with_freeu().at(2.0).at(5.0)
+        before, found = plain.eps(x_t, t, y), freed.eps(x_t, t, y)
+        assert torch.equal(before, plain.eps(x_t, t, y))  # nothing of it is left in the UNet that both share
+        model.pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.1, b2=1.1)
+        wanted = plain.eps(x_t, t, y)
+        model.pipe.unet.disable_freeu()
+        assert torch.equal(found, wanted) and (found - before).abs().max() > 1e-4
+
+
+def test_an_edit_with_dreamcatalyst_asks_for_freeu(pipelines):
+    prior = Prior.from_pretrained(pipelines["sd"])
+    scene = Picture(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(3)), prior)
+    for flags, factors in ((["--coefficients", "dreamcatalyst"], {"b1": 1.1, "b2": 1.1, "s1": 0.9, "s2": 0.2}),
+                           ([], None)):
+        args = options.complete(run.parse(["--mode", "image", "--source", "a", "--target", "b", *flags]), prior, "pds")
+        assert Distillation(scene, scene, prior, "pds", args).prior.network.freeu == factors
+
+
+def test_a_flow_goes_without_freeu_and_keeps_its_own_guidance(flows):
+    """FLUX.1 schnell was trained to need no guidance; the timesteps have the noise of Stable Diffusion's."""
+    for name, guidance in (("sd3", 7.5), ("schnell", 1.0), ("flux", 3.5)):
+        prior = Prior.from_pretrained(flows[name])
+        args = catalysed(prior, "nerf")
+        assert args.guidance == guidance and args.steps == 3000
+        for share, wanted in ((args.t_min, 200), (args.t_max, 900)):
+            level = STABLE_DIFFUSION_ABAR[wanted].item()
+            near = prior.abar[round(share * len(prior.abar))].item()
+            assert abs(math.log(near / (1 - near)) - math.log(level / (1 - level))) < 0.05
+        with pytest.warns(UserWarning, match="FreeU is left out: it is made for UNets that predict noise"):
+            assert prior.with_freeu() is prior
+
+
+def test_a_flow_with_settings_of_its_own_has_dreamcatalyst_mapped_too(flows, tmp_path):
+    shutil.copytree(flows["schnell"], tmp_path / "model")
+    (tmp_path / "model" / "pds.json").write_text(json.dumps({"steps": 3}))
+    assert catalysed(Prior.from_pretrained(tmp_path / "model"), "svg").guidance == 1.0
 
 
 # ---- independent forms of the released stages -----------------------------------------------------------
@@ -388,7 +471,7 @@ def test_dreamcatalyst_with_an_editor_has_no_text_on_the_side_of_the_source(pipe
         null = editor.unconditional()
 
         def call(words, told, x_t=x_t):
-            return editor._predict(x_t, torch.tensor([t]), [words], [told])[0]
+            return editor.with_freeu()._predict(x_t, torch.tensor([t]), [words], [told])[0]
         plain, seen = call(null, torch.zeros_like(image)), call(null, image)
         eps.append(plain + 1.5 * (seen - plain) + (7.5 * (call(y, image) - seen) if y else 0))
     tau = (t - 1) / 1000
