@@ -223,7 +223,8 @@ class Run:
             self.optimiser.state.clear()
         self.optimiser.zero_grad()
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
-            group["lr"] = stage.rate * rate * RATES[self.args.rates](at, stage.steps, group)
+            group["share"] = RATES[self.args.rates](at, stage.steps, group)
+            group["lr"] = stage.rate * rate * group["share"]
         level = at * LEVELS // stage.steps  # from coarse to fine
         if self.args.smooth and level != self.level:
             self.level = level

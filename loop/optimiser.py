@@ -72,13 +72,17 @@ class SteadyAdam(torch.optim.Adam):
 
     A group with a field moves by K times Adam's step on the free displacements u, where points = rest + K u; u is never
     stored, so K may change from step to step. All other groups take exactly the steps of torch.optim.Adam; with a
-    `decay`, those of torch.optim.AdamW with that weight decay.
+    `decay`, those of torch.optim.AdamW with that weight decay. A `spring` is a weight decay towards the first values:
+    after each step it takes back that share, times the group's `share` of its rate, of how far a number has moved. Noise
+    is held, while a push that lasts still carries a shape away.
     """
 
     def __init__(self, groups, fields=None):
         """groups: as for torch.optim.Adam, each with one parameter; fields: {name of a group: SmoothField}."""
-        super().__init__([{"shared": False, "decay": 0.0} | group for group in groups])
+        super().__init__([{"shared": False, "decay": 0.0, "spring": 0.0, "share": 1.0} | group for group in groups])
         self.fields = fields or {}
+        self.rest = [[p.detach().clone() for p in group["params"]] if group["spring"] else []
+                     for group in self.param_groups]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -92,7 +96,11 @@ class SteadyAdam(torch.optim.Adam):
                     if parameter.grad is not None:
                         self._move(parameter, group, field)
                         parameter.grad = None
-        return super().step(closure)
+        loss = super().step(closure)
+        for group, rests in zip(self.param_groups, self.rest, strict=True):
+            for parameter, rest in zip(group["params"], rests, strict=False):
+                parameter.lerp_(rest, group["spring"] * group["share"])
+        return loss
 
     def _move(self, parameter, group, field):
         grad = parameter.grad if field is None else field.transpose(parameter.grad)

@@ -44,6 +44,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("smooth", float, 0, None, ("svg",), "width in pixels of the field that moves all points together; it "
             "falls to "
             "a quarter; 0: every point moves on its own, as in the paper"),
+    Setting("spring", float, 0, 0.0, ("svg",), "share of the way back to the source that points and stroke widths go "
+            "after each step; 0: none, as in the paper"),
     Setting("colours", float, 0, 0.01, ("svg", "image", "splat"), "rate of colours and pixels"),
     Setting("steady", bool, 0, True, ("svg",), "share one second moment of Adam among all points, one among all "
             "colours"),

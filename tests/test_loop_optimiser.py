@@ -55,6 +55,39 @@ def test_plain_groups_take_the_steps_of_torch():
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_a_spring_takes_back_its_share_of_every_displacement():
+    """As a step of torch's Adam followed by p <- p + s (rest - p), where s follows the rate; 0 is Adam's own step."""
+    rest = rand(5, 2)
+    ours, theirs, free, plain = (torch.nn.Parameter(rest.clone()) for _ in range(4))
+    sprung = SteadyAdam([dict(params=[ours], lr=0.1, spring=0.2), dict(params=[free], lr=0.1)])
+    adam = torch.optim.Adam([dict(params=[theirs], lr=0.1), dict(params=[plain], lr=0.1)])
+    for step, share in enumerate((0.5, 1.0, 1.0, 0.25)):
+        sprung.param_groups[0]["share"] = share
+        for p in (ours, theirs, free, plain):
+            p.grad = rand(5, 2, seed=step)
+        sprung.step()
+        adam.step()
+        theirs.data += 0.2 * share * (rest - theirs.data)
+    assert_close(ours, theirs)
+    assert torch.equal(free, plain)
+
+
+def test_noise_is_held_and_a_lasting_push_is_not():
+    """Two hundred steps: a gradient with one sign carries a point away, one of random signs hardly."""
+    rng = torch.Generator().manual_seed(0)
+    ends = {}
+    for spring in (0.0, 0.03):
+        p = torch.nn.Parameter(torch.zeros(400))
+        optimiser = SteadyAdam([dict(params=[p], lr=0.1, spring=spring, shared=True)])
+        for _ in range(200):
+            p.grad = torch.cat([torch.ones(200), torch.randn(200, generator=rng)])
+            optimiser.step()
+        ends[spring] = -p.detach()[:200].mean(), p.detach()[200:].std()
+    kept = [ends[0.03][i] / ends[0.0][i] for i in (0, 1)]
+    assert ends[0.03][0] > 2 and ends[0.03][0] > 3 * ends[0.03][1]
+    assert kept[1] < 0.6
+
+
 def test_a_shared_moment_and_a_field_against_the_long_form():
     rest = 10 * rand(6, 2)
     p, field = torch.nn.Parameter(rest.clone()), SmoothField(rest, 3.0)
