@@ -1,4 +1,4 @@
-"""The method, pds.py: copy this file along with it; it needs torch and pytest. All other tests are in tests/."""
+"""Tests of pds.py; to reuse the loss, copy both files. They need torch and pytest alone. Other tests are in tests/."""
 import pytest
 import torch
 from torch.testing import assert_close
@@ -11,7 +11,7 @@ ABAR = (1 - BETAS).cumprod(0)
 
 
 class GaussianPrior:
-    """The exact noise prediction for x0 ~ N(mean(y), var I); y [B] names the mean. Counts its calls."""
+    """The exact noise prediction for x0 ~ N(mean(y), var I); y [B] is the index of the mean. Counts its calls."""
 
     def __init__(self, abar=ABAR, var=0.3):
         self.abar, self.var, self.calls, self.means = abar, var, 0, torch.tensor([-1.0, 2.0], dtype=torch.float64)
@@ -46,7 +46,7 @@ def test_official_coefficients_are_those_of_the_released_code():
     c_x0 = abar_s.sqrt() * beta / (1 - abar_t)
     c_xt = (1 - beta).sqrt() * (1 - abar_s) / (1 - abar_t)
     sigma = ((1 - abar_s) / (1 - abar_t) * beta).sqrt()
-    # of z = (x_s - c_x0 x0_hat - c_xt x_t) / sigma: the factors of x0 and of eps, the noises being shared
+    # factors of x0 and eps in z = (x_s - c_x0 x0_hat - c_xt x_t) / sigma; the shared noises cancel in the difference
     psi = (abar_s.sqrt() - c_x0 - c_xt * abar_t.sqrt()) / sigma
     chi = c_x0 * (1 - abar_t).sqrt() / abar_t.sqrt() / sigma
     for got, wanted in zip(pds.pds_coefficients(ABAR, t, t - 2), (psi, chi), strict=True):
@@ -58,11 +58,11 @@ def test_official_coefficients_are_those_of_the_released_code():
 def test_consistent_posterior_has_no_pull_to_the_source(stride):
     t = torch.arange(stride + 1, 1000, 37)
     c_x0, c_xt, sigma = pds.posterior(ABAR, t, t - stride, "consistent")
-    # not only set to zero: the long form is zero up to rounding
+    # the code returns exactly 0; the long form confirms it up to rounding
     long_form = (ABAR[t - stride].sqrt() - c_x0 - c_xt * ABAR[t].sqrt()) / sigma
     assert_close(long_form, torch.zeros_like(long_form), atol=1e-10, rtol=0)
     assert (pds.pds_coefficients(ABAR, t, t - stride, "consistent")[0] == 0).all()
-    if stride == 1:  # one step is one step: the two kinds are the same posterior
+    if stride == 1:  # for a single step the two kinds are the same posterior
         for a, b in zip(pds.posterior(ABAR, t, t - 1, "official"), (c_x0, c_xt, sigma), strict=True):
             assert_close(a, b)
 
@@ -133,11 +133,11 @@ def test_baselines_have_their_closed_forms():
     assert_close(grad_of(pds.sds_loss, prior, tgt, src, TGT, SRC, t, noise, weight=3), 3 * (eps(tgt, 2.0) - noise))
     consistent = grad_of(pds.pds_loss, prior, tgt, src, TGT, SRC, t, noise, coefficients="consistent")
     chi = pds.pds_coefficients(ABAR, t, t - 2, "consistent")[1].reshape(-1, 1, 1, 1)
-    assert_close(consistent, chi * (eps(tgt, 2.0) - eps(src, -1.0)))  # PDS without psi is DDS weighted by chi
+    assert_close(consistent, chi * (eps(tgt, 2.0) - eps(src, -1.0)))  # PDS without psi is DDS with the weight chi
 
 
 @pytest.mark.parametrize("loss", [pds.pds_loss, pds.dds_loss])
-def test_no_edit_no_gradient(loss):
+def test_without_an_edit_the_gradient_is_zero(loss):
     x0 = rand(2, 4, 3, 3)
     assert (grad_of(loss, GaussianPrior(), x0, x0, TGT, TGT, generator=torch.Generator().manual_seed(0)) == 0).all()
 
@@ -153,8 +153,8 @@ def test_rows_of_a_batch_are_independent_and_cost_one_call(loss, calls):
         assert_close(batch[one], grad_of(loss, prior, tgt[one], src[one], TGT, SRC, t[one], noise[one]))
 
 
-def test_gradient_reaches_the_target_only_and_stays_float32():
-    class Network(torch.nn.Module):  # a network of its own dtype, with parameters that could catch a gradient
+def test_only_the_target_gets_a_gradient_and_it_is_float32():
+    class Network(torch.nn.Module):  # a network in bfloat16 whose parameters could receive a gradient
         abar = ABAR.float()
 
         def __init__(self):
@@ -183,7 +183,7 @@ def test_value_and_scale_of_the_loss():
     assert_close(x0.grad, grad / 4)
 
 
-def test_identity_and_mask_act_on_the_pull_and_on_the_push_alone():
+def test_identity_scales_the_pull_alone_and_a_mask_the_push_alone():
     prior, t = GaussianPrior(), torch.tensor([50, 700])
     tgt, src, noise = (rand(2, 3, 2, 2, seed=i) for i in range(3))
     arguments = prior, tgt, src, TGT, SRC, t, noise
@@ -202,7 +202,7 @@ def test_identity_and_mask_act_on_the_pull_and_on_the_push_alone():
             pds.pds_loss(*arguments, mask=wrong)
 
 
-def test_a_nan_is_not_hidden():
+def test_nans_propagate():
     prior = GaussianPrior()
     prior.eps = lambda x_t, t, y: x_t * float("nan")
     assert pds.pds_loss(prior, rand(1, 1, 2, 2), rand(1, 1, 2, 2), TGT, SRC).isnan()
@@ -213,13 +213,13 @@ def test_a_nan_is_not_hidden():
     ({"t": torch.tensor([1000])}, "values in 2 .. 999"), ({"t": torch.tensor([5, 5])}, r"t must be \[1\]"),
     ({"noise": rand(1, 1, 2)}, "noise must have the shape"), ({"stride": 0}, "0 <= s < t"),
     ({"stride": -2}, "stride must be"), ({"y_src": torch.zeros(3)}, "prompts must be")])
-def test_bad_arguments_are_refused_in_words(change, message):
+def test_bad_arguments_raise_a_clear_error(change, message):
     arguments = dict(x0_tgt=rand(1, 1, 2, 2), x0_src=rand(1, 1, 2, 2), y_tgt=TGT, y_src=SRC, t=torch.tensor([9]))
     with pytest.raises(ValueError, match=message):
         pds.pds_loss(GaussianPrior(), **arguments | change)
 
 
-def test_timesteps_stay_in_range_and_reach_both_ends():
+def test_timesteps_cover_their_range_and_nothing_else():
     t = pds.sample_timesteps(20000, 100, 0.1, 0.2, generator=torch.Generator().manual_seed(0))
     assert t.min() == 10 and t.max() == 20 and len(t.unique()) == 11
     assert pds.sample_timesteps(1, 100, 0.0, 1.0, progress=0.0) == 99
@@ -228,15 +228,15 @@ def test_timesteps_stay_in_range_and_reach_both_ends():
     assert falling[0] == 980 and falling[-1] == 20 and falling == sorted(falling, reverse=True)
     with pytest.raises(ValueError, match="t_min <= t_max"):
         pds.sample_timesteps(1, 100, 0.5, 0.4)
-    short = GaussianPrior(abar=ABAR[::50])  # T = 20, and a stride that 0.02 T would not allow
+    short = GaussianPrior(abar=ABAR[::50])  # T = 20: 0.02 T is less than the stride
     pds.pds_loss(short, rand(64, 1, 1, 1), rand(64, 1, 1, 1), TGT, SRC, stride=15)
 
 
-def test_where_each_method_ends():
-    """On Gaussians of one variance every method has a known end: what the paper claims of the three.
+def test_each_method_converges_where_the_paper_says():
+    """Between Gaussians of equal variance the fixed point of each method is known, and it is what the paper claims.
 
-    SDS falls into the target's mode, DDS carries every sample all the way, and PDS stops where the pull back to
-    the source balances the push: at 3 E[chi r] / (E[psi] + E[chi r]) of a way of 3, r = sqrt(abar (1 - abar)).
+    SDS collapses to the target's mode, DDS moves every sample the whole distance of 3, and PDS stops where the pull
+    back to the source balances the push: after 3 E[chi r] / (E[psi] + E[chi r]), with r = sqrt(abar (1 - abar)).
     """
     prior, src, end = GaussianPrior(var=1.0), rand(256, 1, 1, 2) - 1.0, {}
     for name, loss in [("sds", pds.sds_loss), ("dds", pds.dds_loss), ("pds", pds.pds_loss)]:
