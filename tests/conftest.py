@@ -20,7 +20,7 @@ ABAR = (1 - BETAS).cumprod(0)
 
 
 def pytest_terminal_summary(terminalreporter):
-    """A line for each test file: its subject, which is the first line of its docstring, and how many tests passed."""
+    """Print a line for each test file: its subject, the first line of its docstring, and how many tests passed."""
     passed = {}
     for result in terminalreporter.stats.get("passed", []):
         path = result.nodeid.split("::")[0]
@@ -34,7 +34,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """Python's own reaction to Ctrl-C: in a background job it would be ignored, and inherited by the tests."""
+    """Restore Python's reaction to Ctrl-C, which tests would inherit as ignored from a shell's background job."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -217,7 +217,7 @@ def flows(pipelines, tmp_path_factory):
                     patch_size=1, in_channels=16, num_single_layers=1, attention_head_dim=16, pooled_projection_dim=16,
                     guidance_embeds=kind == "flux", axes_dims_rope=(4, 6, 6), **attention))
         for module in pipe.components.values():
-            if isinstance(module, torch.nn.Module):  # zeros of a fresh network would hide what is left out
+            if isinstance(module, torch.nn.Module):  # the zeros of a new network would hide an omitted term
                 for weight in module.parameters():
                     if not weight.any():
                         torch.nn.init.normal_(weight, std=0.1)
@@ -243,7 +243,7 @@ def small_pictures(monkeypatch):
 
 @pytest.fixture(scope="session")
 def loaded(pipelines):
-    """The from_pretrained of Prior and InstructPix2Pix, which load a tiny pipeline once; not to be changed."""
+    """Prior and InstructPix2Pix load each tiny pipeline once; the shared models must not be changed."""
     kept, read_only = {}, {str(path) for path in pipelines.values()}
 
     def of(cls):
@@ -259,7 +259,7 @@ def loaded(pipelines):
 @pytest.fixture
 def command(pipelines, tmp_path, small_pictures, loaded, monkeypatch):
     """run.main on a drawing and the tiny pipeline, with small pictures; later flags win."""
-    import run  # diffusers takes seconds to import, and the tests of the renderers do without it
+    import run  # imports diffusers, which takes seconds and which the tests of the renderers do not need
     for name in ("Prior", "InstructPix2Pix"):
         monkeypatch.setattr(run, name, loaded(getattr(run, name)))
     (tmp_path / "face.svg").write_text(DRAWING)
