@@ -3,12 +3,12 @@
     with pretend.device() as name:                       # "pretend"
         torch.ones(3, device=name) @ torch.ones(3)       # RuntimeError: Expected all tensors to be on the same device
 
-Its tensors wrap one on the CPU, and every operation is handed on to that. The rules are CUDA's: tensors without
-dimensions may come from the CPU where the operation goes element by element, and so may the indices of a tensor on the
-device; copies go everywhere; nothing else mixes. Numbers drawn for a device need a generator of the device, numpy sees
-nothing of it, and a checkpoint brings its tensors back to the device unless it is told otherwise.
+Each of its tensors wraps one on the CPU, which every operation is forwarded to. The rules are CUDA's: zero-dimensional
+tensors on the CPU may take part in element-wise operations, and tensors on the CPU may index one on the device; copies
+work in all directions; nothing else mixes. Random numbers on the device need a generator of the device, numpy cannot
+read its tensors, and a checkpoint restores tensors to the device unless map_location says otherwise.
 
-What it cannot show: speed, waiting for the device, the order in which sums are taken, memory that runs out.
+It does not reproduce speed, synchronisation, the order of summation, or running out of memory.
 """
 import contextlib
 import functools
@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_map
 
 NAME = "pretend"
 SETUP = "_setup_privateuseone_for_python_backend"  # torch 2.13 has it, 2.6 has not
-# Beside those that torch marks as pointwise: they, too, take a number that lies on the CPU.
+# Operations that torch does not mark as pointwise but that accept a number on the CPU as well.
 NUMBERS = {"fill_", "masked_fill", "masked_fill_", "rsub"}
 COPIES = {"copy_", "_to_copy"}
-# Torch's own would make an empty tensor on the device and let it grow, which a wrapped one cannot.
+# Torch's own implementation would resize an empty tensor on the device, which a wrapped one cannot do.
 GROWING = [("arange", "default"), ("arange", "start"), ("arange", "start_step"), ("eye", "default"), ("eye", "m")]
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
@@ -35,11 +35,11 @@ torch_load, torch_tensor, TorchGenerator = torch.load, torch.tensor, torch.Gener
 
 
 def why_not():
-    """Why there can be no pretend device here, a sentence; None: there can be one."""
+    """The reason why the pretend device cannot be registered here, a sentence; None if it can."""
     if not hasattr(backend_registration, SETUP):
-        return f"torch {torch.__version__} knows no devices that are written in Python"
+        return f"torch {torch.__version__} does not support devices written in Python"
     if torch.accelerator.is_available() and torch.accelerator.current_accelerator().type != NAME:
-        return "torch knows one kind of accelerator at a time, and here is a real one"
+        return "torch supports one kind of accelerator at a time, and this machine has a real one"
 
 
 def is_ours(device):
@@ -48,7 +48,7 @@ def is_ours(device):
 
 class Tensor(torch.Tensor):
     """A tensor on the pretend device; `inner` is the one on the CPU that holds its numbers."""
-    is_cuda = True  # so that the product takes the ways that it takes on CUDA
+    is_cuda = True  # so that the product takes its CUDA branches
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -92,7 +92,7 @@ class Tensor(torch.Tensor):
 
 
 def check(op, args, kwargs, others):
-    """Raise CUDA's error where tensors of the device meet `others`, those of the CPU, unless it is allowed."""
+    """Raise CUDA's error if an operation mixes tensors of the device with `others` on the CPU in a way CUDA forbids."""
     name = op._schema.name.removeprefix("aten::")
     if name in COPIES:
         return
@@ -116,7 +116,7 @@ def writes(op):
 
 
 def call(op, *args, **kwargs):
-    """Run an operation on the CPU; its results lie on the device, except where it is asked for one on the CPU."""
+    """Run an operation on the CPU; its results are on the device unless the arguments ask for the CPU."""
     wrapped, others = [], []
 
     def down(x):
@@ -136,13 +136,13 @@ def call(op, *args, **kwargs):
         check(op, args, kwargs, others)
     result, same = op(*inner_args, **inner_kwargs), {}
     mutable, reshapes = writes(op)
-    if mutable:  # what is written to comes back as it is
+    if mutable:  # an in-place operation returns its argument
         same = {id(x.inner): x for x in wrapped} | {id(x): x for x in others}
         if reshapes:
-            with no_dispatch():  # what the wrapper says about its shape
+            with no_dispatch():  # updates the shape that the wrapper reports
                 op(*args, **kwargs)
         if any(x.shape != x.inner.shape for x in wrapped):
-            raise NotImplementedError(f"{op}: gives a tensor of the pretend device another shape")
+            raise NotImplementedError(f"{op}: resizes a tensor on the pretend device")
     if kwargs.get("device") is not None and not is_ours(kwargs["device"]):
         return result
 
@@ -154,7 +154,7 @@ def call(op, *args, **kwargs):
 
 
 class Generator(TorchGenerator):
-    """torch.Generator, of the device too; it draws the numbers of the CPU's."""
+    """torch.Generator that also accepts the device, for which it draws the same numbers as for the CPU."""
 
     def __new__(cls, device="cpu"):
         self = super().__new__(cls, "cpu" if is_ours(device) else device)
@@ -172,7 +172,7 @@ class Generator(TorchGenerator):
 
 
 def of_numbers(function):
-    """torch.tensor and its like, which torch does not hand on to a device written in Python."""
+    """Wrap torch.tensor and similar functions, which torch does not dispatch to a device written in Python."""
     def made(data, *, device=None, requires_grad=False, **kwargs):
         device = device or (data.device if isinstance(data, torch.Tensor) else None)
         if isinstance(data, torch.Tensor) and function is not torch_tensor:
@@ -185,7 +185,7 @@ def of_numbers(function):
 
 
 def drawn(function):
-    """A function that draws random numbers, with CUDA's error where they lie on another device than the generator."""
+    """Wrap a random function: raise CUDA's error if the result and the generator are on different devices."""
     def draw(*args, **kwargs):
         result, generator = function(*args, **kwargs), kwargs.get("generator")
         if generator is not None and generator.device.type != result.device.type:
@@ -196,7 +196,7 @@ def drawn(function):
 
 
 def of_lists(index):
-    """An index whose lists are tensors, as torch would make of them on the device."""
+    """An index with its lists converted to tensors, as torch does on the device."""
     parts = [torch.as_tensor(x, dtype=torch.bool if x and isinstance(x[0], bool) else torch.long)
              if isinstance(x, list) else x for x in (index if isinstance(index, tuple) else [index])]
     return tuple(parts) if isinstance(index, tuple) else parts[0]
@@ -210,7 +210,7 @@ for name in ("uniform_", "normal_", "random_", "bernoulli_", "exponential_", "mu
 
 
 def load(file, map_location=None, **options):
-    """torch.load, to the device too."""
+    """torch.load that can also load to the device."""
     if isinstance(map_location, (str, torch.device)) and is_ours(map_location):
         there = torch_load(file, map_location="cpu", **options)
         return tree_map(lambda x: x.to(map_location) if isinstance(x, torch.Tensor) else x, there)
@@ -219,10 +219,10 @@ def load(file, map_location=None, **options):
 
 @contextlib.contextmanager
 def device():
-    """Within it, the pretend device is there; gives its name. Raises RuntimeError where `why_not` says why."""
+    """Context in which the pretend device exists; gives its name. Raises RuntimeError with the reason of `why_not`."""
     if why_not():
         raise RuntimeError(why_not())
-    if not hasattr(torch, NAME):  # once a process, and for all of it
+    if not hasattr(torch, NAME):  # once per process, which cannot be undone
         getattr(backend_registration, SETUP)(NAME)
         getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.float16]  # torch.utils.checkpoint asks for it
         fallback, kernels = device.registered = [torch.library.Library(name, "IMPL") for name in ("_", "aten")]
@@ -232,12 +232,12 @@ def device():
             kernels.impl(op._schema.name + (f".{overload}" * (overload != "default")), functools.partial(call, op),
                          "PrivateUse1")
     parallel = torch.autograd.is_multithreading_enabled()
-    _device_constructors()  # torch keeps it, with its own functions: those of FACTORIES end in them
-    optimiser = importlib.import_module("torch.optim.optimizer")  # Adam works on lists of tensors of these very types
+    _device_constructors()  # torch caches a list of its own functions, which those of FACTORIES call in the end
+    optimiser = importlib.import_module("torch.optim.optimizer")  # Adam's multi-tensor code accepts only these exact types
     types = [*optimiser._foreach_supported_types, Tensor]
     with mock.patch.multiple(torch, Generator=Generator, load=load, **FACTORIES), \
             mock.patch.object(optimiser, "_foreach_supported_types", types):
-        # threads for the backward of a device are made at the first backward of all, perhaps before it was there
+        # autograd starts its device threads at the first backward pass, perhaps before this device was registered
         torch.autograd.set_multithreading_enabled(False)
         try:
             yield NAME
