@@ -1,4 +1,4 @@
-"""A prior in a few lines for the tests of several processes: none of them imports diffusers, which takes seconds."""
+"""A tiny prior for tests with several processes, so that none of them imports diffusers, which takes seconds."""
 import copy
 
 import torch
@@ -7,7 +7,7 @@ SIZES = {"FRAMES": 2, "FRAME_SIZE": 24, "SIDE_SIZE": 24, "SHEET_SIZE": 32, "VIEW
 
 
 class Tiny:
-    """Its latent is the picture at half the size; its noise prediction depends on all that it is given."""
+    """The latent is the picture at half the size; the noise prediction depends on every argument."""
     abar, size, multiple, guidance = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64), 16, 2, 1.0
     device, captions, defaults = torch.device("cpu"), [], {"guidance": {"pds": 1.0, "dds": 1.0}, "jitter": 2.0}
 
