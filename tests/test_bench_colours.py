@@ -1,4 +1,4 @@
-"""The colour probe and the pull test: on a prior whose every prediction is known."""
+"""bench/colours.py: the colour probe and the pull test, on a prior whose predictions are known."""
 import copy
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ PAINTS = {colour: torch.tensor([i % 3, i // 3 % 3, i % 4]) / 4 for i, colour in 
 
 
 class Painter:
-    """A prior that expects a flat picture: in the first word's colour, or at `share` of the way from there to it."""
+    """A prior that predicts a flat picture, `share` of the way from the colour `start` to that of the first word."""
     size, guidance, abar = 16, 1.0, torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
 
     def __init__(self, start="red", share=1.0, blind=()):
@@ -49,7 +49,7 @@ def recolour(rgba, name, rng, found):
     return torch.cat([(PAINTS[name] * 255).round().byte().view(3, 1, 1).expand(3, *rgba.shape[1:]), rgba[3:]])
 
 
-# What bench/colours.py uses of train.py: a drawing's dominant paint covers all of it, and its own colour is green.
+# The part of train.py that bench/colours.py uses: the dominant paint covers the whole drawing, whose colour is green.
 TRAINER = SimpleNamespace(
     recolour=recolour, colour_of=lambda found: "green" if found[3] > 0.5 else None,
     dominant=lambda rgba: (None, np.ones(rgba.shape[1:]), None, rgba[0].float().mean().item() / 255),
@@ -57,7 +57,7 @@ TRAINER = SimpleNamespace(
     vocabulary=lambda: {"car": ["car", "COLOUR car", "COLOUR auto"], "owl": ["owl"], "van": ["van", "COLOUR van"]})
 
 
-def test_the_share_of_the_way_is_that_which_the_prior_goes():
+def test_the_pull_test_measures_the_share_by_which_the_prior_moves_a_colour():
     rgba = torch.full((4, 16, 16), 255, dtype=torch.uint8)
     for share in (0.0, 0.3, 1.0):
         found = shares(Painter("blue", share), TRAINER, rgba, "blue", "pink car", "pink", noises=2)
@@ -65,7 +65,7 @@ def test_the_share_of_the_way_is_that_which_the_prior_goes():
     assert shares(Painter("blue", 0.5), TRAINER, rgba, "blue", "blue car", "pink", 2) == pytest.approx([0, 0], abs=0.02)
 
 
-def test_a_prior_is_right_about_the_colours_that_it_tells_apart():
+def test_the_probe_finds_exactly_the_colours_that_the_prior_distinguishes():
     items = [(flat(colour), "car", colour) for colour in COLOURS]
     assert hits(Painter(), items, noises=3, low=1).all()
     blind = hits(Painter(blind=("green", "black")), items, noises=3, low=1)
@@ -73,9 +73,9 @@ def test_a_prior_is_right_about_the_colours_that_it_tells_apart():
     assert not blind[wrong].any() and blind.sum() == 2 * (len(COLOURS) - 2)
 
 
-def test_every_noun_is_painted_in_every_colour_and_once():
+def test_every_noun_is_painted_once_in_every_colour():
     rgba = torch.stack([torch.full((4, 16, 16), value, dtype=torch.uint8) for value in (255, 255, 50, 255)])
-    found = painted(TRAINER, ["car", "owl", "van", "car"], rgba, 5)  # the van has too little paint, the owl no colours
+    found = painted(TRAINER, ["car", "owl", "van", "car"], rgba, 5)  # the van's paint covers too little, the owl comes in no other colours
     assert [(noun, colour) for _, noun, colour in found] == [("car", colour) for colour in COLOURS]
     torch.testing.assert_close(found[3][0], flat(found[3][2]), atol=0.003, rtol=0)
     kept = natural(TRAINER, ["car", "owl", "van", "car"], rgba, 1)
@@ -83,6 +83,6 @@ def test_every_noun_is_painted_in_every_colour_and_once():
     assert len(natural(TRAINER, ["car", "owl", "van", "car"], rgba, 5)) == 2
 
 
-def test_a_missing_training_script_is_one_line(tmp_path):
+def test_a_missing_training_script_is_reported_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"train.py: no such file"):
         load_trainer(tmp_path / "train.py")
