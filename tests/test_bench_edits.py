@@ -1,4 +1,4 @@
-"""bench/edits.py and bench/step.py: the figures, the list of edits, the table and its sheet, a step taken apart."""
+"""bench/edits.py and bench/step.py: the figures, the list of edits, the table and its sheet, the time of a step."""
 import csv
 import io
 import json
@@ -33,11 +33,11 @@ SRC, TGT = torch.tensor([0]), torch.tensor([1])
 def test_psnr_and_ssim_have_their_known_values():
     a, b = rand(1, 3, 32, 32).sigmoid(), rand(1, 3, 32, 32, seed=1).sigmoid()
     assert ssim(a, a) == pytest.approx(1, abs=1e-12) and psnr(a, a) == 100
-    # of two constants only the means are left
+    # for two constant pictures only the means matter
     dark, light = torch.full_like(a, 0.3), torch.full_like(a, 0.5)
     assert ssim(dark, light) == pytest.approx((2 * 0.3 * 0.5 + 1e-4) / (0.3 ** 2 + 0.5 ** 2 + 1e-4), abs=1e-9)
     assert psnr(dark, light) == pytest.approx(-20 * math.log10(0.2))
-    # 11 x 11 pixels hold one window: weighted means, variances and covariance by numpy
+    # an 11 x 11 picture has a single window: weighted means, variances and covariance by numpy
     a, b = a[..., :11, :11], b[..., :11, :11]
     line = np.exp(-np.arange(-5, 6) ** 2 / (2 * 1.5 ** 2))
     weights, values = np.outer(line, line).ravel(), []
@@ -48,7 +48,7 @@ def test_psnr_and_ssim_have_their_known_values():
     assert ssim(a, b) == pytest.approx(np.mean(values), abs=1e-9) and ssim(a, b) < 0.9
 
 
-def test_log_odds_are_those_of_the_exact_prior():
+def test_log_odds_match_the_exact_prior():
     means = torch.tensor([[[-1.0, 0.5]], [[1.5, 0.0]]], dtype=torch.float64)
     prior = toy.Mixtures(means, guidance=3.0)
     odds = [log_odds(prior, x.view(1, 2, 1, 1), TGT, SRC) for x in (means[0, 0], means.mean((0, 1)), means[1, 0])]
@@ -68,7 +68,7 @@ def test_log_odds_are_those_of_the_exact_prior():
 
 @pytest.fixture
 def edits(pipelines, tmp_path, monkeypatch, capsys):
-    """bench edits on a drawing and a picture with the tiny pipeline, which brings its own steps; what it prints."""
+    """Run `bench edits` on a drawing and a picture with a tiny pipeline that sets its own steps; returns its output."""
     for name, size in {"FRAMES": 2, "FRAME_SIZE": 24, "SHEET_SIZE": 64}.items():  # large animations are slow
         monkeypatch.setattr(sheets, name, size)
     (tmp_path / "face.svg").write_text(DRAWING)
@@ -108,7 +108,7 @@ def csv_rows(path, without=()):
 
 @pytest.fixture
 def fake_edits(edits, tmp_path, monkeypatch):
-    """The same without the edits: run_one paints five sides, and writes down what was called."""
+    """`bench edits` without real edits: run_one writes five flat side views and records its arguments."""
     called = []
 
     def run_one(prior, loss, args, out):
@@ -125,7 +125,7 @@ def fake_edits(edits, tmp_path, monkeypatch):
     return edits
 
 
-def test_the_table_holds_the_means_and_stands_when_it_is_made(edits, tmp_path, monkeypatch):
+def test_the_table_holds_the_means_and_finished_rows_are_reused(edits, tmp_path, monkeypatch):
     code, lines = edits()
     assert code == 0
     rows = csv_rows(tmp_path / "out" / "table.csv")
@@ -141,7 +141,7 @@ def test_the_table_holds_the_means_and_stands_when_it_is_made(edits, tmp_path, m
         assert p[4] == ("1/1" if float(row["log-odds"]) > 0 else "0/1")
         assert [float(p[7]), float(p[8])] == [round(float(row["PSNR"]), 1), round(float(row["SSIM"]), 3)]
         assert float(row["s"]) > 0 and float(row["MB"]) > 50
-    # the settings of one mode are not the next one's
+    # settings of one mode do not leak into the next
     steps = [json.loads((tmp_path / "out" / folder / "pds" / "config.json").read_text())["steps"]
              for folder in ("svg/face-a-cat", "image/red-a-blue")]
     assert steps == [1, 2]
@@ -154,18 +154,18 @@ def test_the_table_holds_the_means_and_stands_when_it_is_made(edits, tmp_path, m
     def refuse(*_):
         raise FloatingPointError("it runs")
     monkeypatch.setattr(run, "run_one", refuse)
-    assert edits() == (0, lines[start - 1:])  # all of it stands, seconds too
+    assert edits() == (0, lines[start - 1:])  # every row is reused, including its seconds
     assert edits("--modes", "image")[0] == 0 and len(csv_rows(tmp_path / "out" / "table.csv")) == 2
-    assert edits("--seed", 1)[0] == 1  # other settings do not
+    assert edits("--seed", 1)[0] == 1  # with other settings nothing is reused
 
 
-def test_a_scene_is_fitted_before_the_clock_and_measured_from_all_sides(fake_edits, tmp_path):
+def test_the_seconds_exclude_the_fit_and_scenes_are_measured_from_all_sides(fake_edits, tmp_path):
     assert fake_edits()[0] == 0
     fits = [("fit", tmp_path / "out" / mode / f"scene-{mode}") for mode in ("nerf", "splat")]
     assert fake_edits.called == [fits[0], ("nerf", "sds"), fits[0], ("nerf", "pds"),
                                  fits[1], ("splat", "sds"), fits[1], ("splat", "pds")]
     row = csv_rows(tmp_path / "out" / "table.csv")[0]
-    # one colour of three is 10 of 255 brighter on every side
+    # one of three channels is brighter by 10 of 255 in every view
     assert float(row["PSNR"]) == pytest.approx(10 * math.log10(3 * 25.5 ** 2), abs=1e-3)
     low, high = np.arange(0, 100, 20) / 255, np.arange(10, 110, 20) / 255
     blue = (2 * low * high + 1e-4) / (low ** 2 + high ** 2 + 1e-4)
@@ -173,7 +173,7 @@ def test_a_scene_is_fitted_before_the_clock_and_measured_from_all_sides(fake_edi
     assert Image.open(tmp_path / "out" / "nerf.png").size == (5 * 176 + 16, 3 * (160 + 56 + 16) + 16)
 
 
-def test_an_interrupted_table_goes_on_with_what_is_missing(fake_edits, tmp_path, monkeypatch):
+def test_an_interrupted_table_resumes_with_the_missing_edits(fake_edits, tmp_path, monkeypatch):
     made = run.run_one
 
     def stop(prior, loss, args, out):
@@ -203,7 +203,7 @@ def test_the_list_of_the_examples_is_the_default(edits, tmp_path, monkeypatch):
                     "--out", str(tmp_path / "out")]) == 0
     assert listed == [ROOT / "examples" / "edits.txt"]
     rows = [(row["mode"], row["loss"]) for row in csv_rows(tmp_path / "out" / "table.csv")]
-    assert rows == [("svg", "pds"), ("image", "inv2n"), ("image", "pds")]  # an editor of pictures makes no drawing
+    assert rows == [("svg", "pds"), ("image", "inv2n"), ("image", "pds")]  # editors of pictures skip drawings
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def tiny_clip(tmp_path_factory):
     return folder
 
 
-def test_clip_and_lpips_add_their_columns_to_what_stands(fake_edits, tiny_clip, tmp_path, monkeypatch):
+def test_clip_and_lpips_add_their_columns_to_finished_rows(fake_edits, tiny_clip, tmp_path, monkeypatch):
     assert fake_edits("--modes", "nerf")[0] == 0 and "CLIP" not in csv_rows(tmp_path / "out" / "table.csv")[0]
     fake_edits.called.clear()
 
@@ -235,11 +235,11 @@ def test_clip_and_lpips_add_their_columns_to_what_stands(fake_edits, tiny_clip, 
             return (a - b).abs().mean().view(1, 1, 1, 1)
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))
     code, lines = fake_edits("--modes", "nerf", "--clip", tiny_clip)
-    assert code == 0 and not fake_edits.called  # measured anew from the files
+    assert code == 0 and not fake_edits.called  # recomputed from the files
     row, header = csv_rows(tmp_path / "out" / "table.csv")[0], next(line for line in lines if line.startswith("mode "))
     assert header.split()[5:] == ["named", "turn", "PSNR", "SSIM", "IoU", "LPIPS", "CLIP", "dir", "s", "MB"]
     assert float(row["LPIPS"]) == pytest.approx(2 * 10 / 255 / 3, rel=1e-4)
-    # the long form: each side by itself, from the two encoders of the model
+    # the long form: each view separately, with the two encoders of the model
     clip = Clip(str(tiny_clip), "cpu")
     def picture(tint):
         values = clip.processor.image_processor(Image.new("RGB", (32, 32), (100, 100, tint)), return_tensors="pt")
@@ -262,7 +262,7 @@ def test_clip_and_lpips_add_their_columns_to_what_stands(fake_edits, tiny_clip, 
     ("svg | face.svg | a | b\nimage | cat.png | a | b", "cat.png: no such file"),
     ("nerf | face.svg | a | b", "face.svg: no such folder"), ("# nothing", "no edit in it"),
     ("svg | face.svg | a | b\nsvg | face.svg | c | B", "line 2: its results would lie in svg/face-b with another")])
-def test_a_wrong_line_of_the_list_is_named_and_nothing_runs(fake_edits, tmp_path, capsys, text, message):
+def test_a_bad_line_of_the_list_is_named_and_nothing_runs(fake_edits, tmp_path, capsys, text, message):
     (tmp_path / "list.txt").write_text(text)
     assert measure(["edits", "--list", str(tmp_path / "list.txt"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.splitlines()
@@ -270,7 +270,7 @@ def test_a_wrong_line_of_the_list_is_named_and_nothing_runs(fake_edits, tmp_path
     assert not fake_edits.called and not (tmp_path / "out").exists()
 
 
-def test_a_missing_or_damaged_clip_is_one_line(fake_edits, tiny_clip, tmp_path, capsys):
+def test_a_missing_or_damaged_clip_is_reported_in_one_line(fake_edits, tiny_clip, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
     bad = shutil.copytree(tiny_clip, tmp_path / "damaged") / "model.safetensors"
     bad.write_bytes(bad.read_bytes()[:1000])
@@ -286,7 +286,7 @@ def test_a_missing_or_damaged_clip_is_one_line(fake_edits, tiny_clip, tmp_path, 
     assert not fake_edits.called and not (tmp_path / "out").exists()
 
 
-def test_a_loss_that_is_not_finite_names_its_edit(fake_edits, monkeypatch, capsys):
+def test_the_error_of_a_non_finite_loss_names_the_edit(fake_edits, monkeypatch, capsys):
     def fail(*_):
         raise FloatingPointError("pds: the loss is nan at step 3")
     monkeypatch.setattr(run, "run_one", fail)
@@ -296,18 +296,18 @@ def test_a_loss_that_is_not_finite_names_its_edit(fake_edits, monkeypatch, capsy
         assert "nerf/scene-a-face: pds: the loss is nan at step 3" in sys.stderr.getvalue()
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is counted anew on Linux alone")
-def test_the_peak_of_memory_is_counted_anew():
-    """In a process of its own: one that has freed much takes what it needs from there."""
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can reset the peak")
+def test_the_memory_peak_can_be_reset():
+    """In a process of its own, since a process that has freed much memory reuses it."""
     code = ("import torch; from bench.figures import peak, restart_peak; device = torch.device('cpu'); "
             "restart_peak(device); before = peak(device); torch.ones(2 ** 25); print(peak(device) - before); "
             "restart_peak(device); print(peak(device) - before)")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     with_it, anew = map(float, out.split())
-    assert 100 < with_it < 200 and anew < 60  # 128 MB, given back at once
+    assert 100 < with_it < 200 and anew < 60  # 128 MB, freed immediately
 
 
-def test_a_step_is_taken_apart(capsys):
+def test_a_step_is_the_network_and_the_rest(capsys):
     assert measure(["step", "--steps", "3"]) in (0, 1)  # 1 where the machine is too slow for the bars
     out = capsys.readouterr().out
     whole, network, rest = (float(re.search(rf"{name} +([0-9.]+) ms", out)[1])
@@ -315,7 +315,7 @@ def test_a_step_is_taken_apart(capsys):
     assert network > 0 and 0 < rest < whole
 
 
-def test_the_shipped_list_is_whole():
+def test_the_shipped_list_is_complete():
     found = read_edits(ROOT / "examples" / "edits.txt")
     assert [sum(mode == m for mode, *_ in found) for m in ("svg", "image", "nerf")] == [10, 10, 3]
     taught = read_captions((ROOT / "models" / "emoji" / "captions.txt").read_text())
