@@ -1,4 +1,4 @@
-"""bench/front.py: alignment against identity by method; the chart, its numbers, one drawing along K."""
+"""bench/front.py: alignment against identity for each method; the chart, its numbers, one drawing at several K."""
 import csv
 import types
 
