@@ -1,4 +1,4 @@
-"""Inputs made at random, with what breaks readers in them: a sample of what `python -m bench fuzz-...` runs."""
+"""A sample of the random inputs with which `python -m bench fuzz-...` tries to break the readers."""
 import pytest
 
 from bench.fuzz import Maker, passes
@@ -11,5 +11,5 @@ def test_drawings_pass_or_are_refused_in_one_line(tmp_path, first):
     assert "drawn" in [outcome for outcome, _ in outcomes]
 
 
-def test_a_drawing_is_made_from_its_seed_and_number_alone():
+def test_a_drawing_depends_on_its_seed_and_number_alone():
     assert Maker(0, 7).document() == Maker(0, 7).document() != Maker(1, 7).document()
