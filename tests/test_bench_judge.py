@@ -1,4 +1,4 @@
-"""The judge of edits: rows of a caption, named or not, the direction of a change, bad files, its training."""
+"""The judge of edits: features of a caption, naming, the direction of a change, bad files, the training."""
 import importlib.util
 import math
 import random
@@ -30,7 +30,7 @@ def training():
 
 
 class Known(Judge):
-    """A judge of known vectors: of captions by their angles, of pictures by red and green of their first pixel."""
+    """A judge with known vectors: captions by their angles, pictures by the red and green of their first pixel."""
 
     def __init__(self, vectors, names=()):
         super().__init__(names)
@@ -44,7 +44,7 @@ class Known(Judge):
 
 
 def picture(x, y):
-    """A PIL picture whose vector is in the direction (x, y), both at most 1."""
+    """A PIL picture whose vector points in the direction (x, y), both at most 1."""
     return Image.new("RGB", (SIDE, SIDE), (round(255 * x), round(255 * y), 0))
 
 
@@ -53,7 +53,7 @@ def rows(caption):
     return dict(zip(where.tolist(), weights.tolist(), strict=True))
 
 
-def test_a_caption_is_its_words_and_their_trigrams():
+def test_a_caption_becomes_its_words_and_their_trigrams():
     # crc32("a=fox") % 4096 and so on, by hand: one word of weight 1, three trigrams of a third each, in two rows each
     assert sum(rows("fox").values()) == pytest.approx(4)
     assert sum(rows("red fox").values()) == pytest.approx(6)
@@ -70,18 +70,18 @@ def test_the_probability_is_the_logistic_function_of_the_scaled_difference():
     torch.testing.assert_close(found, torch.tensor([1 / (1 + math.exp(-8 * (0.8 - 0.6)))]), rtol=1e-4, atol=1e-4)
 
 
-def test_named_is_among_the_five_best_names_and_synonyms_are_one_name():
+def test_named_means_among_the_five_best_names_where_synonyms_count_as_one():
     close = {f"name {i}": 0.01 * i for i in range(1, 6)}
     five = [[name] for name in close]
     at_zero = tensor_of(picture(1, 0))
     assert not Known({**close, "far": 0.5}, [*five, ["far"]]).reads_as(at_zero, "far")
     assert Known({**close, "far": 0.5}, [*five[1:], ["far"]]).reads_as(at_zero, "far")
-    assert Known({**close, "far": 0.5}, five[1:]).reads_as(at_zero, "far")  # one that is no name of the vocabulary
+    assert Known({**close, "far": 0.5}, five[1:]).reads_as(at_zero, "far")  # a target outside the vocabulary
     assert Known({**close, "far": 0.5}, [*five[1:], ["name 1", "far"]]).reads_as(at_zero, "far")
     assert Known({**close, "far": 0.5}, five).reads_as(at_zero, "far", count=6)
 
 
-def test_a_target_with_a_colour_has_to_be_the_best_of_the_colours():
+def test_a_target_with_a_colour_must_beat_all_other_colours():
     judge = Known({"red car": 0.2, "blue car": 0.1}, [["red car"], ["van"]])
     assert not judge.reads_as(tensor_of(picture(1, 0)), "red car")
     assert judge.reads_as(tensor_of(picture(0.9, 0.4)), "red car")
@@ -95,7 +95,7 @@ def test_the_direction_is_the_cosine_of_the_two_changes():
     assert found["direction"] == pytest.approx(1, abs=1e-5) and found["named"] == 1
     assert judge.scores([dog], [cat], "cat", "dog")["direction"] == pytest.approx(-1, abs=1e-5)
     assert judge.scores([cat], [cat], "cat", "dog")["direction"] == 0  # nothing changed
-    # (1, 1) / sqrt 2 - (1, 0) against (-1, 1)
+    # the cosine between (1, 1) / sqrt 2 - (1, 0) and (-1, 1)
     turned = (2 - math.sqrt(2)) / 2 + math.sqrt(2) / 2
     length = math.hypot(1 - math.sqrt(0.5), math.sqrt(0.5)) * math.sqrt(2)
     both = judge.scores([cat, cat], [between, dog], "cat", "dog")
@@ -103,7 +103,7 @@ def test_the_direction_is_the_cosine_of_the_two_changes():
     assert found["before"] == pytest.approx(1 - found["after"], abs=1e-5)  # the two pictures mirror each other
 
 
-def test_a_batch_is_its_rows_and_sizes_are_brought_to_that_of_the_judge():
+def test_rows_of_a_batch_are_independent_and_pictures_are_resized():
     torch.manual_seed(0)
     judge = Judge().eval()
     x = torch.rand(3, 3, 2 * SIDE, 2 * SIDE)
@@ -121,16 +121,16 @@ def test_transparent_pixels_are_white():
     assert tensor_of(drawn).min() == 1
 
 
-def test_silhouettes_by_known_areas():
+def test_silhouettes_have_their_known_overlap():
     a, b, white = torch.ones(1, 3, 8, 8), torch.ones(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
-    a[:, 1, :4], b[:, 2, 2:6] = 0.5, 0.2  # four rows each, two of them shared
+    a[:, 1, :4], b[:, 2, 2:6] = 0.5, 0.2  # four rows each, two of them in common
     assert silhouette_iou(a, b) == pytest.approx(2 / 6)
     assert silhouette_iou(a, a) == 1 and silhouette_iou(a, white) == 0 and silhouette_iou(white, white) == 1
     a[:, :, 7] = 1 - 7 / 255  # nearly white
     assert silhouette_iou(a, b) == pytest.approx(2 / 6)
 
 
-def test_the_shipped_judge_names_an_apple_and_an_umbrella_and_their_colours(shipped):
+def test_the_shipped_judge_names_an_apple_an_umbrella_and_their_colours(shipped):
     apple = Image.open(ROOT / "examples/red-apple.png")
     found = tensor_of(apple)
     assert shipped.reads_as(found, "red apple") and not shipped.reads_as(found, "green apple")
@@ -185,32 +185,32 @@ def test_bad_files_are_refused_in_one_line(tmp_path):
     refused("judge.safetensors: no readable judge")
 
 
-def test_the_training_changes_drawings_and_keeps_them_in_range(training):
+def test_augmentation_changes_drawings_and_keeps_them_in_range(training):
     drawings = torch.zeros(16, 4, 72, 72, dtype=torch.uint8)
     drawings[:, 0, 20:50, 20:50], drawings[:, 3, 20:50, 20:50] = 200, 255
     first, again = (training.distort(drawings, torch.zeros(16, dtype=torch.bool), torch.Generator().manual_seed(0), 48)
                     for _ in range(2))
     assert first.shape == (16, 3, 48, 48) and first.min() >= 0 and first.max() <= 1 and first.equal(again)
-    assert (first[1:] - first[:1]).abs().amax((1, 2, 3)).min() > 0.1  # each in its own way
+    assert (first[1:] - first[:1]).abs().amax((1, 2, 3)).min() > 0.1  # no two are alike
     still = training.plain(drawings)
     assert still.shape == (16, 3, SIDE, SIDE) and still[:, :, 0, 0].eq(1).all()
     assert (still[:, 1].amin((1, 2)) < 0.02).all()
 
 
-def test_the_training_leaves_out_captions_that_may_be_true(training):
+def test_captions_that_may_be_true_are_no_negatives(training):
     vocab = {"car": ["car", "auto", "COLOUR car"], "owl": ["owl"]}
     said = training.Captions(vocab, [["car", "auto"], ["car", "auto", "red car"], ["blue car", "car"], ["owl"]])
     rows, wanted, hidden = said.targets([0, 1, 2, 3], random.Random(1), torch.Generator().manual_seed(0))
     texts = [said.texts[i] for i in rows]
     hidden = [{t for t, h in zip(texts, row, strict=True) if h} for row in hidden.tolist()]
     said_now = [texts[i] for i in wanted]
-    assert hidden[0] == {"car", "auto", *(f"{c} car" for c in COLOURS)} - {said_now[0]}  # it may be red
+    assert hidden[0] == {"car", "auto", *(f"{c} car" for c in COLOURS)} - {said_now[0]}  # the car may be red
     assert hidden[1] == {"car", "auto", "red car"} - {said_now[1]} and hidden[2] == {"car", "blue car"} - {said_now[2]}
     assert said_now[3] == "owl" and not hidden[3]
     assert said.shares.tolist() == pytest.approx([0.5, 0.5, 0.1, 1])
 
 
-def test_the_calibration_of_known_margins(training):
+def test_calibration_recovers_a_known_scale(training):
     rng = torch.Generator().manual_seed(0)
     margins = torch.rand(40000, generator=rng) / 5
     margins = torch.where(torch.rand(40000, generator=rng) < (12 * margins).sigmoid(), margins, -margins)  # scale 12
@@ -218,12 +218,12 @@ def test_the_calibration_of_known_margins(training):
     assert scale == pytest.approx(12, rel=0.05)
     right, sure, error = training.calibration(margins, scale)
     assert right == pytest.approx(sure, abs=0.01) and error < 0.015
-    # four margins of which three are right, each believed with a probability of about 1
+    # of four margins three are right, each with a probability of about 1
     right, sure, error = training.calibration(torch.tensor([1.0, 1.0, 1.0, -1.0]), 20.0)
     assert (right, sure, error) == pytest.approx((0.75, 1, 0.25), abs=1e-6)
 
 
-def test_the_text_tower_settles_between_its_captions_and_their_drawings(training):
+def test_the_text_tower_settles_between_captions_and_drawings(training):
     torch.manual_seed(2)
     judge, lines = Judge().eval().requires_grad_(False), []
     drawings = torch.randint(256, (3, 4, 72, 72), dtype=torch.uint8)
@@ -236,7 +236,7 @@ def test_the_text_tower_settles_between_its_captions_and_their_drawings(training
     assert training.see_all(judge, drawings).equal(seen)
 
 
-def test_an_export_is_read_back(training, tmp_path):
+def test_an_export_loads_as_the_same_judge(training, tmp_path):
     torch.manual_seed(1)
     judge = Judge().eval()
     training.export(judge, tmp_path / "judge.safetensors")
