@@ -92,7 +92,7 @@ class Tensor(torch.Tensor):
 
 
 def check(op, args, kwargs, others):
-    """Raise CUDA's error if an operation mixes tensors of the device with `others` on the CPU in a way CUDA forbids."""
+    """Raise CUDA's error if an operation mixes tensors of the device with `others` on the CPU where CUDA forbids it."""
     name = op._schema.name.removeprefix("aten::")
     if name in COPIES:
         return
@@ -233,7 +233,7 @@ def device():
                          "PrivateUse1")
     parallel = torch.autograd.is_multithreading_enabled()
     _device_constructors()  # torch caches a list of its own functions, which those of FACTORIES call in the end
-    optimiser = importlib.import_module("torch.optim.optimizer")  # Adam's multi-tensor code accepts only these exact types
+    optimiser = importlib.import_module("torch.optim.optimizer")  # its multi-tensor code accepts no subclasses
     types = [*optimiser._foreach_supported_types, Tensor]
     with mock.patch.multiple(torch, Generator=Generator, load=load, **FACTORIES), \
             mock.patch.object(optimiser, "_foreach_supported_types", types):

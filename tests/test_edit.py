@@ -1,4 +1,4 @@
-"""edit.py: the stages and the loop; Ctrl-C, kills and --resume, dataset updates, a loss that is not finite."""
+"""edit.py: the stages and the loop; Ctrl-C, kills and --resume, dataset updates, non-finite losses."""
 import signal
 
 import pytest
@@ -19,7 +19,7 @@ def load(path):
 
 
 def stop_at(monkeypatch, step, how):
-    """Make the loss of the given step do something, once."""
+    """Call how() in the loss of the given step, once."""
     calls = []
 
     def loss(*args, **kwargs):
@@ -31,7 +31,7 @@ def stop_at(monkeypatch, step, how):
 
 
 @pytest.mark.parametrize("mode", ["svg", "image"])
-def test_ctrl_c_keeps_what_is_there_and_resume_ends_bit_identically(command, tmp_path, monkeypatch, mode, capsys):
+def test_ctrl_c_keeps_the_edit_so_far_and_resume_ends_bit_identically(command, tmp_path, monkeypatch, mode, capsys):
     assert command(mode=mode, out="whole") == 0
     stop_at(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGINT))
     assert command(mode=mode) == 130
@@ -50,8 +50,8 @@ def test_a_second_ctrl_c_stops_at_once(command, tmp_path, monkeypatch):
     assert load(tmp_path / "out" / "checkpoint.pt")["step"] == 2 and not (tmp_path / "out" / "result.png").exists()
 
 
-def test_where_ctrl_c_is_ignored_a_run_still_ends(command, tmp_path, monkeypatch):
-    """As in a job started with `nohup ... &`, or in the background of a shell."""
+def test_a_run_completes_where_ctrl_c_is_ignored(command, tmp_path, monkeypatch):
+    """As for a job started with `nohup ... &` or in the background of a shell."""
     assert command(out="whole") == 0
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # conftest.py restores it
     stop_at(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGINT))
@@ -73,7 +73,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(command, tmp_path, monkey
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(command, monkeypatch, capsys):
+def test_a_non_finite_loss_stops_the_run(command, monkeypatch, capsys):
     monkeypatch.setitem(LOSSES, "pds", lambda prior, x0, *args, **kwargs: x0.sum() * float("nan"))
     assert command() == 1
     assert "the loss is nan at step 0" in capsys.readouterr().err
@@ -93,7 +93,7 @@ def test_a_nerf_is_fitted_measured_and_edited(small_pictures, pipelines, tmp_pat
     assert "outside the subject" in capsys.readouterr().out
     assert Image.open(tmp_path / "out" / "edit" / "result.png").size == (5 * 24, 24)
     assert run.main(edit) == 0 and outputs(tmp_path / "out" / "edit") == first  # the fit is kept, the edit repeats
-    # the refining stage: killed in its middle, resumed, and exported
+    # the refining stage: killed midway, resumed, and exported
     edit[-3:] = ["2", "--every", "3", "--refine", "14", "--export"]
     assert run.main([*edit, "--out", str(tmp_path / "out" / "whole")]) == 0
     data_loss, calls = NeRF.data_loss, []
@@ -140,7 +140,7 @@ def test_datasets_are_updated_by_an_editor(small_pictures, pipelines, tmp_path, 
     again = [*flags, "--loss", "in2n", "--every", "2", "--out", str(tmp_path / "out" / "again")]
     with pytest.raises(LookupError):
         run.main(again)
-    assert run.main([*again, "--resume"]) == 0 and len(calls) == 4  # the third once more
+    assert run.main([*again, "--resume"]) == 0 and len(calls) == 4  # the third is repeated
     for name in ("result.png", "in2n-views.png", "progress.gif"):
         assert (tmp_path / "out" / "again" / name).read_bytes() == (whole / "in2n" / name).read_bytes(), name
     assert load(tmp_path / "out" / "again" / "checkpoint.pt")["stages"][0][0]["edited"] == [

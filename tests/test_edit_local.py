@@ -1,4 +1,4 @@
-"""Flags that keep an edit whole or in its place, from --smooth to --only; without them the paper's steps."""
+"""Flags that preserve geometry or confine an edit, from --smooth to --only; without them, the paper's steps."""
 import json
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ def config(folder):
 
 @pytest.fixture
 def smiling(tmp_path, monkeypatch):
-    """The shipped drawing under the shipped prior: a function of flags that edits it and returns scene and options."""
+    """A function of flags that edits the shipped drawing with the shipped prior: prior, scene, source, options."""
     prior = Prior.from_pretrained(str(ROOT / "models" / "emoji"))
     monkeypatch.setattr("files.sheets.FRAME_SIZE", 24)
 
@@ -38,8 +38,8 @@ def smiling(tmp_path, monkeypatch):
     return call
 
 
-def test_without_its_helps_an_edit_takes_the_steps_of_the_paper(smiling):
-    """Plain Adam on all parameters: against a loop of its own, to the last bit, and against recorded numbers."""
+def test_with_all_options_off_an_edit_takes_the_paper_steps(smiling):
+    """Plain Adam on all parameters: bit-identical to a loop written out here, and close to recorded numbers."""
     prior, scene, source, options = smiling(*PAPER, "--identity", "1", "--steps", "12")
     own = run.SVG.load(options.input, size=prior.size)
     groups = own.param_groups(points=0.08, colours=0.01)
@@ -81,9 +81,9 @@ def test_dreamcatalyst_keeps_its_own_guidance_and_identity_over_those_of_smooth_
     assert options.guidance == 3 and options.identity == 1 and options.batch == 2 and options.t_max == 0.9
 
 
-@pytest.mark.parametrize("pixels", [3 * 64 ** 2, 2 * 64 ** 2, 1])  # at once three drawings, two, one
-def test_a_step_is_the_mean_over_its_batch_however_many_are_drawn_at_once(smiling, monkeypatch, pixels):
-    """The gradients of a batch of three are the means of those of single steps; every view is drawn once."""
+@pytest.mark.parametrize("pixels", [3 * 64 ** 2, 2 * 64 ** 2, 1])  # three, two, or one drawing at a time
+def test_a_step_is_the_mean_over_its_batch_for_any_chunk_size(smiling, monkeypatch, pixels):
+    """The gradients of a batch of three are the means over single steps; every view is rendered once."""
     def gradients(*seeds):
         prior, scene, source, options = smiling("--steps", "1", "--batch", str(len(seeds)))
         monkeypatch.setattr(Distillation, "PIXELS", pixels)
@@ -101,8 +101,8 @@ def test_a_step_is_the_mean_over_its_batch_however_many_are_drawn_at_once(smilin
     assert together["colours"].abs().max() > 0 and together["points"].abs().max() > 0
 
 
-def test_a_batch_starts_in_fewer_steps(smiling):
-    """The first rates of a batch of N are N times as large: Adam has seen as many views."""
+def test_a_batch_shortens_the_warm_up(smiling):
+    """With a batch of N the first rates are N times as large, as Adam has seen N times as many views."""
     moved = []
     for count in ("1", "2"):
         _, scene, _, _ = smiling(*PAPER, "--batch", count, "--steps", "1", "--points", "0.1")
@@ -110,7 +110,7 @@ def test_a_batch_starts_in_fewer_steps(smiling):
     assert moved == pytest.approx([0.01, 0.02], rel=1e-3)
 
 
-def test_identity_holds_the_source(smiling):
+def test_a_larger_identity_weight_stays_closer_to_the_source(smiling):
     away = []
     for k in (4, 1, 0):
         _, scene, source, _ = smiling("--steps", "10", "--batch", "1", "--identity", str(k))
@@ -120,23 +120,23 @@ def test_identity_holds_the_source(smiling):
 
 @pytest.mark.parametrize("flags", [["--local"], ["--mask", "mask.png"]])
 @pytest.mark.parametrize("mode", ["svg", "image"])
-def test_an_edit_of_a_masked_place(command, tmp_path, mode, flags):
+def test_a_mask_confines_an_edit(command, tmp_path, mode, flags):
     Image.new("L", (9, 9), 255).save(tmp_path / "mask.png")
     flags = [str(tmp_path / flag) if flag.endswith(".png") else flag for flag in flags]
     assert command(*flags, mode=mode) == 0 and command(mode=mode, out="free") == 0
     result, free = (np.asarray(Image.open(tmp_path / name / "result.png"), dtype=int) for name in ("out", "free"))
-    assert "--local" in flags or np.abs(result - free).mean() < 0.05  # a mask that is white everywhere only rounds
+    assert "--local" in flags or np.abs(result - free).mean() < 0.05  # an all-white mask changes rounding alone
     assert config(tmp_path / "out")["local"] == ("--local" in flags)
 
 
-def test_a_black_mask_leaves_the_pull_alone(command, tmp_path):
+def test_under_a_black_mask_only_the_pull_acts(command, tmp_path):
     Image.new("L", (9, 9), 0).save(tmp_path / "mask.png")
     for loss in ("pds", "dds", "sds"):
         assert command("--mask", tmp_path / "mask.png", "--loss", loss, out=loss) == 0
         assert (tmp_path / loss / "result.png").read_bytes() == (tmp_path / loss / "source.png").read_bytes()
 
 
-def test_only_the_named_elements_of_a_drawing(command, tmp_path, capsys):
+def test_only_edits_the_named_elements_of_a_drawing(command, tmp_path, capsys):
     assert command("--only", "face") == 0
     assert command("--only", "nose", out="none") == 2
     assert "face.svg: no element has the id 'nose'; there are: face" in capsys.readouterr().err
@@ -146,7 +146,7 @@ def test_only_the_named_elements_of_a_drawing(command, tmp_path, capsys):
 @pytest.mark.parametrize("flags, message", [
     (["--mask", "none.png"], "none.png: no readable mask"), (["--identity", "-1"], "--identity"),
     (["--mode", "nerf"], "--svg: only with --mode svg"), (["--smooth", "x"], "--smooth")])
-def test_wrong_flags_of_these(command, tmp_path, capsys, flags, message):
+def test_bad_values_of_these_flags_are_refused(command, tmp_path, capsys, flags, message):
     try:
         code = command(*flags)
     except SystemExit as e:
@@ -155,7 +155,7 @@ def test_wrong_flags_of_these(command, tmp_path, capsys, flags, message):
 
 
 @pytest.mark.parametrize("mode", ["nerf", "splat"])
-def test_an_edit_of_a_masked_place_in_a_scene(small_pictures, pipelines, tmp_path, mode, capsys):
+def test_masks_confine_an_edit_of_a_scene(small_pictures, pipelines, tmp_path, mode, capsys):
     nerf_scene(tmp_path / "scene", views=8, size=16)
     names = [f["file_path"] for f in json.loads((tmp_path / "scene" / "transforms_train.json").read_text())["frames"]]
     (tmp_path / "masks").mkdir()
@@ -191,7 +191,7 @@ def test_an_edit_of_a_masked_place_in_a_scene(small_pictures, pipelines, tmp_pat
 
 
 class Sheet(torch.nn.Module):
-    """A scene of one picture, which every view shows."""
+    """A scene that shows the same picture in every view."""
 
     def __init__(self, picture):
         super().__init__()
@@ -207,7 +207,7 @@ class Sheet(torch.nn.Module):
 
 
 @pytest.mark.parametrize("rates", ["settle", "released"])
-def test_a_scene_is_held_to_its_photographs_outside_of_the_masks(pipelines, rates):
+def test_a_scene_is_held_to_its_photographs_outside_the_masks(pipelines, rates):
     prior = Prior.from_pretrained(pipelines["sd"])
     flags = [
         "--mode",
@@ -238,7 +238,7 @@ def test_a_scene_is_held_to_its_photographs_outside_of_the_masks(pipelines, rate
 
     loss, found = gradient(5)
     generator, theta = draw(5), after.clone().requires_grad_()
-    torch.rand(2, generator=generator)  # the shift of the pixels
+    torch.rand(2, generator=generator)  # draws the shift of the pixel centres
     t = pds.sample_timesteps(1, 1000, 0.02, 0.98, generator=generator)
     x0_tgt, x0_src = prior.encode(theta), prior.encode(before).detach()
     scale = 1 / x0_src.numel() if rates == "released" else 1

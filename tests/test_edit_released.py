@@ -1,4 +1,4 @@
-"""The paper's released settings and arithmetic: defaults by mode, 2D stages, refining, Instruct-NeRF2NeRF."""
+"""The settings and arithmetic of the released code: defaults by mode, 2D stages, refining, Instruct-NeRF2NeRF."""
 import copy
 import json
 import math
@@ -27,7 +27,7 @@ from pipelines.settings import PAPER, SETTINGS, read_defaults, settings_for
 from prior import InstructPix2Pix, Prior
 
 STYLE = ". minimal flat 2d vector image. lineal color. trending on artstation"
-TABLE = {  # of the released code, by mode
+TABLE = {  # the released code's settings by mode
     "svg": dict(steps=1000, guidance=100, t_min=0.1, t_max=0.98, colours=0.01, smooth=0, steady=False, opacities=True,
                 identity=1, jitter=0, suffix=STYLE, refine=0),
     "image": dict(steps=500, guidance=50, t_min=0.02, t_max=0.98, latent=0.1, decay=0.01, refine=50, suffix=""),
@@ -163,7 +163,7 @@ def test_the_shipped_model_has_shorter_settings_for_dreamcatalyst():
         assert own["schedule"] == "decreasing" and own["identity"] == 1 and not {"hold", "warm", "freeu"} & own.keys()
 
 
-def test_a_view_is_kept_and_the_rates_rise_for_as_many_steps_as_asked(pipelines, tmp_path):
+def test_hold_keeps_a_view_and_warm_raises_the_rates_for_the_given_steps(pipelines, tmp_path):
     prior = Prior.from_pretrained(pipelines["sd"])
     nerf_scene(tmp_path / "scene", views=6, size=8)
     for mode in ("nerf", "splat"):
@@ -182,21 +182,21 @@ def test_a_view_is_kept_and_the_rates_rise_for_as_many_steps_as_asked(pipelines,
     assert rates == [0, pytest.approx(math.sqrt(0.5)), 1]
 
 
-def test_freeu_acts_on_the_calls_of_its_own_copy_alone(pipelines):
+def test_freeu_affects_only_the_copy_that_has_it(pipelines):
     prior, editor = Prior.from_pretrained(pipelines["sd"]), InstructPix2Pix.from_pretrained(pipelines["instruct"])
     editor.image = torch.ones(1, 4, 8, 8)
     for model in (prior, editor):
         x_t, t, y = rand(2, 4, 8, 8, seed=3).float(), torch.tensor([300, 700]), model.embed("a cat")
         plain, freed = model.at(5.0), model.at(5.0).with_freeu().at(2.0).at(5.0)
         before, found = plain.eps(x_t, t, y), freed.eps(x_t, t, y)
-        assert torch.equal(before, plain.eps(x_t, t, y))  # nothing of it is left in the UNet that both share
+        assert torch.equal(before, plain.eps(x_t, t, y))  # the UNet that both share is unchanged
         model.pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.1, b2=1.1)
         wanted = plain.eps(x_t, t, y)
         model.pipe.unet.disable_freeu()
         assert torch.equal(found, wanted) and (found - before).abs().max() > 1e-4
 
 
-def test_an_edit_with_dreamcatalyst_asks_for_freeu(pipelines):
+def test_an_edit_with_dreamcatalyst_uses_freeu(pipelines):
     prior = Prior.from_pretrained(pipelines["sd"])
     scene = Picture(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(3)), prior)
     for flags, factors in ((["--coefficients", "dreamcatalyst"], {"b1": 1.1, "b2": 1.1, "s1": 0.9, "s2": 0.2}),
@@ -206,7 +206,7 @@ def test_an_edit_with_dreamcatalyst_asks_for_freeu(pipelines):
 
 
 def test_a_flow_goes_without_freeu_and_keeps_its_own_guidance(flows):
-    """FLUX.1 schnell was trained to need no guidance; the timesteps have the noise of Stable Diffusion's."""
+    """FLUX.1 schnell needs no guidance; the timesteps have the noise levels of Stable Diffusion's."""
     for name, guidance in (("sd3", 7.5), ("schnell", 1.0), ("flux", 3.5)):
         prior = Prior.from_pretrained(flows[name])
         args = catalysed(prior, "nerf")
@@ -219,16 +219,16 @@ def test_a_flow_goes_without_freeu_and_keeps_its_own_guidance(flows):
             assert prior.with_freeu() is prior
 
 
-def test_a_flow_with_settings_of_its_own_has_dreamcatalyst_mapped_too(flows, tmp_path):
+def test_dreamcatalyst_is_mapped_to_a_flow_with_its_own_settings(flows, tmp_path):
     shutil.copytree(flows["schnell"], tmp_path / "model")
     (tmp_path / "model" / "pds.json").write_text(json.dumps({"steps": 3}))
     assert catalysed(Prior.from_pretrained(tmp_path / "model"), "svg").guidance == 1.0
 
 
-# ---- independent forms of the released stages -----------------------------------------------------------
+# ---- the released stages, written out independently -----------------------------------------------------------
 
 class Exact:
-    """A prior in float64: Adam divides by gradients, and what a network in float32 rounds of small ones would show."""
+    """A prior in float64, because Adam normalises gradients and would amplify float32 rounding of small ones."""
     abar, size, multiple, guidance, device, defaults = ABAR, 16, 2, 1.0, torch.device("cpu"), PAPER
 
     def at(self, scale):
@@ -263,7 +263,7 @@ def hand_eps(prior, x_t, t, y, scale):
 
 
 def hand_sdedit(prior, x0, y, skip, scale, generator):
-    """The released run_sdedit, 20 steps: DDIM without noise from reversed_timesteps[20 - skip - 1]."""
+    """run_sdedit of the released code with 20 steps: deterministic DDIM from reversed_timesteps[20 - skip - 1]."""
     timesteps = [50 * i + 1 for i in range(20)][:20 - skip]
     x = ABAR[timesteps[-1]].sqrt() * x0 + (1 - ABAR[timesteps[-1]]).sqrt() * torch.randn(x0.shape, generator=generator)
     for t in reversed(timesteps):
@@ -275,7 +275,7 @@ def hand_sdedit(prior, x0, y, skip, scale, generator):
 
 
 def picture_run(tmp_path, steps, refine):
-    """Ours: --mode image on a picture of another shape, and the latent that it begins from."""
+    """Run --mode image on a picture of another shape; returns the prior, the initial and the edited latent."""
     prior = Exact()
     pixels = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(1))
     scene, source = Picture(pixels, prior).double(), Picture(pixels, prior).double()
@@ -303,8 +303,8 @@ def picture_run(tmp_path, steps, refine):
     return prior, start, scene.theta.detach()
 
 
-def test_the_2d_stage_is_that_of_the_released_notebook(tmp_path):
-    """AdamW on the latent itself, the loss 0.5 mse of its own code, two noises, nothing decoded."""
+def test_the_2d_stage_matches_the_released_notebook(tmp_path):
+    """AdamW on the latent itself, the notebook's own loss 0.5 mse, two noises, no decoding."""
     prior, start, ours = picture_run(tmp_path, 4, 0)
     x, generator = start.clone().requires_grad_(), torch.Generator().manual_seed(0)
     adam, betas = torch.optim.AdamW([x], lr=0.1), 1 - ABAR / torch.cat((torch.ones(1), ABAR[:-1]))
@@ -328,8 +328,8 @@ def test_the_2d_stage_is_that_of_the_released_notebook(tmp_path):
     assert_close(ours, x.detach(), atol=1e-5, rtol=1e-5)
 
 
-def test_the_2d_refining_stage_is_that_of_the_released_notebook(tmp_path):
-    """A new AdamW draws the latent to SDEdit's edit of what it is now, at guidance 15; 16, 17 or 18 of 20 steps
+def test_the_2d_refining_stage_matches_the_released_notebook(tmp_path):
+    """A new AdamW moves the latent towards SDEdit's edit of its present state; guidance 15, 16 to 18 of 20 steps
     skipped."""
     prior, start, ours = picture_run(tmp_path, 1, 5)
     x, generator = start.clone().requires_grad_(), torch.Generator().manual_seed(0)
@@ -346,12 +346,12 @@ def test_the_2d_refining_stage_is_that_of_the_released_notebook(tmp_path):
 
 
 class Views(torch.nn.Module):
-    """A scene of three views of one colour each, which the stages fit like any other."""
+    """A scene with one colour for each of three views, which the stages fit like any other."""
     mode = "nerf"
 
     def __init__(self):
         super().__init__()
-        self.colour, self.seen = torch.nn.Parameter(torch.tensor([0.2, 0.5, 0.8])), []
+        self.colour, self.calls = torch.nn.Parameter(torch.tensor([0.2, 0.5, 0.8])), []
         self.scene = types.SimpleNamespace(train=[None] * 3)
 
     def render(self, view, size=None):
@@ -365,7 +365,7 @@ class Views(torch.nn.Module):
         return kept
 
     def data_loss(self, dataset, generator, l1=False):
-        self.seen.append((l1, dataset.pixels.clone()))
+        self.calls.append((l1, dataset.pixels.clone()))
         return (self.colour - dataset.pixels.mean((1, 2, 3, 4))).square().sum()
 
 
@@ -386,7 +386,7 @@ def test_the_refining_stage_edits_the_first_renders_and_not_its_own_output(pipel
         state = generator.get_state()
         stage.backward(step, [generator])
         with torch.no_grad():
-            scene.colour += 0.01  # what it shows drifts, what is edited does not
+            scene.colour += 0.01  # the scene drifts, the edited renders must not
         hand = torch.Generator()
         hand.set_state(state)
         skips.append(16 + torch.randint(3, (), generator=hand).item())
@@ -396,16 +396,16 @@ def test_the_refining_stage_edits_the_first_renders_and_not_its_own_output(pipel
             wanted = prior.decode(hand_sdedit(prior, prior.encode(first), stage.y_tgt, skips[-1], 15, hand).float())
         assert_close(stage.dataset.picture(view), wanted, atol=1e-5, rtol=1e-5)
     assert set(skips) == {16, 17, 18} and not scene.seen[0][0]
-    assert sorted(stage.state["edited"]) == [0, 1, 2]  # every view before any comes again
+    assert sorted(stage.state["edited"]) == [0, 1, 2]  # every view occurs before any recurs
 
 
-def test_in2n_denoises_all_20_steps_from_the_noise_that_is_drawn(pipelines):
+def test_in2n_denoises_all_20_steps_from_the_drawn_noise_level(pipelines):
     """diffusers' scheduler with num_train_timesteps set to T, as Instruct-NeRF2NeRF's edit_image does."""
     from diffusers import DDIMScheduler
     editor = InstructPix2Pix.from_pretrained(pipelines["instruct"])
     prior = Prior.from_pretrained(pipelines["sd"])
     scene, source, stage = scene_stage(prior, "in2n", editor)
-    assert_close(stage.open().picture(1), torch.full((1, 3, 16, 16), 0.9))  # it begins with the photographs
+    assert_close(stage.open().picture(1), torch.full((1, 3, 16, 16), 0.9))  # initially the photographs
     render, photograph = (torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
     for T in (20, 137, 980):
         ours = stage.edited(render, photograph, T / 1000, torch.Generator().manual_seed(5))
@@ -414,14 +414,14 @@ def test_in2n_denoises_all_20_steps_from_the_noise_that_is_drawn(pipelines):
         scheduler.config.num_train_timesteps = T
         scheduler.set_timesteps(20)
         assert scheduler.timesteps.tolist() == ddim_timesteps(T, 20, 1000)
-        told = stage.editor.of(photograph)
-        assert (told.guidance, told.image_guidance) == (15, 1.5)
+        guided = stage.editor.of(photograph)
+        assert (guided.guidance, guided.image_guidance) == (15, 1.5)
         with torch.no_grad():
             x0 = editor.encode(render)
             noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
             x = scheduler.add_noise(x0, noise, scheduler.timesteps[:1])
             for t in scheduler.timesteps:
-                x = scheduler.step(told.eps(x, t.reshape(1), stage.y_edit), t, x).prev_sample
+                x = scheduler.step(guided.eps(x, t.reshape(1), stage.y_edit), t, x).prev_sample
             assert_close(ours, editor.decode(x), atol=2e-5, rtol=1e-4)
     levels = [stage.strength(torch.Generator().manual_seed(i)) for i in range(200)]
     assert 0.02 <= min(levels) < 0.05 and 0.95 < max(levels) <= 0.98
@@ -451,8 +451,8 @@ def test_in2n_adds_lpips_on_patches_where_it_is_installed(pipelines, tmp_path, m
     assert sizes == [(8, 8)] * 3
 
 
-def test_dreamcatalyst_with_an_editor_has_no_text_on_the_side_of_the_source(pipelines):
-    """Released dc.py: the target's prediction has guidance to picture and text, the source's to the picture alone."""
+def test_dreamcatalyst_with_an_editor_gives_the_source_no_text(pipelines):
+    """As in the released dc.py, guidance is by picture and text for the target, by the picture alone for the source."""
     editor, prior = InstructPix2Pix.from_pretrained(pipelines["instruct"]), Prior.from_pretrained(pipelines["sd"])
     args = options.complete(run.parse(["--mode", "image", "--coefficients", "dreamcatalyst", "--source", "a dog",
                                        "--target", "a cat", "--instruction", "make it a cat"]), prior, "pds")
@@ -470,10 +470,10 @@ def test_dreamcatalyst_with_an_editor_has_no_text_on_the_side_of_the_source(pipe
         x_t = (ABAR[t].sqrt() * x0 + (1 - ABAR[t]).sqrt() * noise).float()
         null = editor.unconditional()
 
-        def call(words, told, x_t=x_t):
-            return editor.with_freeu()._predict(x_t, torch.tensor([t]), [words], [told])[0]
-        plain, seen = call(null, torch.zeros_like(image)), call(null, image)
-        eps.append(plain + 1.5 * (seen - plain) + (7.5 * (call(y, image) - seen) if y else 0))
+        def call(words, shown, x_t=x_t):
+            return editor.with_freeu()._predict(x_t, torch.tensor([t]), [words], [shown])[0]
+        plain, pictured = call(null, torch.zeros_like(image)), call(null, image)
+        eps.append(plain + 1.5 * (pictured - plain) + (7.5 * (call(y, image) - pictured) if y else 0))
     tau = (t - 1) / 1000
     wanted = (0.2 + 0.8 * tau ** (1 / math.e)) * (eps[0] - eps[1]) + 0.075 * math.exp(tau) * (
         scene.theta - source.theta
@@ -481,7 +481,7 @@ def test_dreamcatalyst_with_an_editor_has_no_text_on_the_side_of_the_source(pipe
     assert_close(scene.theta.grad * scene.theta.numel(), wanted.detach(), atol=1e-5, rtol=1e-5)
 
 
-def test_adamw_is_that_of_torch():
+def test_decay_gives_the_steps_of_torch_adamw():
     ours, theirs = (torch.nn.Parameter(rand(5, seed=1)) for _ in range(2))
     adam, adamw = SteadyAdam([{"params": [ours], "lr": 0.1, "decay": 0.01}]), torch.optim.AdamW([theirs], lr=0.1)
     for step in range(5):
@@ -492,7 +492,7 @@ def test_adamw_is_that_of_torch():
     assert torch.equal(ours, theirs)
 
 
-def test_sides_of_whole_pictures():
+def test_frames_keep_the_shape_of_whole_pictures():
     assert Frame(512, 8).sides(1920, 1080) == (912, 512) and Frame(512, 8).sides(1080, 1920) == (512, 912)
     assert Frame(64, 4).sides(100, 100) == (64, 64) and Frame(64, 4, True).sides(1920, 1080) == (64, 64)
-    assert Frame(64, 4).sides(1000, 10) == (256, 4)  # no further than 4 to 1: the rest is drawn smaller
+    assert Frame(64, 4).sides(1000, 10) == (256, 4)  # at most 4 to 1, so that the picture is reduced

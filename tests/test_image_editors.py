@@ -1,4 +1,4 @@
-"""image/editors.py: DDIM, SDEdit, DDPM inversion against diffusers and an exact prior; DiffEdit's mask."""
+"""image/editors.py: DDIM, SDEdit and DDPM inversion against diffusers and an exact prior; DiffEdit's mask."""
 import copy
 
 import pytest
@@ -14,7 +14,7 @@ SRC, TGT = torch.tensor([0]), torch.tensor([1])
 
 
 class GaussianPrior:
-    """The exact noise prediction for x0 ~ N(mean(y), var I); y [B] names the mean."""
+    """The exact noise prediction for x0 ~ N(mean(y), var I); y [B] is the index of the mean."""
     abar, var, means = ABAR, 0.3, torch.tensor([-1.0, 2.0], dtype=torch.float64)
 
     def eps(self, x_t, t, y):
@@ -23,7 +23,7 @@ class GaussianPrior:
         return (1 - abar).sqrt() * (x_t - abar.sqrt() * mean) / (1 - abar + abar * self.var)
 
 
-def test_ddim_takes_the_steps_of_diffusers_scheduler():
+def test_ddim_matches_the_scheduler_of_diffusers():
     from diffusers import DDIMScheduler
     prior, x = GaussianPrior(), rand(2, 1, 3, 3)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -36,14 +36,14 @@ def test_ddim_takes_the_steps_of_diffusers_scheduler():
     assert_close(ddim(prior, x, TGT, ddim_timesteps(1000, 20)), wanted, atol=1e-5, rtol=1e-5)  # its betas are float32
 
 
-def test_ddim_carries_the_noise_to_the_data():
+def test_ddim_maps_noise_to_data():
     """With the exact prediction for N(2, 0.3 I), noise at level T becomes mean + deviation * noise."""
     x = rand(1, 1, 8, 8)
     x0 = ddim(GaussianPrior(), x, TGT, ddim_timesteps(1000, 1000))
     assert_close(x0, 2 + 0.3 ** 0.5 * x, atol=0.08, rtol=0)
 
 
-def test_sdedit_keeps_less_of_the_source_the_less_it_skips():
+def test_sdedit_keeps_more_of_the_source_the_more_it_skips():
     prior, x0 = GaussianPrior(), torch.full((1, 1, 8, 8), -1.0, dtype=torch.float64)
     def draw():
         return torch.Generator().manual_seed(0)
@@ -56,7 +56,7 @@ def test_sdedit_keeps_less_of_the_source_the_less_it_skips():
 
 
 class Guided(GaussianPrior):
-    """With a guidance, as Prior has it: from the mean 0 to the prompt's."""
+    """With guidance, as in Prior: the unconditional mean is 0."""
 
     def at(self, scale):
         twin = copy.copy(self)
@@ -69,7 +69,7 @@ class Guided(GaussianPrior):
             (1 - abar).sqrt() * x_t / (1 - abar + abar * self.var))
 
 
-def test_ddpm_inversion_gives_the_picture_back():
+def test_ddpm_inversion_recovers_the_picture():
     prior, x0 = Guided(), rand(2, 1, 4, 4)
     def draw():
         return torch.Generator().manual_seed(0)
@@ -84,8 +84,8 @@ def test_ddpm_inversion_gives_the_picture_back():
         ddpm_inversion(prior, x0, TGT, SRC, skip=-1)
 
 
-def test_ddpm_inversion_takes_the_steps_of_diffusers_scheduler():
-    """z_t read off the stochastic DDIM step (eta 1) of the source, given to that of the target, from another start."""
+def test_ddpm_inversion_matches_the_scheduler_of_diffusers():
+    """z_t solved from the source's stochastic DDIM steps (eta = 1) and used in the target's, from another latent."""
     from diffusers import DDIMScheduler
     prior, x0, start, steps, first = Guided(), rand(1, 1, 3, 3, seed=1), rand(1, 1, 3, 3, seed=2), 10, 4
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,

@@ -1,4 +1,4 @@
-"""image/masks.py: the user's masks, DiffEdit's, views that vote on points, a mask that moves with a drawing."""
+"""image/masks.py: the user's masks, DiffEdit's masks, agreement of views, a mask that moves with a drawing."""
 import copy
 
 import numpy as np
@@ -13,7 +13,7 @@ from scene.representation import Representation
 
 
 class Disagrees:
-    """A prior whose two prompts differ in the left half of the latent, which is the picture."""
+    """A prior whose two prompts differ in the left half of the latent; the latent is the picture itself."""
     abar, guidance = torch.linspace(0.999, 0.01, 100, dtype=torch.float64), 7.0
 
     def at(self, scale):
@@ -34,14 +34,14 @@ class Disagrees:
         return out
 
 
-def test_the_mask_of_the_prompts_is_soft_and_reaches_a_pixel_further():
+def test_the_mask_of_the_prompts_is_soft_and_dilated_by_a_pixel():
     prior = Disagrees()
     mask, = local_masks(prior, [rand(1, 3, 8, 16, dtype=torch.float32)], "a", "b")
     assert mask.shape == (1, 1, 8, 16) and prior.guidance == 7
     assert_close(mask[0, 0, 4], torch.tensor([1.0] * 8 + [2 / 3, 1 / 3] + [0.0] * 6))
 
 
-def test_masks_of_the_user(tmp_path):
+def test_the_masks_of_the_user_are_matched_by_name(tmp_path):
     picture = np.zeros((8, 8), np.uint8)
     picture[:, :4] = 255
     Image.fromarray(picture).save(tmp_path / "view_1.png")
@@ -60,7 +60,7 @@ def test_masks_of_the_user(tmp_path):
             read_mask(tmp_path / name, (4, 4))
 
 
-def test_a_mask_moves_with_the_drawing_and_is_averaged_down():
+def test_a_mask_moves_with_the_drawing_and_is_downsampled_by_averaging():
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., 16:32, 16:32] = 1
     where, like = Where([mask], (64, 64)), torch.zeros(1, 4, 16, 16)
@@ -83,7 +83,7 @@ class Ball(Representation):
         return torch.where(root > 0, -along - root.clamp_min(0).sqrt(), 0).view(1, 1, camera.height, camera.width)
 
 
-def test_one_bad_view_does_not_leak(nerf_sphere):
+def test_the_mask_of_one_bad_view_does_not_spread(nerf_sphere):
     ball, count = Ball(nerf_sphere), len(nerf_sphere.train)
     masks = [torch.zeros(1, 1, 4, 4) for _ in range(count)]
     masks[0] += 1
@@ -94,7 +94,7 @@ def test_one_bad_view_does_not_leak(nerf_sphere):
     assert all((mask[ball.depth(ball.camera(i, 16)) > 0] > 1 - 1e-6).all() for i, mask in enumerate(everywhere))
 
 
-def test_where_nothing_is_a_view_keeps_its_mask_beside_what_the_others_see(nerf_sphere):
+def test_empty_pixels_keep_their_mask_only_next_to_the_object(nerf_sphere):
     ball = Ball(nerf_sphere)
     agreed = agree(ball, [torch.ones(1, 1, 4, 4)] * len(nerf_sphere.train), 16)
     hit = ball.depth(ball.camera(0, 16)) > 0

@@ -9,12 +9,12 @@ from loop.optimiser import SmoothField, SteadyAdam
 
 
 def dense(field, n):
-    """The matrix [2n,2n] of a field, and that of its transpose, column by column."""
+    """The matrix [2n,2n] of a field and the matrix of its transpose, column by column."""
     units = torch.eye(2 * n, dtype=torch.float64).view(2 * n, n, 2)
     return (torch.stack([f(u).flatten() for u in units], 1) for f in (field, field.transpose))
 
 
-def test_the_field_is_near_a_gaussian_kernel_and_passes_translations():
+def test_the_field_approximates_a_gaussian_kernel_and_preserves_translations():
     rest = 40 * torch.rand(60, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     field = SmoothField(rest, sigma=5.0)
     got, _ = dense(field, 60)
@@ -27,12 +27,12 @@ def test_the_field_is_near_a_gaussian_kernel_and_passes_translations():
     assert_close(field(moved), moved)
 
 
-def test_transpose_and_frames():
+def test_the_transpose_is_exact_and_frames_preserve_translations():
     rest, frames = 9 * rand(7, 2), rand(7, 2, 2, seed=1)
     field = SmoothField(rest, 4.0, frames=frames)
     forth, back = dense(field, 7)
     assert_close(back, forth.T)
-    # a shift of the picture arrives unchanged, whatever the points' own coordinates
+    # a shift of the picture is reproduced exactly, whatever the local coordinates of the points
     shift = torch.tensor([[1.0, 2.0]], dtype=torch.float64).expand(7, 2)
     assert_close((frames @ field(shift)[..., None])[..., 0], shift)
 
@@ -41,7 +41,7 @@ def test_one_point_moves_freely():
     assert_close(SmoothField(torch.zeros(1, 2), 3.0)(torch.ones(1, 2)), torch.ones(1, 2))
 
 
-def test_plain_groups_take_the_steps_of_torch():
+def test_plain_groups_match_torch_adam():
     ours, theirs = ([torch.nn.Parameter(rand(5, 2, seed=i)) for i in range(2)] for _ in "ab")
 
     def groups(ps):
@@ -56,7 +56,7 @@ def test_plain_groups_take_the_steps_of_torch():
 
 
 def test_a_spring_takes_back_its_share_of_every_displacement():
-    """As a step of torch's Adam followed by p <- p + s (rest - p), where s follows the rate; 0 is Adam's own step."""
+    """A step equals torch's Adam followed by p <- p + s (rest - p), where s scales with the rate; s = 0 is Adam."""
     rest = rand(5, 2)
     ours, theirs, free, plain = (torch.nn.Parameter(rest.clone()) for _ in range(4))
     sprung = SteadyAdam([dict(params=[ours], lr=0.1, spring=0.2), dict(params=[free], lr=0.1)])
@@ -72,8 +72,8 @@ def test_a_spring_takes_back_its_share_of_every_displacement():
     assert torch.equal(free, plain)
 
 
-def test_noise_is_held_and_a_lasting_push_is_not():
-    """Two hundred steps: a gradient with one sign carries a point away, one of random signs hardly."""
+def test_a_spring_damps_noise_but_not_a_consistent_gradient():
+    """In 200 steps a gradient of constant sign moves a point far, a gradient of random sign hardly at all."""
     rng = torch.Generator().manual_seed(0)
     ends = {}
     for spring in (0.0, 0.03):
@@ -88,7 +88,7 @@ def test_noise_is_held_and_a_lasting_push_is_not():
     assert kept[1] < 0.6
 
 
-def test_a_shared_moment_and_a_field_against_the_long_form():
+def test_a_shared_moment_and_a_field_match_the_long_form():
     rest = 10 * rand(6, 2)
     p, field = torch.nn.Parameter(rest.clone()), SmoothField(rest, 3.0)
     matrix, _ = dense(field, 6)
@@ -105,7 +105,7 @@ def test_a_shared_moment_and_a_field_against_the_long_form():
 
 
 def test_a_parameter_with_a_small_gradient_moves_little():
-    """Adam moves every number by its rate; a shared second moment keeps the ratio of the gradients."""
+    """Adam moves every number by the rate; a shared second moment keeps the ratios of the gradients."""
     for shared, bound in ((False, 0.9), (True, 0.01)):
         p = torch.nn.Parameter(torch.zeros(2))
         adam = SteadyAdam([dict(params=[p], lr=1.0, shared=shared)])
@@ -114,7 +114,7 @@ def test_a_parameter_with_a_small_gradient_moves_little():
         assert (abs(p[1].item()) < bound) == shared and abs(p[0].item()) > 0.9
 
 
-def test_it_continues_from_a_saved_state(tmp_path):
+def test_a_saved_state_continues_bit_identically(tmp_path):
     def run(steps, adam, p):
         for step in steps:
             p.grad = rand(4, 2, seed=step, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""loop/parallel.py: torchrun against --batch in one, resuming, one that dies, Ctrl-C, refusals, tables."""
+"""loop/parallel.py: torchrun against --batch in one process; resuming, a process that fails, Ctrl-C, tables."""
 import contextlib
 import csv
 import json
@@ -56,7 +56,7 @@ def place(tmp_path):
 
 @pytest.fixture
 def small(monkeypatch):
-    """The tiny prior and small pictures for all runs of this process and of those that it forks."""
+    """The tiny prior and small pictures, for the runs of this process and of its forks."""
     monkeypatch.setattr(run, "load_prior", lambda args: tiny.Tiny())
     monkeypatch.setattr(parallel, "stop", lambda: None)
     for name, value in tiny.SIZES.items():
@@ -64,7 +64,7 @@ def small(monkeypatch):
 
 
 def launch(folder, body):
-    """Start a script with the tiny prior in two processes of torchrun -> torchrun's process."""
+    """Start a script with the tiny prior in two processes of torchrun; returns torchrun's process."""
     (folder / "script.py").write_text(textwrap.dedent(SCRIPT).replace("ROOT", repr(str(ROOT))) + textwrap.dedent(body))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -72,7 +72,7 @@ def launch(folder, body):
 
 
 def forked(folder, body):
-    """Call body() in two forked processes of one group, as torchrun would -> what each of them printed."""
+    """Call body() in two forked processes of one group, as torchrun would; returns what each of them printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -101,7 +101,7 @@ def forked(folder, body):
     return said
 
 
-def test_a_refusal_is_printed_once_and_one_process_ends_all(place, small, monkeypatch, capsys):
+def test_an_error_is_printed_once_and_one_failing_process_ends_all(place, small, monkeypatch, capsys):
     done = launch(place, f"""
         assert run.main({SVG} + ["--svg", "none.svg", "--out", "none"]) == 2
         try:
@@ -112,21 +112,21 @@ def test_a_refusal_is_printed_once_and_one_process_ends_all(place, small, monkey
         def fails(*args, calls=[], **kwargs):
             calls.append(1)
             if len(calls) == 5 and parallel.rank() == 1:
-                raise ValueError("the second process has had enough")
+                raise ValueError("the second process fails")
             return pds.pds_loss(*args, **kwargs)
         edit.LOSSES["pds"] = fails
         sys.exit(run.main({SVG} + ["--out", "killed"]))""")
-    told = done.communicate(timeout=200)[1]
-    assert done.returncode != 0 and "run.py: error: the second process has had enough" in told
-    assert told.count("none.svg: no such file") == told.count("argument --steps: ") == 1, told
+    printed = done.communicate(timeout=200)[1]
+    assert done.returncode != 0 and "run.py: error: the second process fails" in printed
+    assert printed.count("none.svg: no such file") == printed.count("argument --steps: ") == 1, printed
     assert torch.load(place / "killed" / "checkpoint.pt", weights_only=True)["step"] == 4
-    monkeypatch.chdir(place)  # a single process may not go on with that
+    monkeypatch.chdir(place)  # a single process must not resume it
     assert run.main([*SVG, "--out", "killed", "--resume"]) == 2
     assert "it was made with another processes" in capsys.readouterr().err
 
 
 def test_ctrl_c_saves_the_results_before_the_pictures(place):
-    """torchrun kills its processes 30 s after Ctrl-C; here, as on a slow scene, the pictures never end."""
+    """torchrun kills its processes 30 s after Ctrl-C; here, as for a slow scene, rendering takes longer than that."""
     running = launch(place, f"""
         import os, pathlib
         plain = run.Shown.look
@@ -155,7 +155,7 @@ def test_ctrl_c_saves_the_results_before_the_pictures(place):
         running.communicate()
 
 
-def test_processes_take_the_steps_of_a_batch_resume_and_share_a_table_out(place, small, monkeypatch):
+def test_processes_match_a_batch_resume_and_share_the_edits_of_a_table(place, small, monkeypatch):
     def load(path):
         return torch.load(place / path, weights_only=True)
 
@@ -167,14 +167,14 @@ def test_processes_take_the_steps_of_a_batch_resume_and_share_a_table_out(place,
             def fails(*args, plain=run.LOSSES["pds"], **kwargs):
                 calls.append(1)
                 if len(calls) == 5:
-                    raise ValueError("both processes have had enough")
+                    raise ValueError("both processes fail")
                 return plain(*args, **kwargs)
             patch.setitem(run.LOSSES, "pds", fails)
             assert killed() == 2
         words = ([*SVG, "--out", "killed", "--resume"], [*SVG, "--out", "two"], [*SPLAT, "--out", "splats/two"], FIT)
         return max([*map(run.main, words), bench(BENCH)])
     said = forked(place, runs)
-    assert "done: two/sheet.png" in said[0] and "done: " not in said[1]  # the first process alone speaks
+    assert "done: two/sheet.png" in said[0] and "done: " not in said[1]  # only the first process prints
     assert outputs(place / "killed") == outputs(place / "two")
     monkeypatch.chdir(place)
     assert run.main([*SVG, "--batch", "2", "--out", "batch"]) == 0

@@ -1,4 +1,4 @@
-"""models/emoji/train.py: drawing, naming and augmenting the pictures, the loss, the training run."""
+"""models/emoji/train.py: rendering, naming and augmenting the pictures, the losses, the training run."""
 import importlib.util
 import json
 import math
@@ -20,7 +20,7 @@ def train():
     return module
 
 
-def test_the_sample_sheet_shows_what_its_captions_say(train, tmp_path):
+def test_the_sample_sheet_matches_its_captions(train, tmp_path):
     pipe = train.StableDiffusionPipeline.from_pretrained(ROOT / "models" / "emoji").to(dtype=torch.float32)
     train.sample_sheet(pipe, ["blue heart", "red heart"], tmp_path / "sheet.png", columns=2)
     sheet = Image.open(tmp_path / "sheet.png").convert("RGB")
@@ -29,7 +29,7 @@ def test_the_sample_sheet_shows_what_its_captions_say(train, tmp_path):
     assert blue > red + 60 and r > b + 60 and r > g + 60, ((red, green, blue), (r, g, b))
 
 
-def test_timesteps_of_the_training_are_drawn_as_min_snr_weights_them(train):
+def test_training_timesteps_are_drawn_in_proportion_to_min_snr_weights(train):
     scheduler = types.SimpleNamespace(alphas_cumprod=ABAR.float())
     rng = torch.Generator().manual_seed(0)
     t = torch.cat([train.draw_timesteps(scheduler, 128, rng) for _ in range(500)])
@@ -38,10 +38,10 @@ def test_timesteps_of_the_training_are_drawn_as_min_snr_weights_them(train):
     for low, high in ((0, 100), (100, 200), (200, 500), (500, 1000)):
         share = ((t >= low) & (t < high)).double().mean()
         wanted = weight[low:high].sum() / weight.sum()
-        assert share.item() == pytest.approx(wanted.item(), abs=0.002)  # evenly spread: no luck in it
+        assert share.item() == pytest.approx(wanted.item(), abs=0.002)  # stratified, hence the small tolerance
 
 
-def test_augmented_drawings_keep_what_they_should(train):
+def test_augmentation_keeps_hue_and_area_and_mirrors_on_request(train):
     rgba = torch.zeros(3, 4, 128, 128, dtype=torch.uint8)
     rgba[:, 3, 32:96, 32:96] = 255
     rgba[1, 0] = 255  # black, red, grey squares
@@ -50,34 +50,34 @@ def test_augmented_drawings_keep_what_they_should(train):
     assert_close(plain, torch.nn.functional.avg_pool2d(
         rgba[:, :3] / 255 * (rgba[:, 3:] / 255) + 1 - rgba[:, 3:] / 255, 2), atol=1e-5, rtol=0)
     red = train.augment(rgba[1:2], torch.Generator().manual_seed(1), white=1.0)[0]
-    assert red[0, 24:40, 24:40].min() > red[1:, 24:40, 24:40].max() + 0.3  # however it is augmented, it stays red
+    assert red[0, 24:40, 24:40].min() > red[1:, 24:40, 24:40].max() + 0.3  # red remains red under augmentation
     warped = train.augment(rgba, torch.Generator().manual_seed(1), white=1.0, strength=0.0, warp=0.05)
     def area(x):
         return (1 - x[0]).sum()
     assert 0.7 * area(plain) < area(warped) < 1.4 * area(plain) and (warped - plain).abs().amax() > 0.3
     rgba[0, 3, :, 32:64] = 0
-    seen = train.augment(rgba, torch.Generator(), white=1.0, strength=0.0)
+    unmirrored = train.augment(rgba, torch.Generator(), white=1.0, strength=0.0)
     mirrored = train.augment(
         rgba, torch.Generator(), white=1.0, strength=0.0, mirrored=torch.tensor([True, False, True])
     )
-    assert_close(mirrored, torch.stack([seen[0].flip(-1), seen[1], seen[2]]), atol=1e-5, rtol=0)
-    assert (mirrored[0] - seen[0]).abs().amax() > 0.9
+    assert_close(mirrored, torch.stack([unmirrored[0].flip(-1), unmirrored[1], unmirrored[2]]), atol=1e-5, rtol=0)
+    assert (mirrored[0] - unmirrored[0]).abs().amax() > 0.9
 
 
 def test_names_are_drawn_equally_often(train):
     captions = [["cat", "meow"], ["cat", "meow"], ["cat", "meow"], ["owl", "o"], ["red car"], ["red car"], []]
-    # a name as often as any other, recoloured drawings less often, and never one without a caption
+    # every name equally often, recoloured drawings less often, pictures without a caption never
     assert_close(train.shares(captions), torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0, 0.15, 0.15, 0.0]))
 
 
-def test_names_that_share_a_word(train):
+def test_alike_lists_names_that_share_a_word(train):
     like = train.alike(["letter a", "letter b", "red letter", "red car", "owl", "owl"])
     assert like["letter a"] == ["letter b", "red letter"] and like["red letter"] == ["letter a", "letter b", "red car"]
     assert like["owl"] == ["letter a", "letter b", "red car", "red letter"]
 
 
 def square(colour):
-    """RGBA uint8 [4,128,128]: a square of one colour on nothing, with a white square in it."""
+    """RGBA uint8 [4,128,128]: a square of one colour on a transparent ground, with a white square in it."""
     rgba = torch.zeros(4, 128, 128, dtype=torch.uint8)
     rgba[:3, 32:96, 32:96] = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
     rgba[3, 32:96, 32:96] = 255
@@ -87,7 +87,7 @@ def square(colour):
 
 @pytest.mark.parametrize("name", ["red", "yellow", "green", "blue", "purple", "brown", "white", "black"])
 def test_recoloured_drawings_have_the_named_colour_and_keep_their_highlights(train, name):
-    """From a dull purple, which turning the hue alone leaves dark."""
+    """The original is a dull purple, which would stay dark if only its hue were turned."""
     painted = train.recolour(square((120, 70, 140)), name)
     wanted = [int(train.PAINTS[name][0][i:i + 2], 16) for i in (1, 3, 5)]
     got = painted[:3, 70:90, 70:90].float().mean((1, 2))
@@ -96,7 +96,7 @@ def test_recoloured_drawings_have_the_named_colour_and_keep_their_highlights(tra
     assert train.colour_of(train.dominant(painted)) == name
 
 
-def test_the_colour_of_a_drawing_goes_into_its_captions(train, tmp_path, monkeypatch):
+def test_captions_name_the_colour_of_a_drawing(train, tmp_path, monkeypatch):
     words = {"fox": ["fox", "COLOUR fox"], "car": ["car", "auto", "COLOUR car"], "red-book": ["red book"],
              "panda": ["panda"]}
     monkeypatch.setattr(train, "vocabulary", lambda: words)
@@ -106,7 +106,7 @@ def test_the_colour_of_a_drawing_goes_into_its_captions(train, tmp_path, monkeyp
     first = [found.drawing.index(k) for k in range(4)]
     assert [found.captions[i] for i in first] == [["fox", "orange fox"], ["car", "auto", "blue car"], ["red book"],
                                                   ["panda", "grey panda"]]
-    # a fox is orange without saying so, a car has any colour: only the words that tell the colour teach it
+    # "fox" implies orange, "car" implies no colour: only captions that imply or name the colour teach it
     assert [found.telling[i] for i in first] == [["fox"], ["blue car"], ["red book"], ["panda"]]
     foxes, cars = ([c for c, k in zip(found.captions, found.drawing, strict=True) if k == n][1:] for n in (0, 1))
     assert len(foxes) == len(cars) == 4
@@ -117,7 +117,7 @@ def test_the_colour_of_a_drawing_goes_into_its_captions(train, tmp_path, monkeyp
     assert again.captions == found.captions and torch.equal(again.rgba, found.rgba)
 
 
-def test_contrast_pulls_where_the_wrong_caption_fits_better(train):
+def test_contrast_acts_where_the_wrong_caption_fits_better(train):
     right, wrong = (
         torch.tensor([0.05, 0.05, 0.05], requires_grad=True),
         torch.tensor([0.2, 0.05, 0.0], requires_grad=True),
@@ -129,7 +129,7 @@ def test_contrast_pulls_where_the_wrong_caption_fits_better(train):
     assert_close(wrong.grad, -right.grad)
 
 
-def test_dropout_is_in_the_residual_blocks_alone(train):
+def test_dropout_acts_in_the_residual_blocks_alone(train):
     unet = train.UNet2DConditionModel.from_pretrained(ROOT / "models" / "emoji", subfolder="unet")
     train.set_dropout(unet, 0.3)
     rates = {name: m.p for name, m in unet.named_modules() if isinstance(m, torch.nn.Dropout)}
@@ -139,10 +139,10 @@ def test_dropout_is_in_the_residual_blocks_alone(train):
 
 @pytest.mark.parametrize("flags, said", [(["--icons", "nowhere"], "there is no nowhere/noto/icons.json, and 6 more"),
                                          (["--icons", "x", "--drawings", "0"], "--drawings has to be at least 1")])
-def test_bad_input_of_the_training(train, flags, said, monkeypatch, capsys, tmp_path):
+def test_bad_input_of_the_training_is_refused(train, flags, said, monkeypatch, capsys, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
-    for style in ("twemoji", train.RENDERED):  # rendered before: their packages are not needed
+    for style in ("twemoji", train.RENDERED):  # cached renders: their packages are not needed
         (work / f"{style}.npz").touch()
     monkeypatch.setattr(sys, "argv", ["train.py", "--work", str(work), *flags])
     with pytest.raises(SystemExit) as stopped:
@@ -150,12 +150,12 @@ def test_bad_input_of_the_training(train, flags, said, monkeypatch, capsys, tmp_
     assert stopped.value.code == 2 and said in capsys.readouterr().err
 
 
-def test_another_hand_draws_the_same_shape(train):
+def test_restyling_keeps_the_shape_and_the_order_of_tones(train):
     alpha = torch.zeros(200, 1, 24, 24)
     alpha[..., 6:18, 6:18] = 1
     colour = torch.full((200, 3, 24, 24), 0.2)
     colour[..., 12:] = 0.8
-    colour[:, :, 9, 9] = 1  # a detail of one pixel
+    colour[:, :, 9, 9] = 1  # a detail of a single pixel
     rgb, wider = train.restyle(colour * alpha, alpha, torch.Generator().manual_seed(0))
     assert rgb.min() >= 0 and (rgb <= wider + 1e-6).all()
     grown = wider.sum((1, 2, 3)) > 12 * 12
@@ -164,7 +164,7 @@ def test_another_hand_draws_the_same_shape(train):
     ring = (wider > alpha).expand_as(rgb)
     assert rgb[ring].max() <= 0.3  # the outline is dark
     left, right, detail, edge = rgb[:, 0, 14, 9], rgb[:, 0, 14, 15], rgb[:, 0, 9, 9], rgb[:, 0, 14, 11]
-    assert (left < right).all() and left.min() < 0.15 < 0.25 < left.max()  # tones move, their order stays
+    assert (left < right).all() and left.min() < 0.15 < 0.25 < left.max()  # tones change, their order does not
     flat, lined = detail == left, edge < left - 1e-3
     for some in (grown, flat, lined):
         assert 0.15 < some.float().mean() < 0.35
@@ -173,20 +173,20 @@ def test_another_hand_draws_the_same_shape(train):
 
 
 @pytest.mark.parametrize("losses, best", [([3.0, 1.0, 2.0], 1), ([0.5, 1.0, 0.7], 0)])
-def test_the_last_weights_are_mixed_with_those_of_the_least_held_out_loss(train, tmp_path, monkeypatch, losses, best):
+def test_the_result_mixes_the_last_weights_with_the_best_held_out_ones(train, tmp_path, monkeypatch, losses, best):
     clock = iter(range(0, 10000, 180))
-    monkeypatch.setattr(train, "time", types.SimpleNamespace(time=lambda: next(clock)))  # three minutes a step
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(time=lambda: next(clock)))  # a step takes three minutes
     torch.manual_seed(0)
     def start():
         return train.Run(tmp_path / "net.pt", {"net": torch.nn.Linear(2, 2)}, 0.1, 12)
     run, held_out, lines = start(), iter(losses), []
     def weight():
         return run.ema["net"].weight.clone()
-    exported = [weight()]  # what it begins with may be the best
+    exported = [weight()]  # the initial weights may be the best
     run.train(lambda: (run.modules["net"].weight - 1).square().sum(), lambda net: torch.tensor(next(held_out)),
               lambda: exported.append(weight()), lines.append, share=0.75)
     assert run.step == 4 and len(exported) == 3 and len([x for x in lines if "held-out" in x]) == 3
-    mixed, run = weight(), start()  # the checkpoint holds the last averages themselves
+    mixed, run = weight(), start()  # the checkpoint holds the unmixed averages
     assert run.step == 4 and run.best[0] == min(losses) and (weight() - exported[best]).abs().amin() > 1e-3
     assert_close(run.best[1]["net"]["weight"], exported[best])
     assert_close(mixed, 0.75 * weight() + 0.25 * exported[best])
@@ -201,23 +201,23 @@ def test_renders_are_named_by_their_code_points(train, tmp_path):
     for code, colour in (("1f34e", "red"), ("2764", "pink"), ("1f1e6", "blue"), ("1f9d1-1f3fb", "tan")):
         Image.new("RGBA", (64, 64), colour).save(assets / f"{code}.webp", lossless=True)
     names, pictures = train.open_pictures(icons)
-    assert names == ["red-apple", "red-heart"]  # of the others, no caption of the vocabulary
+    assert names == ["red-apple", "red-heart"]  # the others are not in the vocabulary
     assert [p.shape for p in pictures] == [(4, train.RENDER, train.RENDER)] * 2
     assert pictures[0][:, 5, 5].tolist() == [255, 0, 0, 255]
 
 
-def test_names_of_sets_with_other_spellings(train):
+def test_names_with_other_spellings_are_normalised(train):
     assert train.compact("alarm-clock 2") == "alarmclock2"
     assert train.hour("clock8thirty") == "eightthirty" and train.hour("clock12oclock") == "twelveoclock"
     assert train.hour("clock13oclock") == "clock13oclock" and train.hour("alarm-clock") == "alarm-clock"
 
 
-def test_a_saved_model_has_the_names_that_transformers_4_reads(train, tmp_path):
+def test_a_saved_model_is_readable_by_transformers_4(train, tmp_path):
     (tmp_path / "text_encoder").mkdir()
     path, index = tmp_path / "text_encoder" / "model.safetensors", tmp_path / "model_index.json"
     train.save_file({"final_layer_norm.bias": torch.ones(2)}, path)
     index.write_text('{"tokenizer": ["transformers", "CLIPTokenizer"]}')
-    for _ in range(2):  # done twice, it changes nothing more
+    for _ in range(2):  # the second call changes nothing
         train.readable_by_transformers_4(tmp_path)
         assert {k: v.tolist() for k, v in train.load_file(path).items()} == {"text_model.final_layer_norm.bias": [1, 1]}
         assert index.read_text() == '{"tokenizer": ["transformers", "CLIPTokenizerFast"]}'
@@ -226,7 +226,7 @@ def test_a_saved_model_has_the_names_that_transformers_4_reads(train, tmp_path):
 
 
 class Answers(torch.nn.Module):
-    """In the place of a UNet: what it says of x at t."""
+    """A stand-in for a UNet whose prediction is says(x, t)."""
 
     def __init__(self, says):
         super().__init__()
@@ -236,9 +236,9 @@ class Answers(torch.nn.Module):
         return types.SimpleNamespace(sample=self.says(x, t.view(-1, 1, 1, 1)))
 
 
-def test_a_student_of_the_velocity_learns_what_its_teacher_means(train):
-    """No error for the student that says (eps - x) / (1 - sigma); noisier than the teacher knows, that of the
-    picture."""
+def test_a_velocity_student_learns_the_mean_of_its_teacher(train):
+    """A student that predicts (eps - x) / (1 - sigma) has no error; beyond the teacher's noise levels the target is the
+    picture's own velocity."""
     import diffusers
     scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     text = Answers(None)
