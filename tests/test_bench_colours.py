@@ -75,7 +75,7 @@ def test_the_probe_finds_exactly_the_colours_that_the_prior_distinguishes():
 
 def test_every_noun_is_painted_once_in_every_colour():
     rgba = torch.stack([torch.full((4, 16, 16), value, dtype=torch.uint8) for value in (255, 255, 50, 255)])
-    found = painted(TRAINER, ["car", "owl", "van", "car"], rgba, 5)  # the van's paint covers too little, the owl comes in no other colours
+    found = painted(TRAINER, ["car", "owl", "van", "car"], rgba, 5)  # too little of the van is painted
     assert [(noun, colour) for _, noun, colour in found] == [("car", colour) for colour in COLOURS]
     torch.testing.assert_close(found[3][0], flat(found[3][2]), atol=0.003, rtol=0)
     kept = natural(TRAINER, ["car", "owl", "van", "car"], rgba, 1)

@@ -395,7 +395,7 @@ def test_the_refining_stage_edits_the_first_renders_and_not_its_own_output(pipel
         with torch.no_grad():
             wanted = prior.decode(hand_sdedit(prior, prior.encode(first), stage.y_tgt, skips[-1], 15, hand).float())
         assert_close(stage.dataset.picture(view), wanted, atol=1e-5, rtol=1e-5)
-    assert set(skips) == {16, 17, 18} and not scene.seen[0][0]
+    assert set(skips) == {16, 17, 18} and not scene.calls[0][0]
     assert sorted(stage.state["edited"]) == [0, 1, 2]  # every view occurs before any recurs
 
 
@@ -427,7 +427,7 @@ def test_in2n_denoises_all_20_steps_from_the_drawn_noise_level(pipelines):
     assert 0.02 <= min(levels) < 0.05 and 0.95 < max(levels) <= 0.98
     stage.state["order"], generator = [1], torch.Generator().manual_seed(0)
     stage.backward(0, [generator])
-    assert scene.seen[-1][0] and not torch.equal(stage.dataset.picture(1), torch.full((1, 3, 16, 16), 0.9))
+    assert scene.calls[-1][0] and not torch.equal(stage.dataset.picture(1), torch.full((1, 3, 16, 16), 0.9))
 
 
 def test_in2n_adds_lpips_on_patches_where_it_is_installed(pipelines, tmp_path, monkeypatch, small_pictures):

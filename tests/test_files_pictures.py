@@ -1,4 +1,4 @@
-"""files/pictures.py: all kinds of pictures upright, with its greys, in sRGB; damaged, huge ones refused, reduced."""
+"""files/pictures.py: orientation, greys and colour profiles of all formats; damaged and huge pictures."""
 import io
 import struct
 import sys
@@ -32,12 +32,12 @@ def test_pictures_are_upright(corners, tmp_path, orientation, suffix):
     assert np.array_equal(read_picture(tmp_path / f"a.{suffix}"), corners)
     small = read_picture(tmp_path / f"a.{suffix}", downscale=2)
     assert small.size == (15, 10) and small.getpixel((0, 0)) == (255, 0, 0) and small.getpixel((14, 0)) == (0, 255, 0)
-    if suffix != "tif":  # which Pillow turns by itself
+    if suffix != "tif":  # Pillow itself turns TIFF files
         assert picture_size(tmp_path / f"a.{suffix}") == (stored.size, orientation)
         assert np.array_equal(read_picture(tmp_path / f"a.{suffix}", upright=False), stored)
 
 
-def test_greys_of_16_bit_and_float_are_kept(tmp_path):
+def test_16_bit_and_float_greys_are_kept(tmp_path):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     for name, values in {"a.png": grey.astype(np.uint16) * 257, "b.tif": grey.astype(np.uint16) * 257,
                          "c.tif": grey.astype(np.float32) / 255, "d.tif": grey.astype(np.float32),
@@ -50,7 +50,7 @@ def test_greys_of_16_bit_and_float_are_kept(tmp_path):
             read_picture(tmp_path / name)
 
 
-def test_palettes_animations_and_cmyk_as_they_are_seen(corners, tmp_path):
+def test_palettes_animations_and_cmyk_read_as_they_look(corners, tmp_path):
     corners.convert("P", palette=Image.ADAPTIVE).save(tmp_path / "a.png")
     corners.save(tmp_path / "b.gif", save_all=True, append_images=[Image.new("RGB", corners.size)])
     for name in ("a.png", "b.gif"):
@@ -72,7 +72,7 @@ def test_huge_pictures_are_reduced_or_refused(tmp_path):
     assert small.size == (4096, 3413) and small.getpixel((9, 9)) == (90, 90, 90)
     Image.new("L", (5000, 3), 90).save(tmp_path / "b.png")
     assert read_picture(tmp_path / "b.png").size == (4096, 2)
-    wide = np.random.default_rng(0).integers(0, 255, (2100, 2500, 4), np.uint8)  # in strips as in one piece
+    wide = np.random.default_rng(0).integers(0, 255, (2100, 2500, 4), np.uint8)  # read in strips, as if at once
     Image.fromarray(wide).save(tmp_path / "c.png", compress_level=1)
     whole = Image.fromarray(wide).convert("RGBa").resize((357, 300), Image.BOX).convert("RGBA")
     assert np.abs(np.array(read_picture(tmp_path / "c.png", 7), int) - np.array(whole, int))[..., 3].max() <= 1
@@ -88,7 +88,7 @@ def test_huge_pictures_are_reduced_or_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "ICO", "TGA", "PCX", "SGI", "DDS",
                                   "ICNS", "IM"])
-def test_cut_and_damaged_pictures_are_one_line(corners, tmp_path, kind):
+def test_truncated_and_damaged_pictures_are_reported_in_one_line(corners, tmp_path, kind):
     whole, rng, refused = io.BytesIO(), np.random.default_rng(0), 0
     corners.resize((32, 32)).convert("RGBA" if kind == "ICNS" else "RGB").save(whole, kind)
     for case in range(30):
@@ -110,7 +110,7 @@ def test_cut_and_damaged_pictures_are_one_line(corners, tmp_path, kind):
             read_picture(tmp_path / name)
 
 
-def test_formats_that_are_decoded_slowly_have_bounds_of_their_own(tmp_path):
+def test_slowly_decoded_formats_have_tighter_bounds(tmp_path):
     head = b"qoif" + struct.pack(">II", 2048, 1025) + b"\x03\x00"
     (tmp_path / "a.qoi").write_bytes(head + b"\xfe\xff\x00\x00" * 9)
     (tmp_path / "b.ppm").write_bytes(b"P3 2048 1025 255 " + b"9 " * 99)
@@ -122,7 +122,7 @@ def test_formats_that_are_decoded_slowly_have_bounds_of_their_own(tmp_path):
     assert read_picture(tmp_path / "d.ppm").size == (2048, 1025)
 
 
-def test_a_picture_as_bytes_is_rounded_and_turned_around():
+def test_to_uint8_rounds_and_moves_channels_last():
     picture = torch.tensor([0.0, 0.5, 1.0, 0.498, 0.502, 0.1]).view(3, 1, 2).requires_grad_()
     assert to_uint8(picture).tolist() == [[[0, 255, 128], [128, 127, 26]]]
     assert to_uint8(torch.stack([picture, picture])).shape == (2, 1, 2, 3)
@@ -201,7 +201,7 @@ def test_colours_are_converted_to_srgb(tmp_path):
     assert np.abs(np.asarray(got.resize((16, 12), Image.BOX), float) - wanted).mean() < 2.5
 
 
-def test_grey_and_cmyk_profiles(tmp_path):
+def test_grey_and_cmyk_profiles_are_applied(tmp_path):
     white = {b"wtpt": xyz((0.9642, 1, 0.8249))}
     pixels = ramp()[..., 0]
     wanted = as_srgb((pixels / 255) ** 1.4)
@@ -226,7 +226,7 @@ def test_grey_and_cmyk_profiles(tmp_path):
     assert np.asarray(saved(tmp_path / "plain.tif", Image.fromarray(inks, "CMYK")))[3].max() == 0
 
 
-def test_profiles_that_change_nothing(tmp_path):
+def test_trivial_and_damaged_profiles_change_nothing(tmp_path):
     picture = Image.fromarray(ramp())
     own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for icc in (own, own[:200], b"nothing", profile(b"Lab ", {})):
