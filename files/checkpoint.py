@@ -164,7 +164,7 @@ def read_run(path, config):
         new = json.loads(json.dumps(config))
         changed = [key for key in new if key != "versions" and old.get(key) != new[key]]
         if changed:
-            raise ValueError(f"{path.parent}: cannot resume, it was made with another {', '.join(changed)}")
+            raise ValueError(f"{path.parent}: cannot resume: the earlier run differs in {', '.join(changed)}")
     return saved
 
 

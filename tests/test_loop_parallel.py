@@ -122,7 +122,7 @@ def test_an_error_is_printed_once_and_one_failing_process_ends_all(place, small,
     assert torch.load(place / "killed" / "checkpoint.pt", weights_only=True)["step"] == 4
     monkeypatch.chdir(place)  # a single process must not resume it
     assert run.main([*SVG, "--out", "killed", "--resume"]) == 2
-    assert "it was made with another processes" in capsys.readouterr().err
+    assert "the earlier run differs in processes" in capsys.readouterr().err
 
 
 def test_ctrl_c_saves_the_results_before_the_pictures(place):

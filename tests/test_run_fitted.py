@@ -64,7 +64,7 @@ def test_gaussians_are_edited_in_front_of_the_photographs(ball, edit, tmp_path, 
     (tmp_path / "other.ply").write_bytes(before[:-4] + bytes(4))
     code, told = edit("--splats", tmp_path / "other.ply", "--scene", folder, "--resume")
     assert code == 2
-    one_error(told, "cannot resume, it was made with another")
+    one_error(told, "cannot resume: the earlier run differs in ")
 
 
 def test_gaussians_are_edited_without_photographs(ball, edit, tmp_path):

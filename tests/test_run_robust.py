@@ -98,7 +98,7 @@ def test_a_checkpoint_of_another_run_is_refused(command, tmp_path, capsys):
     assert command("--steps", 2) == 0 and command("--steps", 2, "--seed", 5, out="other") == 0
     (tmp_path / "other" / "checkpoint.pt").rename(tmp_path / "out" / "checkpoint.pt")
     assert command("--steps", 2, "--resume") == 2
-    one_error(capsys, "cannot resume, it was made with another seed")
+    one_error(capsys, "cannot resume: the earlier run differs in seed")
 
 
 class Trap:
@@ -136,7 +136,7 @@ def test_a_longer_fit_is_another_run(small_pictures, pipelines, tmp_path, capsys
         assert run.main([*mine[:4], "--fit-only", "--fit-seconds", "0.4", *flags[2:]]) == 0
         capsys.readouterr()
         assert run.main([*mine, "--fit-seconds", "0.1", "--resume"]) == 2
-        one_error(capsys, "cannot resume, it was made with another fit")
+        one_error(capsys, "cannot resume: the earlier run differs in fit")
         assert outputs(tmp_path / "scene" / "out") == before
 
 
