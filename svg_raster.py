@@ -29,6 +29,7 @@ from loop.optimiser import SmoothField
 from svg.compositing import EMPTY, MANY_STOPS, Composite, Plan, common, gradient_paint, united
 from svg.constraints import Constraints, places
 from svg.document import Document
+from svg.markers import Carrier
 from svg.outline import SVGError, affine
 from svg.segments import BEVEL, BUTT, MITER, ROUND, SQUARE, TOLERANCE, dash, expand, flatten, scatter_sum, stroke, take
 from svg.source import write_file
@@ -215,6 +216,8 @@ class SVG(torch.nn.Module):
         self.add_filters()
         self.loaded = {name: p.detach().clone() for name, p in self.named_parameters()}
         self.constraints = None           # see restrict
+        self.markers = Carrier(document.places, self.layers, self.loaded["points"], self.loaded["stroke_widths"]) \
+            if document.places else None
 
     def add_buffers(self, dtype=torch.float32, **buffers):
         for name, values in buffers.items():
@@ -308,11 +311,13 @@ class SVG(torch.nn.Module):
         """Matrices of the layers with a gradient: pixels -> the layer's (on_box: the points') units -> gradient."""
         self.painted = [n for n, layer in enumerate(self.layers) if layer.gradient is not None]
         layers = [self.layers[n] for n in self.painted]
-        into = [layer.frame if layer.gradient.on_box else layer.matrix for layer in layers]
+        into = [layer.frame if layer.gradient.on_box or layer.place is not None else layer.matrix for layer in layers]
         into = np.linalg.pinv(np.reshape(into, (-1, 3, 3)))
         units = np.array([layer.gradient.unit for layer in layers]).reshape(-1, 3, 3)
         for n, layer in enumerate(layers):
-            if layer.shape.origin and not layer.gradient.on_box:      # both are far away: combine them in float64
+            if layer.place is not None and not layer.gradient.on_box:
+                units[n] = units[n] @ np.linalg.inv(layer.matrix) @ layer.frame
+            elif layer.shape.origin and not layer.gradient.on_box:    # both are far away: combine them in float64
                 units[n], into[n] = units[n] @ into[n], np.eye(3)
         self.add_buffers(paint_in=into, paint_unit=units)
 
@@ -371,7 +376,9 @@ class SVG(torch.nn.Module):
 
         local, layer, lines, lines_layer = self.segments(zoom)
         shift = self.points.new_tensor([[0, 0, dx], [0, 0, dy]])
-        a, c, e, b, d, f = ((self.frames + shift) * zoom).view(-1, 6).T[:, layer]
+        frames = self.frames if self.markers is None else self.markers(self.frames, self.points, self.stroke_widths)
+        rows = ((frames + shift) * zoom).view(-1, 6)
+        a, c, e, b, d, f = rows.T[:, layer] if self.markers is None else take(rows, layer).T
         x0, y0, x1, y1 = local.unbind(1)
         segments = torch.stack([a * x0 + c * y0 + e, b * x0 + d * y0 + f,
                                 a * x1 + c * y1 + e, b * x1 + d * y1 + f], 1)
@@ -403,7 +410,7 @@ class SVG(torch.nn.Module):
         alpha = ones[self.opacity_of].prod(1, keepdim=True)
         blank = torch.cat([self.colours, self.colours.new_zeros(1, 3)])       # row -1: clips and gradients
         rgba = torch.cat([blank[self.colour_of], alpha], 1)
-        paints = self.paints(lines, lines_layer, boxes, zoom, dx, dy)
+        paints = self.paints(lines, lines_layer, boxes, frames, zoom, dx, dy)
         paint = {layer: number for number, layer in enumerate(self.painted)}
         filters = [functools.partial(f.apply, box=box, place=place, points=points)
                    for f, box, place in zip(self.filters, regions, places, strict=True)]
@@ -472,8 +479,8 @@ class SVG(torch.nn.Module):
                 grow(shown.get(step, span[opener]))
         return result
 
-    def paints(self, lines, lines_layer, boxes, zoom, dx, dy):
-        """Gradient paints [4, h, w] of the layers in `painted`."""
+    def paints(self, lines, lines_layer, boxes, frames, zoom, dx, dy):
+        """Gradient paints [4, h, w] of the layers in `painted`; frames [L, 2, 3]: where they are now."""
         back = self.points.new_tensor([[1 / zoom, 0, -dx], [0, 1 / zoom, -dy], [0, 0, 1]])
         if not self.painted:
             return []
@@ -488,7 +495,10 @@ class SVG(torch.nn.Module):
                 scale = 1 / (high - low).clamp_min(1e-6)
                 to_box = torch.cat([torch.diag(scale), (-low * scale)[:, None]], 1)
                 unit = unit @ torch.cat([to_box, to_box.new_tensor([[0, 0, 1]])])
-            matrix = unit @ self.paint_in[i] @ back
+            into = self.paint_in[i]
+            if self.layers[n].place is not None:      # it moves with its marker
+                into = torch.linalg.inv(torch.cat([frames[n], frames.new_tensor([[0, 0, 1]])]))
+            matrix = unit @ into @ back
             stops = torch.tensor(gradient.stops, device=lines.device)
             x0, y0, x1, y1 = boxes[n]
             result.append(gradient_paint(matrix, gradient, self.stop_offsets[stops], self.stop_colours[stops],

@@ -16,6 +16,7 @@ import numpy as np
 
 from svg.edition import Edition
 from svg.filters import BLEND, Reader, parts_of
+from svg.markers import MARKED, marker_ops
 from svg.outline import (
     GEOMETRY,
     SHAPES,
@@ -35,7 +36,7 @@ from svg.outline import (
 )
 from svg.paint import FAR, MAX_COORDINATE, MAX_REFERENCES, Layer, Paints, Shape, share
 from svg.source import Source, write_file
-from svg.style import INHERITED, MARKERS, MASK_FRAME, REFUSED, URL, colour, path_data
+from svg.style import INHERITED, MASK_FRAME, REFUSED, URL, colour, path_data
 
 MAX_SHAPES = 30_000
 MAX_VISITS = 150_000                  # visits of elements, those of `use` counted as often as they are used
@@ -90,6 +91,7 @@ class Document:
         self.boxes = {}                   # (clipPath or mask in box units, its user) -> (matrix of the box, its shapes)
         self.drawn, self.measured, self.nested, self.filters = [], 0, set(), []
         self.contexts, self.relative = {}, {}     # see context and outline
+        self.places, self.carried = [], None      # of markers, and the one that is being visited
         self.active, self.followed, self.visited = [], 0, 0       # references being followed; counts of all so far
         root, width, height = source.root, source.width, source.height
         self.sides = (size, size) if isinstance(size, int) else size.sides(width, height)
@@ -192,6 +194,9 @@ class Document:
         value = self.styles.of(element)["filter"]
         if parts_of(value) is None:
             self.source.not_understood("filter", value)
+            return ops
+        if self.carried is not None:
+            self.source.unsupported(f"filter on <{self.source.tag(element)}> in a marker")
             return ops
         if abs(np.linalg.det(matrix)) < 1e-30:
             return []
@@ -431,7 +436,9 @@ class Document:
         x0, y0, x1, y1 = self.frame
         seen = np.array([[x0, x1, x0, x1], [y0, y0, y1, y1], [1, 1, 1, 1]])
         seen = (back @ seen)[:2]
-        low, high = np.maximum(low - around, seen.min(1)), np.minimum(high + around, seen.max(1))
+        low, high = low - around, high + around
+        if self.carried is None:          # a marker may come into the picture
+            low, high = np.maximum(low, seen.min(1)), np.minimum(high, seen.max(1))
         first = np.floor((low - (x, y)) / (width, height))
         count = np.maximum(np.ceil((high - (x, y)) / (width, height)) - first, 0)
         if not count.prod() <= MAX_TILES:
@@ -499,12 +506,12 @@ class Document:
             raise SVGError(f"a transform of <{self.source.tag(element)}> is not finite or too large")
         if clip:
             return [self.add(Layer(shape, matrix, style["clip-rule"][0].lower()))]
-        tag, ops, order = self.source.tag(element), [], (style["paint-order"][0].lower() + " fill stroke").split()
-        for name in MARKERS if tag in ("path", "line", "polyline", "polygon") else ():
-            target = self.source.link(style[name][0])
-            if target is not None and self.source.tag(target) == "marker" and len(target):
-                self.source.unsupported(f"{name} on <{tag}>")
-        for name in sorted(("fill", "stroke"), key=order.index):
+        tag, ops = self.source.tag(element), []
+        order = (style["paint-order"][0].lower() + " fill stroke markers").split()
+        for name in sorted(("fill", "stroke", "markers"), key=order.index):
+            if name == "markers":
+                ops += marker_ops(self, element, shape, matrix, style) if tag in MARKED else []
+                continue
             layer = Layer(shape, matrix, style["fill-rule"][0].lower() if name == "fill" else "nonzero")
             pattern = self.source.link(style[name][0])
             if pattern is not None and self.source.tag(pattern) == "pattern":

@@ -50,7 +50,7 @@ class Edition:
                 continue
             points = shape.local(self.values["points"])
             data[shape.element] = shape.outline.data(np.stack([points.real, points.imag], 1).tolist(),
-                                                     12 if shape.origin else 7)
+                                                     12 if shape.origin else 7, shape.marked)
         renamed = {element for element in data if self.source.tag(element) != "path"}
         for element in renamed:
             self.twin[element].tag = renamed_tag(element, "path")

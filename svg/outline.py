@@ -207,11 +207,12 @@ class Outline:
     """Subpaths of straight lines and cubic Beziers over shared points (complex numbers: x + iy).
 
     A line is stored as the cubic (p, p, q, q), so that one index table [curves, 4] holds all curves.
-    Quadratics become cubics; arcs and circles become cubics of at most 90 degrees each.
+    Quadratics become cubics; arcs and circles become cubics of at most 90 degrees each. `inside` holds the points
+    between the pieces of an arc, `returned` the first points of the subpaths that return there before they are closed.
     """
 
     def __init__(self):
-        self.points, self.curves = [], []
+        self.points, self.curves, self.inside, self.returned = [], [], set(), set()
         self.subpaths = []            # each [first curve, first point, closed]
 
     def move(self, p):
@@ -265,6 +266,8 @@ class Outline:
             a, b = (spoke * complex(math.cos(t), math.sin(t)) for t in (angle * np.array([k, k + 1]) / count))
             corner = end if k == count - 1 else from_circle(b)
             self.curve(from_circle(a * (1 + reach)), from_circle(b * (1 - reach)), corner)
+            if k < count - 1:
+                self.inside.add(len(self.points) - 1)
 
     def close(self):
         sub = self.subpaths[-1]
@@ -274,6 +277,7 @@ class Outline:
         if sub[0] < len(self.curves) and self.curves[-1][:2] != (sub[1], sub[1]) \
                 and gap <= 1e-6 * max(map(abs, self.points[-4:])):
             self.points.pop()         # the path returned to its start explicitly: share the point
+            self.returned.add(sub[1])
             curve = self.curves.pop()
             ends = (sub[1], sub[1]) if curve[0] == curve[1] else (curve[2], sub[1])
             self.curves.append((*curve[:2], *ends))
@@ -311,8 +315,8 @@ class Outline:
                 low, high = np.minimum(low, at.min(0)), np.maximum(high, at.max(0))
         return low, high
 
-    def data(self, points, digits=7):
-        """Path data with these coordinates [n, 2] in place of the stored ones."""
+    def data(self, points, digits=7, vertices=False):
+        """Path data with these coordinates [n, 2] in place of the stored ones; vertices: keep their number."""
         def text(i):
             return f"{points[i][0]:.{digits}g} {points[i][1]:.{digits}g}"
         parts = []
@@ -322,7 +326,7 @@ class Outline:
                 p, a, b, q = self.curves[k]
                 if p != a:
                     parts.append(f"C{text(a)} {text(b)} {text(q)}")
-                elif not (closed and k == stop - 1):          # Z draws the last line itself
+                elif not (closed and k == stop - 1) or vertices and start in self.returned:   # Z draws the last line
                     parts.append("L" + text(q))
             parts += "Z" * closed
         return "".join(parts)

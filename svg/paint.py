@@ -31,6 +31,7 @@ class Shape:
     scale: float                          # pixels (at the drawing's size) of one local unit, at its first use
     first: int                            # its first row in the point table
     origin: complex = 0j                  # subtracted from far-away points, which float32 would round
+    marked: bool = False                  # whether markers stand on its vertices
 
     @property
     def rows(self):
@@ -65,6 +66,7 @@ class Layer:
     gradient: Gradient | None = None
     opacities: list = field(default_factory=list)
     stroke: dict | None = None
+    place: int | None = None              # of the marker that it is part of, which moves
 
     @property
     def frame(self):
@@ -123,24 +125,36 @@ class Paints:
             self.source.unsupported(f"a {tag} as {name} on <{self.source.tag(element)}>")
             return False
         if layer.gradient is None:
-            value = (fallback[2] if fallback else value).lower()
-            if value.startswith("context-"):
-                self.source.unsupported(f"{value} on <{self.source.tag(element)}>")
-            rgba = colour(style["color"][0] if value == "currentcolor" else value)
-            if rgba is None:
+            alpha = self.solid(layer, element, name, style, (fallback[2] if fallback else value).lower())
+            if alpha is None:
                 return False
-            alpha = rgba[3]
-            if value == "currentcolor" and element in self.shared:    # each `use` may set another colour
-                if alpha < 1:
-                    self.source.unsupported("a translucent currentColor in <use>")
-                layer.colour = self.slot("colours", style["color"][1], "color", rgba[:3])
-            else:
-                layer.colour = self.slot("colours", owner, name, rgba[:3])
         key = name + "-opacity"
         alpha *= share(style[key][0])
         owner = owner if owner is element else style[key][1]
         layer.opacities.append(self.slot("opacities", owner, key, alpha))
         return True
+
+    def solid(self, layer, element, name, style, value):
+        """Set the layer's colour to a value in lower case and return its alpha; None if it is no colour."""
+        if value in ("context-fill", "context-stroke") and "context" in style:
+            style, user = style["context"]            # a marker takes the colour of the shape it stands on
+            name, value = value[8:], style[value[8:]][0].lower()
+            alpha = self.solid(layer, user, name, style, value)
+            if alpha is not None and alpha < 1 or self.source.link(value) is not None:
+                self.source.unsupported(f"context-{name} of a gradient, a pattern or a translucent colour")
+            return alpha
+        if value.startswith("context-"):
+            self.source.unsupported(f"{value} on <{self.source.tag(element)}>")
+        rgba = colour(style["color"][0] if value == "currentcolor" else value)
+        if rgba is None:
+            return None
+        if value == "currentcolor" and element in self.shared:        # each `use` may set another colour
+            if rgba[3] < 1:
+                self.source.unsupported("a translucent currentColor in <use>")
+            layer.colour = self.slot("colours", style["color"][1], "color", rgba[:3])
+        else:
+            layer.colour = self.slot("colours", self.owner(element, name, style), name, rgba[:3])
+        return rgba[3]
 
     def stroke(self, layer, element, style):
         """Set the layer's width, dashes, caps and joins, in local units. False if the stroke has no width."""

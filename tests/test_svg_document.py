@@ -559,8 +559,6 @@ BAD_FILES = {
     "pattern stroke on <rect> of more than 1000 tiles": svg_text(
         '<pattern id="p" patternUnits="userSpaceOnUse" width=".1" height=".1"><path d="M0 0H9"/></pattern>'
         '<rect width="9" height="9" fill="none" stroke="url(#p)"/>'),
-    "marker-start on <path>": svg_text('<marker id="a"><path d="M0 0H9"/></marker><g style="marker:url(#a)"><path '
-                                     'd="M0 0H9"/></g>'),
     "transform translate3d() on <g>": svg_text('<g style="transform:translate3d(0, 0, 9px)"/>'),
     "transform matrix3d() on <g>": svg_text('<g style="transform:matrix3d(1,0,0,0,0,1,0,0,0,0,1,0,9,2,0,2)"/>'),
     "transform rotate3d() on <g>": svg_text('<g style="transform:rotate3d(1, 1, 1, 9deg)"><rect width="9"/></g>'),
