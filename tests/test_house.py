@@ -1,4 +1,5 @@
-"""The house: which folder imports which, no circle, one folder that knows diffusers, nothing that grows too long."""
+"""The layout: which folder imports which, no import cycles, diffusers in one folder only, no file or function too long.
+"""
 import ast
 import graphlib
 import sys
@@ -6,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-# The rooms and the doors between them: a file at the top, or any file of a folder, imports these others at most.
+# What a file at the top, or any file of a folder, may import from the others.
 DOORS = {
     "pds": [], "files": [], "pipelines": ["files"], "loop": ["files"], "svg": ["files"], "scene": ["files"],
     "image": ["pds", "scene", "loop", "files"],
@@ -18,7 +19,7 @@ DOORS = {
     "bench": ["run", "options", "edit", "toy", "prior", "svg_raster", "nerf", "splat", "pds", "image", "scene", "svg",
               "pipelines", "loop", "files"],
 }
-LINES, FUNCTION = 700, 60  # the most of a file, and of a function
+LINES, FUNCTION = 700, 60  # the most lines of a file and of a function
 FOLDERS = [name for name in DOORS if (ROOT / name).is_dir()]
 FILES = sorted(path for path in [*ROOT.glob("*.py"), *(p for name in FOLDERS for p in (ROOT / name).glob("*.py"))]
                if not path.name.startswith("test_"))
@@ -26,13 +27,12 @@ WITHIN = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): p
 
 
 def room(path):
-    """The room of a file: its folder's name, of a file at the top its own."""
+    """The room of a file: the name of its folder, or its own if it is at the top."""
     return path.stem if path.parent == ROOT else path.parent.name
 
 
 def imports(path):
-    """The dotted names of all modules that a file imports, those inside of functions too; "a.b" of `from a import
-    b`."""
+    """The dotted names of all modules that a file imports, also within functions; `from a import b` counts as "a.b"."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -47,19 +47,19 @@ def first(names):
     return {name.split(".")[0] for name in names}
 
 
-def test_every_file_has_its_place():
+def test_every_file_belongs_to_a_room():
     assert {room(path) for path in FILES} == set(DOORS)
     assert len([*ROOT.glob("*.py")]) <= 10
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_folder_says_its_subject_and_nothing_else(name):
+def test_the_init_file_of_a_folder_is_one_docstring_line(name):
     tree = ast.parse((ROOT / name / "__init__.py").read_text())
     assert len(tree.body) == 1 and len(ast.get_docstring(tree).splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", DOORS)
-def test_a_room_imports_only_what_it_may(name):
+def test_a_room_imports_only_allowed_rooms(name):
     for path in FILES:
         if room(path) == name:
             assert first(imports(path)) & {*DOORS, "tests"} <= {*DOORS[name], *([name] if name in FOLDERS else [])}, (
@@ -67,7 +67,7 @@ def test_a_room_imports_only_what_it_may(name):
             )
 
 
-def test_the_imports_make_no_circle():
+def test_there_are_no_import_cycles():
     tuple(graphlib.TopologicalSorter(DOORS).static_order())  # raises CycleError
     tuple(
         graphlib.TopologicalSorter(
@@ -81,12 +81,12 @@ def test_pds_and_its_tests_need_torch_and_pytest_alone():
     assert first(imports(ROOT / "test_pds.py")) - sys.stdlib_module_names == {"torch", "pytest", "pds"}
 
 
-def test_one_folder_of_the_product_knows_diffusers():
+def test_only_one_folder_of_the_product_imports_diffusers():
     assert {room(path) for path in FILES if "diffusers" in first(imports(path))} <= {"pipelines", "bench"}
 
 
 def definitions(path):
-    """The functions of a file with their numbers of lines, nested ones too."""
+    """The functions of a file, including nested ones, with their numbers of lines."""
     return [(node.name, node.end_lineno - node.lineno + 1) for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 

@@ -1,4 +1,4 @@
-"""pipelines/flow.py: SD3 and FLUX against diffusers; flows against diffusion in the plane; coefficients."""
+"""pipelines/flow.py: SD 3 and FLUX against diffusers; flows against diffusion in the plane; coefficients."""
 import json
 import math
 import shutil
@@ -24,22 +24,22 @@ KINDS = ["sd3", "flux", "schnell"]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(Flux, "SIDE", 8)  # the configuration of FLUX does not hold it
+    monkeypatch.setattr(Flux, "SIDE", 8)  # not in FLUX's configuration
 
 
 # ---- the mathematics ----------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def planes():
-    """The plane's prior of the diffusion kind and of the flow kind, at the same noise levels."""
+    """The prior of the plane as a diffusion model and as a flow, at the same noise levels."""
     diffusion = toy.world()
     other = toy.MixtureFlow(diffusion, sigmas_of(shift=3.0))
     diffusion.abar = other.abar
     return diffusion, other
 
 
-def test_the_velocity_of_the_plane_is_the_derivative_of_its_marginal_flow(planes):
-    """x_sigma moves by v dsigma: transported so, samples of p(x0) are samples of the noised mixture."""
+def test_the_velocity_of_the_plane_transports_its_marginals(planes):
+    """Integrating dx = v dsigma turns samples of p(x0) into samples of the noised mixture."""
     _, prior = planes
     generator, count = torch.Generator().manual_seed(0), 4000
     part = torch.randint(3, (count,), generator=generator)
@@ -52,7 +52,7 @@ def test_the_velocity_of_the_plane_is_the_derivative_of_its_marginal_flow(planes
 
 
 @pytest.mark.parametrize("kind", ["official", "consistent"])
-def test_pds_on_a_flow_is_pds_on_the_diffusion_of_the_same_noise(planes, kind):
+def test_pds_on_a_flow_equals_pds_on_a_diffusion_model_with_the_same_noise(planes, kind):
     x0_tgt, x0_src, noise = (rand(32, 2, 1, 1, seed=i) for i in range(3))
     t = torch.randint(20, 980, (32,), generator=torch.Generator().manual_seed(0))
     y = torch.tensor([1]), torch.tensor([0])
@@ -66,7 +66,7 @@ def test_pds_on_a_flow_is_pds_on_the_diffusion_of_the_same_noise(planes, kind):
     assert_close(*gradients, atol=1e-6, rtol=1e-6)
 
 
-def test_a_ddim_step_is_an_euler_step_of_the_flow(planes):
+def test_a_ddim_step_equals_an_euler_step_of_the_flow(planes):
     _, prior = planes
     x, y, at = rand(8, 2, 1, 1), torch.tensor([1]), [900, 700, 400, 100, 0]
     sigma = prior.sigmas[at]
@@ -78,7 +78,7 @@ def test_a_ddim_step_is_an_euler_step_of_the_flow(planes):
 
 
 def test_editors_of_pictures_work_on_a_flow(planes):
-    """The edit-friendly inversion returns the source under its own prompt, SDEdit brings it to the target."""
+    """Inversion recovers the source under its own prompt and reaches the target's, as SDEdit does."""
     _, prior = planes
     y_tgt, y_src = torch.tensor([1]), torch.tensor([0])
     x0 = prior.means[0].reshape(3, 2, 1, 1)
@@ -98,7 +98,7 @@ def guided(prior, scale):
 
 
 def released_rates(sigmas):
-    """The step sizes of DRFS one by one: a density of Beta(10, 8), divided by that at its mode, over a line."""
+    """The step sizes of DRFS one by one: a line plus the density of Beta(10, 8), which is scaled to 1 at its mode."""
     steps, beta = len(sigmas), torch.distributions.Beta(torch.tensor(10.0).double(), torch.tensor(8.0).double())
     last = (sigmas[-2] - sigmas[-1]) / 1.6
     for i in range(1, steps):
@@ -129,19 +129,19 @@ def test_drfs_takes_the_released_steps(planes):
             drfs(prior, x0, y_tgt, y_src, wrong)
 
 
-def test_drfs_is_flowedit_with_its_whole_shift_and_dds_without(planes):
+def test_drfs_is_flowedit_with_the_full_shift_and_dds_without_any(planes):
     diffusion, prior = planes
     x0, y_tgt, y_src = rand(8, 2, 1, 1), torch.tensor([1]), torch.tensor([0])
     at = torch.linspace(998, 0, 20).round().long()
     sigmas, (source, target) = torch.cat([prior.sigmas[at], torch.zeros(1).double()]), (
         guided(prior, scale) for scale in (2.0, 4.0))
-    draw, z = torch.Generator().manual_seed(0), x0  # FlowEdit, its algorithm 1 with n_avg = 1
+    draw, z = torch.Generator().manual_seed(0), x0  # FlowEdit, algorithm 1 with n_avg = 1
     for now, then in zip(sigmas, sigmas[1:], strict=False):
         z_src = (1 - now) * x0 + now * torch.randn(8, 2, 1, 1, generator=draw).double()
         z_tgt = z + z_src - x0
         v_tgt, v_src = target.velocity(z_tgt, now.expand(8), y_tgt), source.velocity(z_src, now.expand(8), y_src)
         z = z + (then - now) * (v_tgt - v_src)
-    for kind in planes:  # the same noise levels: a diffusion model does the same
+    for kind in planes:  # a diffusion model with the same noise levels takes the same steps
         got = drfs(kind, x0, y_tgt, y_src, 20, 2.0, 4.0, torch.ones(20), -sigmas.diff(),
                    generator=torch.Generator().manual_seed(0))
         assert_close(got, z, atol=1e-6, rtol=1e-5)
@@ -155,7 +155,7 @@ def test_drfs_is_flowedit_with_its_whole_shift_and_dds_without(planes):
     assert_close(start - got, 8 * theta.grad / (1 - sigmas[7]), atol=1e-6, rtol=1e-5)
 
 
-def test_a_shift_leaves_the_consistent_chi_as_it_is_and_psi_by_chi_is_a_matter_of_the_noise():
+def test_a_shift_keeps_the_consistent_chi_and_psi_over_chi_depends_on_the_noise():
     t = torch.arange(20, 900)
     for shift in (1.0, 3.0):
         sigmas = sigmas_of(shift=shift)
@@ -166,13 +166,13 @@ def test_a_shift_leaves_the_consistent_chi_as_it_is_and_psi_by_chi_is_a_matter_o
         plain = torch.arange(1, 1000, dtype=torch.float64) / 1000
         assert_close(chi, (((1 - plain) / plain)[t - 2] ** 2 / ((1 - plain) / plain)[t] ** 2 - 1).sqrt())
         psi, chi = pds.pds_coefficients(abar, t, t - 2, "official")
-        # as good as a function of the noise alone, whatever the schedule: what the README says about it
+        # psi / chi is nearly a function of the noise level alone, for any schedule
         assert_close(psi / chi, snr[t].sqrt() * (1 + abar[t]) / 2, rtol=0.11, atol=0)
     psi, chi = pds.pds_coefficients(ABAR, t, t - 2, "official")
     assert_close(psi / chi, (ABAR[t] / (1 - ABAR[t])).sqrt() * (1 + ABAR[t]) / 2, rtol=0.11, atol=0)
 
 
-def test_noise_levels_rise_between_the_ends():
+def test_noise_levels_rise_strictly_between_0_and_1():
     for shift in (0.5, 1.0, 3.0):
         prior = Flow(sigmas_of(shift=shift))
         assert len(prior.abar) == 999 and prior.abar.dtype == torch.float64
@@ -185,7 +185,7 @@ def test_noise_levels_rise_between_the_ends():
 
 # ---- the pipelines ------------------------------------------------------------------------------------
 
-def test_noise_levels_are_those_of_the_scheduler_of_diffusers():
+def test_noise_levels_match_the_scheduler_of_diffusers():
     import diffusers
     static = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     assert_close(sigmas_of_scheduler(static, 1024).float(), static.sigmas.flip(0)[:-1], atol=1e-6, rtol=1e-5)
@@ -214,7 +214,7 @@ def unpack(tokens, like):
 
 
 def by_hand(prior, kind, x_t, t, y, guidance=None):
-    """The noise in one row x_t [1,C,h,w] at t [1], the transformer called as diffusers' pipelines call it."""
+    """The noise in one row x_t [1,C,h,w] at t [1], with the transformer called as in diffusers' pipelines."""
     sigma = prior.network.sigmas[t].float()
     x = x_t * ((1 - sigma) ** 2 + sigma ** 2).sqrt()
     with torch.no_grad():
@@ -223,9 +223,9 @@ def by_hand(prior, kind, x_t, t, y, guidance=None):
                                      pooled_projections=y[1]).sample
         else:
             tokens, places = pack(x)
-            told = torch.tensor([guidance]) if kind == "flux" else None
+            guides = torch.tensor([guidance]) if kind == "flux" else None
             out = prior.network.module(tokens, timestep=sigma, encoder_hidden_states=y[0], pooled_projections=y[1],
-                                       img_ids=places, txt_ids=torch.zeros(y[0].shape[1], 3), guidance=told).sample
+                                       img_ids=places, txt_ids=torch.zeros(y[0].shape[1], 3), guidance=guides).sample
             v = unpack(out, x)
     return x + (1 - sigma) * v
 
@@ -251,7 +251,7 @@ def test_eps_against_a_hand_written_call_of_the_same_transformer(flows, kind):
 
 
 def test_a_unet_with_a_scheduler_of_flow_matching_is_a_flow(pipelines, tmp_path):
-    """Under the noise of a timestep, its output is the velocity; a settings file of its own is not asked for."""
+    """The UNet's output at the noise level of a timestep is taken as the velocity; no settings file is needed."""
     import diffusers
     shutil.copytree(pipelines["sd"], tmp_path / "flow")
     diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0).save_pretrained(tmp_path / "flow" / "scheduler")
@@ -266,7 +266,7 @@ def test_a_unet_with_a_scheduler_of_flow_matching_is_a_flow(pipelines, tmp_path)
     with torch.no_grad():
         v = prior.network.module(x, 1000 * sigma.flatten(), y[0].expand(2, -1, -1)).sample
     assert_close(prior.eps(x_t, t, y), x + (1 - sigma) * v, atol=1e-5, rtol=1e-5)
-    assert prior.defaults["svg"]["t_max"] < 0.98  # of the same noise
+    assert prior.defaults["svg"]["t_max"] < 0.98  # the share with the same noise
     with pytest.raises(PriorError, match="InstructPix2Pix model with a flow matching scheduler"):
         pipe = prior.pipe
         pipe.unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config, in_channels=8)
@@ -274,7 +274,7 @@ def test_a_unet_with_a_scheduler_of_flow_matching_is_a_flow(pipelines, tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_euler_loop_with_eps_gives_the_latents_of_the_pipeline(flows, kind, monkeypatch):
+def test_an_euler_loop_with_eps_reproduces_the_latents_of_the_pipeline(flows, kind, monkeypatch):
     prior, at = Prior.from_pretrained(flows[kind]), [899, 699, 399, 99]  # index 899 is sigma 0.9 before its shift
     pipe = prior.pipe
     pipe.set_progress_bar_config(disable=True)
@@ -315,7 +315,7 @@ def test_attributes_of_a_flow(flows, kind):
         prior.eps(rand(1, 4, 8, 7, dtype=torch.float32), torch.tensor([500]), prior.embed("a cat"))
 
 
-def test_stable_diffusion_3_has_a_largest_picture(flows):
+def test_stable_diffusion_3_limits_the_size_of_a_picture(flows):
     prior = Prior.from_pretrained(flows["sd3"])
     prior.eps(rand(1, 4, 24, 8, dtype=torch.float32), torch.tensor([500]), prior.embed("a cat"))
     with pytest.raises(ValueError, match="48 pixels a side at most, its latent is 26 x 8"):
@@ -323,7 +323,7 @@ def test_stable_diffusion_3_has_a_largest_picture(flows):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_texts_are_those_of_the_pipeline(flows, kind):
+def test_text_embeddings_match_the_pipeline(flows, kind):
     prior = Prior.from_pretrained(flows[kind])
     options = {"prompt_3": None, "do_classifier_free_guidance": False} if kind == "sd3" else {
         "max_sequence_length": 512 if kind == "flux" else 256}
@@ -349,7 +349,7 @@ def without(folder, target, *parts):
 @pytest.mark.parametrize("missing", [("text_encoder_3", "tokenizer_3"), ("text_encoder", "tokenizer"),
                                      ("text_encoder_2",),
                                      ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")])
-def test_a_text_encoder_that_is_missing_reads_zeros(flows, tmp_path, missing):
+def test_a_missing_text_encoder_gives_zeros(flows, tmp_path, missing):
     full = Prior.from_pretrained(flows["sd3"]).embed("a cat")
     prior = Prior.from_pretrained(without(flows["sd3"], tmp_path / "sd3", *missing))
     states, pooled = (part.clone() for part in full)
@@ -361,13 +361,13 @@ def test_a_text_encoder_that_is_missing_reads_zeros(flows, tmp_path, missing):
         states[:, :12, 16:32], pooled[:, 16:] = 0, 0
     got = prior.embed("a cat")
     length = 12 if {"text_encoder", "text_encoder_2"} - {*missing} else 77
-    if length == 77:  # nothing of a CLIP is left to say how long its texts are
+    if length == 77:  # without a CLIP encoder the length of its texts is unknown
         states = torch.cat([states.new_zeros(1, 77, 40), states[:, 12:]], 1)
     assert_close(got[0], states)
     assert_close(got[1], pooled)
 
 
-def test_flows_that_cannot_be_used(flows, tmp_path):
+def test_unsupported_flows_are_refused(flows, tmp_path):
     import diffusers
     with pytest.raises(PriorError, match="text_encoder_2"):
         Prior.from_pretrained(without(flows["flux"], tmp_path / "flux", "text_encoder_2"))
@@ -387,9 +387,9 @@ def test_flows_that_cannot_be_used(flows, tmp_path):
         InstructPix2Pix.from_pretrained(flows["sd3"])
 
 
-# ---- what comes with a flow ---------------------------------------------------------------------------
+# ---- edits with a flow ---------------------------------------------------------------------------
 
-def test_pds_on_a_flow_ends_where_it_does_on_a_diffusion_model_of_the_same_range_of_noise(monkeypatch):
+def test_pds_moves_equally_far_on_a_flow_with_the_same_range_of_noise(monkeypatch):
     monkeypatch.setattr(toy, "STEPS", 300)
     diffusion = toy.world()
     flows = {shift: toy.MixtureFlow(diffusion, sigmas_of(shift=shift)) for shift in (1.0, 3.0)}
@@ -397,11 +397,11 @@ def test_pds_on_a_flow_ends_where_it_does_on_a_diffusion_model_of_the_same_range
     same_noise = toy.figures(flows[3.0], toy.trajectories(flows[3.0], toy.between(0.044, 0.816)))
     all_of_it = toy.figures(flows[1.0], toy.trajectories(flows[1.0], pds.pds_loss))  # t from 0.02 T to 0.98 T
     assert_close(same_noise[0], wanted[0], rtol=0.1, atol=0)
-    assert all_of_it[0] < 0.6 * wanted[0]  # psi is large where there is hardly any noise, and holds everything back
+    assert all_of_it[0] < 0.6 * wanted[0]  # psi is large at low noise and holds the samples back
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_settings_of_a_flow_have_the_noise_of_the_papers(flows, kind):
+def test_settings_of_a_flow_keep_the_noise_levels_of_the_paper(flows, kind):
     prior = Prior.from_pretrained(flows[kind])
     for mode in ("svg", "nerf"):
         for key in ("t_min", "t_max"):

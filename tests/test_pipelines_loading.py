@@ -1,4 +1,4 @@
-"""pipelines/loading.py: folders, variants, one file, LoRA, embeddings, the hub, and what is refused by name."""
+"""pipelines/loading.py: folders, variants, single files, LoRA, embeddings, the hub; unsupported models."""
 import gc
 import json
 import re
@@ -31,7 +31,7 @@ def change_json(path, **values):
 
 # ---- folders ------------------------------------------------------------------------------------------
 
-def test_a_folder_whose_safety_checker_and_feature_extractor_are_missing(pipelines, tmp_path):
+def test_a_folder_without_safety_checker_and_feature_extractor_loads(pipelines, tmp_path):
     folder = copied(pipelines, tmp_path)
     change_json(folder / "model_index.json", requires_safety_checker=True,
                 image_encoder=["transformers", "CLIPVisionModel"],
@@ -42,7 +42,7 @@ def test_a_folder_whose_safety_checker_and_feature_extractor_are_missing(pipelin
     assert_close(predictions(prior), predictions(Prior.from_pretrained(pipelines["sd"])))
 
 
-def test_a_folder_of_half_precision_files_alone(pipelines, tmp_path, capsys, monkeypatch):
+def test_a_folder_with_half_precision_files_only_loads(pipelines, tmp_path, capsys, monkeypatch):
     folder = copied(pipelines, tmp_path)
     pipe = Prior.from_pretrained(folder).pipe.to(torch.float16)
     shutil.rmtree(folder)
@@ -51,7 +51,7 @@ def test_a_folder_of_half_precision_files_alone(pipelines, tmp_path, capsys, mon
     prior = Prior.from_pretrained(folder)
     assert prior.network.module.dtype == torch.float32 and capsys.readouterr().err == ""
     assert_close(predictions(prior), predictions(Prior.from_pretrained(pipelines["sd"])), atol=2e-2, rtol=0)
-    pipe.unet.save_pretrained(folder / "unet")  # plain files beside them are taken
+    pipe.unet.save_pretrained(folder / "unet")  # plain files are preferred where both exist
     monkeypatch.setattr(loading, "LONG", 0)
     half = Prior.from_pretrained(folder, dtype="bfloat16")
     assert half.network.module.dtype == half.pipe.text_encoder.dtype == torch.bfloat16
@@ -74,11 +74,11 @@ def test_which_files_hold_the_weights_of_a_part(names, variant):
     ("cpu", None, "FluxPipeline", torch.float32), ("cuda", None, "StableDiffusionPipeline", torch.float16),
     ("cuda", None, "FluxPipeline", torch.bfloat16), ("cuda", "float32", "FluxPipeline", torch.float32),
     ("cpu", torch.float16, "", torch.float16)])
-def test_number_formats(device, dtype, kind, expected):
+def test_the_default_number_format_suits_device_and_model(device, dtype, kind, expected):
     assert number_format(device, dtype, {"_class_name": kind}) == expected
 
 
-def test_a_folder_in_several_files_a_part(pipelines, tmp_path):
+def test_a_folder_with_sharded_parts_loads(pipelines, tmp_path):
     folder = copied(pipelines, tmp_path)
     pipe = Prior.from_pretrained(folder).pipe
     for part in ("unet", "text_encoder"):
@@ -93,11 +93,11 @@ def test_a_folder_in_several_files_a_part(pipelines, tmp_path):
     assert_close(predictions(prior), predictions(Prior.from_pretrained(pipelines["sd"])))
 
 
-def test_text_encoders_are_on_the_device_for_prompts_alone(pipelines, monkeypatch):
+def test_text_encoders_are_on_the_device_only_for_new_prompts(pipelines, monkeypatch):
     prior, moves = Prior.from_pretrained(pipelines["xl"]), []
     for encoder in (prior.pipe.text_encoder, prior.pipe.text_encoder_2):
         monkeypatch.setattr(encoder, "to", lambda device, encoder=encoder: moves.append(str(device)), raising=False)
-    prior.device = torch.device("cpu:0")  # another device than "cpu", as cuda:0 is
+    prior.device = torch.device("cpu:0")  # differs from "cpu", as cuda:0 would
     x_t, t = rand(1, 4, 8, 8, dtype=torch.float32), torch.tensor([500])
     y = [prior.embed("a cat"), prior.embed("a dog")]
     assert moves == ["cpu:0"] * 2  # once for all prompts
@@ -105,7 +105,7 @@ def test_text_encoders_are_on_the_device_for_prompts_alone(pipelines, monkeypatc
         prior.eps(x_t, t, y[0])
         prior.encode(torch.rand(1, 3, 16, 16))
     assert moves[2:] == ["cpu"] * 2
-    prior.embed("a fox")  # they come back for a prompt that is new
+    prior.embed("a fox")  # they return for a new prompt
     assert prior.embed("a cat") is y[0] and moves[4:] == ["cpu:0"] * 2
 
 
@@ -116,7 +116,7 @@ RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_
 
 
 def original_names(prior):
-    """The weights of the tiny pipeline "sd" as one file of the original Stable Diffusion holds them."""
+    """The weights of the tiny pipeline "sd" under the names of an original Stable Diffusion checkpoint."""
     unet = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
             "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
             "down_blocks.0.resnets.0": "input_blocks.1.0",
@@ -143,7 +143,7 @@ def original_names(prior):
         state[f"model.diffusion_model.{unet[place]}.{rest}"] = value
     for key, value in prior.vae.state_dict().items():
         if ".attentions." in key and "group_norm" not in key and key.endswith("weight"):
-            value = value[..., None, None]  # a convolution there
+            value = value[..., None, None]  # a convolution in the original
         for pattern, name in vae:
             key = re.sub(pattern, name, key)
         state[f"first_stage_model.{key}"] = value
@@ -152,7 +152,7 @@ def original_names(prior):
     return {key: value.clone().contiguous() for key, value in state.items()}
 
 
-def test_one_file_with_the_weights_of_a_whole_model(pipelines, tmp_path, monkeypatch):
+def test_a_single_file_with_a_whole_model_loads(pipelines, tmp_path, monkeypatch):
     from safetensors.torch import save_file
     prior = Prior.from_pretrained(pipelines["sd"])
     state, file = original_names(prior), tmp_path / "my.safetensors"
@@ -176,7 +176,7 @@ def test_one_file_with_the_weights_of_a_whole_model(pipelines, tmp_path, monkeyp
     assert "\n" not in str(e.value)
 
 
-def test_files_that_are_no_whole_model(tmp_path):
+def test_files_without_a_whole_model_are_refused(tmp_path):
     from safetensors.torch import save_file
     one = torch.zeros(2, 2)
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x02}q\x00.")
@@ -205,14 +205,14 @@ def write_lora(file, layer=LAYER):
 
 
 def attention(kind="down_blocks_1_attentions_0_transformer_blocks_0_attn1"):
-    """Four matrices of an attention, each of another rank and alpha: {name: (down, up, alpha)}."""
+    """Four matrices of an attention with different ranks and alphas: {name: (down, up, alpha)}."""
     return {f"{kind}_{name}": (rand(2 + i, 16, seed=i, dtype=torch.float32), rand(16, 2 + i, seed=9 + i,
                                                                                   dtype=torch.float32), alpha)
             for i, (name, alpha) in enumerate([("to_q", 1.0), ("to_k", 4.0), ("to_v", 8.0), ("to_out_0", 0.5)])}
 
 
 def kohya(modules, prefix="lora_unet_", **more):
-    """The tensors of modules as kohya's programs write them."""
+    """The tensors of modules in the layout of kohya's scripts."""
     state = {}
     for name, (down, up, alpha) in modules.items():
         state |= {f"{prefix}{name}.lora_down.weight": down, f"{prefix}{name}.lora_up.weight": up,
@@ -226,7 +226,7 @@ def dotted(name):
 
 
 def changes(pipelines, tmp_path, state, strength=1.0, metadata=None, name="mine.safetensors"):
-    """What a LoRA changes: {name of a parameter with underscores: the difference in float64}."""
+    """What a LoRA changes: {parameter name with underscores: difference in float64}."""
     from safetensors.torch import save_file
     save_file(state, tmp_path / name, metadata=metadata)
     prior = Prior.from_pretrained(pipelines["sd"], lora=tmp_path / name, lora_scale=strength)
@@ -275,13 +275,13 @@ def test_a_dora_rescales_the_sum(pipelines, tmp_path, rows):
     for strength in (1.0, 0.25):
         got = changes(pipelines, tmp_path, kohya({name: (down, up, alpha)}, dora_scale=size), strength)
         assert_close(got[name], strength * (wanted - old), atol=1e-5, rtol=0)
-    if rows:  # peft's name for it
+    if rows:  # peft's name
         state = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up,
                  f"unet.{LAYER}.lora_magnitude_vector": size.flatten(), f"unet.{LAYER}.alpha": torch.tensor(alpha)}
         assert_close(changes(pipelines, tmp_path, state)[name], wanted - old, atol=1e-5, rtol=0)
 
 
-def test_a_lora_for_convolutions_and_text_encoders(pipelines, tmp_path):
+def test_a_lora_changes_convolutions_and_text_encoders(pipelines, tmp_path):
     down, up = rand(2, 8, 3, 3, dtype=torch.float32), rand(8, 2, 1, 1, dtype=torch.float32)
     got = changes(pipelines, tmp_path, kohya({"down_blocks_0_resnets_0_conv1": (down, up, 2.0)}))
     wanted = torch.einsum("or,rikl->oikl", up[..., 0, 0].double(), down.double())
@@ -295,10 +295,10 @@ def test_a_lora_for_convolutions_and_text_encoders(pipelines, tmp_path):
         assert_close(value, up.double() @ down.double(), atol=1e-5, rtol=0)
 
 
-def test_a_lora_with_the_names_of_the_original_networks(pipelines, flows, tmp_path):
+def test_a_lora_may_use_the_names_of_the_original_networks(pipelines, flows, tmp_path):
     from safetensors.torch import save_file
     down, up = rand(2, 16, dtype=torch.float32), rand(16, 2, dtype=torch.float32)
-    name = "input_blocks_3_1_transformer_blocks_0_attn1_to_q"  # down_blocks.1.attentions.0 where blocks have a layer
+    name = "input_blocks_3_1_transformer_blocks_0_attn1_to_q"  # down_blocks.1.attentions.0 if a block has one layer
     save_file(kohya({name: (down, up, 1.0)}), tmp_path / "xl.safetensors")
     own = [dict(Prior.from_pretrained(pipelines["xl"], lora=lora).network.module.named_parameters())[f"{LAYER}.weight"]
            for lora in (None, tmp_path / "xl.safetensors")]
@@ -316,7 +316,7 @@ def test_a_lora_with_the_names_of_the_original_networks(pipelines, flows, tmp_pa
         Prior.from_pretrained(flows["schnell"], lora=tmp_path / "flux.safetensors")
 
 
-def test_modules_of_a_lora_that_a_model_does_not_have_are_counted(pipelines, tmp_path):
+def test_lora_modules_that_the_model_lacks_are_counted(pipelines, tmp_path):
     from safetensors.torch import save_file
     down, up = rand(2, 16, dtype=torch.float32), rand(16, 2, dtype=torch.float32)
     unknown = {f"mid_block_attentions_{i}_to_q": (down, up, 1.0) for i in (7, 8)}
@@ -336,7 +336,7 @@ def test_modules_of_a_lora_that_a_model_does_not_have_are_counted(pipelines, tmp
         assert "\n" not in str(e.value)
 
 
-def test_a_lora_that_cannot_be_read(pipelines, tmp_path):
+def test_an_unreadable_lora_is_refused(pipelines, tmp_path):
     write_lora(tmp_path / "mine.safetensors")
     shutil.copy(pipelines["sd"] / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "vae.safetensors")
     (tmp_path / "pickle.bin").write_bytes(b"\x80\x02}q\x00.")
@@ -366,7 +366,7 @@ def test_git_lfs_pointers_are_named(pipelines, tmp_path):
         assert "\n" not in str(e.value)
 
 
-def test_models_by_a_web_address_as_gguf_or_without_a_part(pipelines, tmp_path):
+def test_web_addresses_gguf_files_and_incomplete_folders_are_refused(pipelines, tmp_path):
     folder = copied(pipelines, tmp_path)
     shutil.rmtree(folder / "tokenizer")
     (tmp_path / "flux.gguf").write_bytes(b"GGUF")
@@ -396,7 +396,7 @@ def test_an_embedding_teaches_a_word(pipelines, tmp_path, capsys, kind, state, w
     assert_close(prior.embed("a cat")[0], plain.embed("a cat")[0])
 
 
-def test_embeddings_that_cannot_be_used(pipelines, tmp_path):
+def test_unusable_embeddings_are_refused(pipelines, tmp_path):
     from safetensors.torch import save_file
     save_file({"<mine>": torch.zeros(1, 7)}, tmp_path / "narrow.safetensors")
     save_file({"a": torch.zeros(1, 16), "b": torch.zeros(1, 16)}, tmp_path / "two.safetensors")
@@ -411,7 +411,7 @@ def test_embeddings_that_cannot_be_used(pipelines, tmp_path):
         assert "\n" not in str(e.value)
 
 
-# ---- what is refused by name --------------------------------------------------------------------------
+# ---- models that are refused by name --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("index, message", [
     ({"_class_name": "StableDiffusionInpaintPipeline"}, "a StableDiffusionInpaintPipeline paints into a hole"),
@@ -426,17 +426,17 @@ def test_embeddings_that_cannot_be_used(pipelines, tmp_path):
     ({"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"],
       "unet": [None, None]}, "a PixArtAlphaPipeline without unet is not supported: .*FLUX.1 are"),
     ({"_class_name": "StableDiffusionXLImg2ImgPipeline", "tokenizer": [None, None]}, "without tokenizer is not")])
-def test_pipelines_of_another_kind_are_named(pipelines, tmp_path, monkeypatch, index, message):
+def test_unsupported_pipelines_are_refused_by_name(pipelines, tmp_path, monkeypatch, index, message):
     folder = copied(pipelines, tmp_path)
     change_json(folder / "model_index.json", **index)
-    # its name is enough
+    # the class name is enough
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", classmethod(lambda *_, **__: 1 / 0))
     with pytest.raises(PriorError, match=f"sd: .*{message}") as e:
         Prior.from_pretrained(folder)
     assert "\n" not in str(e.value)
 
 
-def test_places_without_a_pipeline_say_what_is_there(pipelines, tmp_path):
+def test_a_folder_without_a_pipeline_is_refused_with_what_it_holds(pipelines, tmp_path):
     cases = {"lora": ["pytorch_lora_weights.safetensors"], "inversion": ["learned_embeds.safetensors"],
              "control": ["config.json", "diffusion_pytorch_model.safetensors"], "alone": ["config.json"],
              "parts": ["unet/config.json", "vae/config.json"], "single": ["v1-5.safetensors", "README.md"],
@@ -460,7 +460,7 @@ def test_places_without_a_pipeline_say_what_is_there(pipelines, tmp_path):
         assert "\n" not in str(e.value)
 
 
-def test_an_inpainting_unet_in_an_ordinary_pipeline(pipelines, tmp_path):
+def test_an_inpainting_unet_in_an_ordinary_pipeline_is_refused(pipelines, tmp_path):
     import diffusers
     folder = copied(pipelines, tmp_path)
     unet = Prior.from_pretrained(folder).network.module
@@ -476,7 +476,7 @@ def test_an_inpainting_unet_in_an_ordinary_pipeline(pipelines, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub whose models are the folders owner/* of tmp_path; `fetched` lists what was asked for."""
+    """A hub with the folders owner/* of tmp_path as models; `fetched` lists what was requested."""
     from huggingface_hub.utils import EntryNotFoundError
     fetched = []
 
@@ -501,7 +501,7 @@ def hub(monkeypatch, tmp_path):
     return fetched
 
 
-def test_a_model_on_the_hub_that_has_half_precision_files_alone(pipelines, tmp_path, hub, capsys):
+def test_a_hub_model_with_half_precision_files_only_loads(pipelines, tmp_path, hub, capsys):
     pipe = Prior.from_pretrained(pipelines["sd"]).pipe
     pipe.to(torch.float16).save_pretrained(tmp_path / "owner" / "half", variant="fp16")
     prior = Prior.from_pretrained("owner/half")
@@ -514,7 +514,7 @@ def test_a_model_on_the_hub_that_has_half_precision_files_alone(pipelines, tmp_p
     assert "files" not in capsys.readouterr().err
 
 
-def test_a_model_of_another_kind_is_refused_before_it_is_downloaded(pipelines, tmp_path, hub):
+def test_an_unsupported_hub_model_is_refused_before_the_download(pipelines, tmp_path, hub):
     other, hole = tmp_path / "owner" / "other", tmp_path / "owner" / "hole"
     for folder, index, in_channels in [(other, {"_class_name": "WanPipeline"}, 4), (hole, {}, 9)]:
         shutil.copytree(pipelines["sd"], folder)
@@ -532,7 +532,7 @@ def test_a_model_of_another_kind_is_refused_before_it_is_downloaded(pipelines, t
         assert "\n" not in str(e.value) and set(hub) <= {"model_index.json", "unet/config.json", "config.json"}
 
 
-def test_a_model_whose_licence_must_be_accepted(hub, monkeypatch):
+def test_a_gated_model_asks_to_accept_its_licence(hub, monkeypatch):
     from huggingface_hub.utils import GatedRepoError
 
     class Gated(GatedRepoError):
@@ -546,7 +546,7 @@ def test_a_model_whose_licence_must_be_accepted(hub, monkeypatch):
         Prior.from_pretrained("owner/gated")
 
 
-def test_an_editor_on_the_hub_may_take_twice_the_channels(pipelines, tmp_path, hub):
+def test_an_editor_from_the_hub_may_have_twice_the_channels(pipelines, tmp_path, hub):
     shutil.copytree(pipelines["instruct"], tmp_path / "owner" / "editor")
     assert InstructPix2Pix.from_pretrained("owner/editor").network.module.config.in_channels == 8
     with pytest.raises(PriorError, match="an InstructPix2Pix model, and no text-to-image model"):
@@ -555,7 +555,7 @@ def test_an_editor_on_the_hub_may_take_twice_the_channels(pipelines, tmp_path, h
 
 # ---- the command line ---------------------------------------------------------------------------------
 
-def test_a_run_names_what_is_wrong_with_a_lora(command, tmp_path, capsys):
+def test_a_run_reports_a_bad_lora_in_one_line(command, tmp_path, capsys):
     write_lora(tmp_path / "mine.safetensors", "down_blocks.7.attentions.0.to_q")
     assert command("--lora", tmp_path / "mine.safetensors") == 2
     assert capsys.readouterr().err.splitlines() == [
@@ -564,7 +564,7 @@ def test_a_run_names_what_is_wrong_with_a_lora(command, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_in_half_precision_with_a_word_of_its_own(command, tmp_path, capsys, small_pictures):
+def test_a_run_in_half_precision_uses_a_learned_word(command, tmp_path, capsys, small_pictures):
     from safetensors.torch import save_file
     save_file({"<mine>": rand(1, 16, dtype=torch.float32)}, tmp_path / "mine.safetensors")
     assert command("--dtype", "bfloat16", "--embedding", tmp_path / "mine.safetensors", "--target", "a <mine>",
@@ -579,7 +579,7 @@ def test_a_run_in_half_precision_with_a_word_of_its_own(command, tmp_path, capsy
     assert json.loads((tmp_path / "out" / "config.json").read_text())["sha256"] != before
 
 
-def test_the_edits_of_a_list_are_made_with_what_lies_over_the_model(monkeypatch, tmp_path):
+def test_the_edits_of_a_list_use_the_lora_and_the_embedding(monkeypatch, tmp_path):
     import run
     from bench import edits
     from bench.__main__ import main

@@ -18,7 +18,7 @@ from svg_raster import SVG
 
 
 @pytest.mark.parametrize("kind", ["sd", "v", "xl"])
-def test_eps_against_a_hand_written_call_of_the_same_unet(pipelines, kind):
+def test_eps_matches_a_hand_written_call_of_the_unet(pipelines, kind):
     prior = Prior.from_pretrained(pipelines[kind])
     x_t, t, y = rand(2, 4, 8, 8, dtype=torch.float32), torch.tensor([40, 900]), prior.embed("a cat")
     empty = prior.embed("")
@@ -40,7 +40,7 @@ def test_eps_against_a_hand_written_call_of_the_same_unet(pipelines, kind):
         assert_close(prior.at(guidance).eps(x_t, t, y), torch.cat(rows), atol=1e-5, rtol=1e-4)
     twin = prior.at(3.0)
     assert twin.guidance == 3 and prior.guidance == 7.5 and twin.network is prior.network
-    assert twin.embed("a bird") is prior.embed("a bird")  # embedded once, for both
+    assert twin.embed("a bird") is prior.embed("a bird")  # both share the embedded prompts
     x0 = rand(2, 4, 8, 8, dtype=torch.float32).requires_grad_()
     pds.pds_loss(prior, x0, torch.zeros(2, 4, 8, 8), y, prior.embed("a dog"), t).backward()
     assert x0.grad.isfinite().all() and all(p.grad is None for p in prior.network.module.parameters())
@@ -63,7 +63,7 @@ def test_encode_takes_the_mean_and_is_differentiable(pipelines, kind):
         prior.encode(picture[0])
 
 
-def test_instruct_pix2pix_against_the_pipeline_of_diffusers(pipelines):
+def test_instruct_pix2pix_matches_the_pipeline_of_diffusers(pipelines):
     import diffusers
     editor = InstructPix2Pix.from_pretrained(pipelines["instruct"])
     pipe = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(pipelines["instruct"])
@@ -81,12 +81,12 @@ def test_instruct_pix2pix_against_the_pipeline_of_diffusers(pipelines):
         return torch.Generator().manual_seed(0)
     edited = instruct_pix2pix(editor, picture, y, steps=5, generator=draw())
     other = instruct_pix2pix(editor, picture.flip(3), y, editor.encode(picture), 5, generator=draw())
-    assert edited.shape == (1, 4, 8, 8) and (edited - other).abs().max() > 1e-3  # the picture counts
-    assert editor.image is None  # `of` tells a copy
+    assert edited.shape == (1, 4, 8, 8) and (edited - other).abs().max() > 1e-3  # the result depends on the picture
+    assert editor.image is None  # `of` sets it on a copy
 
 
-def test_an_editor_out_of_a_prior_and_what_differs(pipelines, tmp_path):
-    """instruct.safetensors beside a text-to-image pipeline: with weights of zero for the picture it is that prior."""
+def test_an_editor_is_a_prior_with_some_weights_replaced(pipelines, tmp_path):
+    """An editor from instruct.safetensors equals the prior in its folder if its weights for the picture are zero."""
     from safetensors.torch import save_file
     shutil.copytree(pipelines["sd"], tmp_path / "sd")
     prior = Prior.from_pretrained(tmp_path / "sd")
@@ -97,7 +97,7 @@ def test_an_editor_out_of_a_prior_and_what_differs(pipelines, tmp_path):
     x_t, t, words = rand(1, 4, 8, 8, dtype=torch.float32), torch.tensor([500]), "turn it into a green apple"
     prior = prior.at(editor.guidance)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the caption inside of the instruction is known
+        warnings.simplefilter("error")  # the caption in the instruction is known
         y = editor.embed(words)
     got = editor.of(torch.rand(1, 3, 16, 16)).eps(x_t, t, y)
     assert_close(got, prior.eps(x_t, t, prior.embed(words)), atol=1e-5, rtol=1e-4)
@@ -125,13 +125,13 @@ def test_prior_attributes(pipelines):
     assert half.network.module.dtype == torch.bfloat16 and half.vae.dtype == out.dtype == torch.float32
 
 
-def test_a_gradient_through_the_autoencoder_keeps_little_where_it_is_large(pipelines, monkeypatch):
+def test_checkpointing_the_autoencoder_saves_memory_and_changes_no_gradient(pipelines, monkeypatch):
     picture, x0 = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), rand(1, 4, 16, 16)
     found = []
     for large in (10 ** 9, 32 * 32):
         monkeypatch.setattr("pipelines.networks.LARGE", large)
         prior, kept = Prior.from_pretrained(pipelines["sd"]), []
-        assert Prior(prior.pipe).vae is prior.vae  # a second Prior of one pipeline
+        assert Prior(prior.pipe).vae is prior.vae  # a second Prior of the same pipeline
         inputs = picture.clone().requires_grad_(), x0.float().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
             loss = prior.encode(inputs[0]).square().sum() + prior.decode(inputs[1]).square().sum()
@@ -146,13 +146,13 @@ def test_the_measurement_of_memory_is_exact():
 
     def call():
         a = torch.ones(1000, 1000)  # 4 MB
-        b = (a + 1) * 2  # two more, of which one stays
+        b = (a + 1) * 2  # two more, one of which is freed
         return b[:1].clone(), a
     _, peak, stays = meter(torch.device("cpu"))(call)
     assert abs(peak - 12e6) < 2e5 and abs(stays - 4e6) < 2e5
 
 
-def test_models_that_cannot_be_used(pipelines, tmp_path, monkeypatch):
+def test_unusable_models_are_refused_in_one_line(pipelines, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -165,9 +165,9 @@ def test_models_that_cannot_be_used(pipelines, tmp_path, monkeypatch):
 
 
 def change_weights(path, change):
-    """Rewrite a .safetensors file with what `change` makes of its tensors."""
+    """Replace the tensors of a .safetensors file by change(tensors)."""
     from safetensors.torch import load_file, save_file
-    save_file(change(load_file(path)), path, metadata={"format": "pt"})  # transformers 4 asks for it
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})  # transformers 4 requires it
 
 
 def without_first(count):
@@ -208,7 +208,7 @@ def test_weights_that_are_missing_or_not_finite_are_refused(pipelines, tmp_path,
     ("unet/diffusion_pytorch_model.safetensors", b"nothing", "damaged, or no pipeline"),
     ("tokenizer/tokenizer_config.json", "[", "damaged, or no pipeline"),
     ("vae/config.json", "nothing", "damaged, or no pipeline")])
-def test_settings_of_a_model_that_cannot_be_used(pipelines, tmp_path, file, contents, message):
+def test_damaged_files_of_a_model_are_refused_by_name(pipelines, tmp_path, file, contents, message):
     shutil.copytree(pipelines["sd"], tmp_path / "sd")
     contents = contents if isinstance(contents, (str, bytes)) else json.dumps(contents)
     (tmp_path / "sd" / file).write_bytes(contents if isinstance(contents, bytes) else contents.encode())
@@ -230,16 +230,16 @@ def test_a_prompt_outside_the_vocabulary_warns_and_names_the_nearest(pipelines, 
         with pytest.warns(UserWarning, match=f"not trained on '{words}'; nearest: "):
             prior.embed(words)
     started = time.process_time()
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as caught:
         prior.embed("red apple " * 2000)
-    assert time.process_time() - started < 2 and all(len(str(w.message)) < 400 for w in told)
-    assert any("reads only 12 of the" in str(w.message) for w in told)
+    assert time.process_time() - started < 2 and all(len(str(w.message)) < 400 for w in caught)
+    assert any("reads only 12 of the" in str(w.message) for w in caught)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        prior.embed("a kitten face")  # once is enough
+        prior.embed("a kitten face")  # warns once per prompt
         prior.embed("a drawing of a blue apple")
         prior.embed("")
-        Prior.from_pretrained(pipelines["sd"]).embed("anything")  # a model without a list has nothing to say
+        Prior.from_pretrained(pipelines["sd"]).embed("anything")  # no captions, no warning
 
 
 def test_the_shipped_prior_tells_the_example_drawings_apart():
@@ -247,7 +247,7 @@ def test_the_shipped_prior_tells_the_example_drawings_apart():
     folder = ROOT / "models" / "emoji"
     files = [p for p in folder.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files if p.stem not in ("instruct", "judge")) < 25e6
-    for stem, largest in (("instruct", 12e6), ("judge", 5e6)):  # the editor's weights, and those that measure edits
+    for stem, largest in (("instruct", 12e6), ("judge", 5e6)):  # the weights of the editor and of the judge
         assert sum(p.stat().st_size for p in files if p.stem == stem) < largest
     prior = Prior.from_pretrained(folder)
     prior.guidance = 1.0
@@ -264,7 +264,7 @@ def test_the_shipped_prior_tells_the_example_drawings_apart():
         assert errors.argmin() == row, (name, errors)
 
 
-def test_the_shipped_editor_turns_a_red_heart_blue_in_its_place():
+def test_the_shipped_editor_turns_a_red_heart_blue_in_place():
     editor = InstructPix2Pix.from_pretrained(ROOT / "models" / "emoji")
     with torch.no_grad():
         before = SVG.load(ROOT / "examples" / "red-heart.svg", size=editor.size).render()
@@ -274,4 +274,4 @@ def test_the_shipped_editor_turns_a_red_heart_blue_in_its_place():
     red, _, blue = after.transpose(0, 1)[:, inside].mean(1)
     assert blue > red + 0.3 and before.transpose(0, 1)[0, inside].mean() > 0.9
     now = (after - 1).abs().sum(1) > 0.5
-    assert (inside & now).sum() > 0.8 * (inside | now).sum()  # the heart is where it was
+    assert (inside & now).sum() > 0.8 * (inside | now).sum()  # the heart has not moved

@@ -1,4 +1,4 @@
-"""README.md and --help: the core on one screen and the examples run as they are printed, the files named exist."""
+"""README.md and --help: the core on one screen and all examples run as printed, and all named files exist."""
 import re
 import shlex
 import shutil
@@ -42,7 +42,7 @@ def test_every_printed_command_of_run_py_parses(text, tmp_path, monkeypatch):
 
 
 def test_every_example_of_the_help_runs(pipelines, small_pictures, loaded, tmp_path, monkeypatch):
-    """As printed, in a folder with the files that they name; with a tiny model, two steps and a short fit."""
+    """As printed, in a folder with the files that they name, but with a tiny model, two steps and a short fit."""
     from scene.reading import load_scene
     from splat import Splats
     for name in ("Prior", "InstructPix2Pix"):
@@ -67,6 +67,6 @@ def test_every_example_of_the_help_runs(pipelines, small_pictures, loaded, tmp_p
         assert sheet.exists() != ("--fit-only" in words), command
 
 
-def test_the_files_that_the_readme_names_are_there():
+def test_the_files_that_the_readme_names_exist():
     for name in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"`((?:\w+/)?\w+\.py)`", README):
         assert (ROOT / name).exists() or name == "train_dreambooth.py", name  # a script of diffusers

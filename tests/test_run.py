@@ -20,7 +20,7 @@ from splat import Splats
 
 @pytest.mark.parametrize("mode, flags", [("svg", ()), ("svg", ("--colours-only", "--loss", "dds")), ("image", ()),
                                          ("image", ("--pixels", "--loss", "sds", "--schedule", "decreasing"))])
-def test_a_run_writes_its_files_and_repeats_itself(command, tmp_path, mode, flags):
+def test_a_run_writes_its_files_and_is_reproducible(command, tmp_path, mode, flags):
     assert command(*flags, mode=mode) == 0 and command(*flags, mode=mode, out="again") == 0
     first = outputs(tmp_path / "out")
     suffix = "svg" if mode == "svg" else "png"
@@ -38,10 +38,10 @@ def test_a_run_writes_its_files_and_repeats_itself(command, tmp_path, mode, flag
     assert outputs(tmp_path / "other")["result.png"] != first["result.png"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["seed"] == 0 and config["target"] == "a cat" and len(config["sha256"]) == 64
-    assert not list((tmp_path / "out").glob(".*"))  # no half-written file is left behind
+    assert not list((tmp_path / "out").glob(".*"))  # no partial file is left behind
 
 
-def test_compare_lays_the_three_side_by_side(command, tmp_path):
+def test_compare_shows_the_three_methods_side_by_side(command, tmp_path):
     assert command("--compare", "--steps", 2) == 0
     assert Image.open(tmp_path / "out" / "sheet.png").width > 4 * 512
     results = [(tmp_path / "out" / name / "result.png").read_bytes() for name in ("sds", "dds", "pds")]
@@ -49,7 +49,7 @@ def test_compare_lays_the_three_side_by_side(command, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sdedit", "inv2n", "in2n", "drfs"])
-def test_the_editors_alone(command, pipelines, tmp_path, name, capsys):
+def test_an_editor_edits_a_picture_on_its_own(command, pipelines, tmp_path, name, capsys):
     flags = ["--loss", name, "--instruct", pipelines["instruct"]]
     assert command(*flags, mode="image") == 0 and command(*flags, mode="image", out="again") == 0
     first = outputs(tmp_path / "out")
@@ -61,8 +61,8 @@ def test_the_editors_alone(command, pipelines, tmp_path, name, capsys):
     assert f"{name} edits pictures: only with --mode image, nerf and splat" in capsys.readouterr().err
 
 
-def test_an_editor_that_is_none_is_refused(command, pipelines, tmp_path, capsys):
-    assert command("--loss", "in2n", mode="image") == 2  # --model is no editor
+def test_a_model_that_is_not_an_editor_is_refused(command, pipelines, tmp_path, capsys):
+    assert command("--loss", "in2n", mode="image") == 2  # --model is not an editor
     assert "no InstructPix2Pix model" in capsys.readouterr().err
     assert command("--loss", "in2n", "--instruct", "no/such/model", mode="image") == 2
     assert "no/such/model: no such model directory" in capsys.readouterr().err
@@ -92,10 +92,10 @@ def test_an_editor_that_is_none_is_refused(command, pipelines, tmp_path, capsys)
         == 2
     )
     assert "no InstructPix2Pix model" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*-fit.pt"))  # it is said before anything is fitted
+    assert not list(tmp_path.glob("*-fit.pt"))  # refused before anything is fitted
 
 
-def test_what_changed_outside_of_the_subject():
+def test_the_change_outside_the_subject_is_measured():
     before, after = Image.new("RGB", (8, 8), "white"), Image.new("RGB", (8, 8), "white")
     after.paste((229, 229, 229), (4, 0, 8, 8))  # 0.102 darker on the right
     after.paste((0, 0, 0), (0, 0, 4, 4))  # black in the upper left, which is the subject
@@ -117,14 +117,14 @@ def test_splats_are_fitted_edited_refined_and_exported(small_pictures, pipelines
     assert len(export.train) + len(export.test) == 9
     assert len(list((tmp_path / "out").glob("scene-splat-*-fit.pt"))) == 1
     scene = load_scene(tmp_path / "scene")
-    edited = Splats.load(tmp_path / "out" / "edit" / "result.ply", scene)  # the fit, moved
+    edited = Splats.load(tmp_path / "out" / "edit" / "result.ply", scene)  # the fit after the edit
     with torch.no_grad():
         picture = edited.render(sides(edited, 5, 24)[0])
     page = Image.open(tmp_path / "out" / "edit" / "result.png").crop((0, 0, 24, 24))
     assert (picture[0].permute(1, 2, 0) * 255 - torch.from_numpy(np.array(page)).float()).abs().max() < 1
 
 
-def test_the_modes_of_the_loop_are_those_of_the_loaders():
+def test_the_loop_and_the_loaders_have_the_same_modes():
     assert tuple(run.LOAD) == tuple(run.SUFFIX) == tuple(run.EXAMPLE) == MODES and tuple(run.FITTED) == SCENES
 
 
@@ -173,7 +173,7 @@ def test_options_of_another_mode_are_refused(command, flags, message, capsys):
     assert e.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_the_script_runs_by_itself(pipelines, tmp_path):
+def test_run_py_works_as_a_script(pipelines, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "run.py"), "--model", str(pipelines["sd"]), "--steps", "2",
                            "--out", str(tmp_path / "out")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

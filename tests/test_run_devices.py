@@ -1,4 +1,4 @@
-"""Devices: every mode on a pretend accelerator, which refuses to mix tensors of two devices as CUDA does."""
+"""Devices: every mode on a pretend accelerator, which refuses to mix devices where CUDA does."""
 import copy
 import functools
 import io
@@ -34,7 +34,7 @@ if pretend.why_not():
     pytest.skip(pretend.why_not(), allow_module_level=True)
 
 SIZES = {NeRF: dict(levels=2, table=2 ** 9, width=8), Splats: dict(count=60, limit=120, degree=2)}
-# Strokes with dashes, round and mitred joins, gradients of few and of many stops, masks, clips, groups, even-odd.
+# Dashed strokes, round and mitred joins, gradients with few and with many stops, masks, clips, groups, even-odd.
 RICH = svg_text(
     '<defs><linearGradient id="a"><stop offset="0" stop-color="red"/><stop offset="1" stop-opacity=".5"/>'
     '</linearGradient>'
@@ -50,7 +50,7 @@ RICH = svg_text(
 
 @pytest.fixture(scope="module")
 def place(pipelines, tmp_path_factory):
-    """A folder with drawings, a picture, masks, scenes, and a model with few steps of its own."""
+    """A folder with drawings, a picture, masks, scenes, and a model whose settings ask for few steps."""
     folder = tmp_path_factory.mktemp("devices")
     (folder / "face.svg").write_text(DRAWING)
     (folder / "rich.svg").write_text(RICH)
@@ -69,7 +69,7 @@ def place(pipelines, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def device(place, flows):
-    """The name of the device, while everything is small: pictures, sheets, fits, steps of the editors."""
+    """The name of the device; meanwhile pictures, sheets, fits and the steps of editors are small."""
     with pretend.device() as name, pytest.MonkeyPatch.context() as patch:
         for key in ("FRAMES", "SIDES", "VIEWS", "FRAME_SIZE", "SIDE_SIZE", "SHEET_SIZE"):
             patch.setattr(sheets, key, 16 if key.endswith("SIZE") else 1)
@@ -94,7 +94,7 @@ def call(place, device):
     return call
 
 
-def test_torch_is_afterwards_as_it_was():
+def test_torch_is_restored_afterwards():
     def state():
         return torch.Generator, torch.load, torch.tensor, torch.rand, torch.autograd.is_multithreading_enabled()
     before = state()
@@ -127,15 +127,15 @@ def test_every_mode_runs(call, pipelines, flows, place, mode, file, flags):
     assert call(*flags, mode=mode, file=file) == 0
 
 
-def test_the_table_of_edits(place, device):
+def test_the_table_of_edits_runs(place, device):
     (place / "edits.txt").write_text("image | red.png | a | b\n")
     assert bench(["edits", "--list", str(place / "edits.txt"), "--compare", "pds", "sdedit", "--device", device,
                   "--out", str(place / "edits"), "--model", str(place / "model")]) == 0
     assert (place / "edits" / "table.csv").read_text().count("\n") == 3
 
 
-@pytest.mark.parametrize("kind, last", [(NeRF, 96), (Splats, 99)])  # steps with all that a fit does now and then
-def test_a_fit_and_its_checkpoint(place, device, tmp_path, kind, last):
+@pytest.mark.parametrize("kind, last", [(NeRF, 96), (Splats, 99)])  # a step in which all periodic work of a fit is due
+def test_a_fit_resumes_from_its_checkpoint(place, device, tmp_path, kind, last):
     photographs, path = load_scene(place / "object"), tmp_path / "fit.pt"
     fit = functools.partial(kind.fit, photographs, checkpoint=path, device=device, progress=False)
     first = fit(steps=1)
@@ -149,25 +149,25 @@ def test_a_fit_and_its_checkpoint(place, device, tmp_path, kind, last):
 
 @pytest.mark.parametrize("mode, kind, file", [("nerf", NeRF, "object"), ("splat", Splats, "object"),
                                               ("splat", Splats, None)])
-def test_a_trained_model(call, place, tmp_path, mode, kind, file):
+def test_a_trained_model_is_edited(call, place, tmp_path, mode, kind, file):
     path = tmp_path / f"trained{run.SUFFIX[mode]}"
     kind.fit(load_scene(place / "object"), steps=1, progress=False).save(path)
     assert call("--fitted", path, "--steps", "1", mode=mode, file=file) == 0
 
 
-def test_scenes_are_refused_by_a_device_without_float64(place):
+def test_scenes_are_refused_on_a_device_without_float64(place):
     for kind in (NeRF, Splats):
         with pytest.raises(ValueError, match="float64, which mps lacks"):
             kind.fit(load_scene(place / "object"), steps=1, device="mps")
 
 
 class Killed(BaseException):
-    """Something that run.py does not know."""
+    """An exception that run.py does not handle."""
 
 
 @pytest.mark.parametrize("mode, file, kind, flags", [("svg", "face.svg", SVG, ["--every", "1"]),
                                                      ("splat", "object", Splats, ["--refine", "2"])])
-def test_a_killed_run_goes_on_from_its_checkpoint(call, place, monkeypatch, mode, file, kind, flags):
+def test_a_killed_run_resumes_from_its_checkpoint(call, place, monkeypatch, mode, file, kind, flags):
     assert call(*flags, mode=mode, file=file, out="whole") == 0
     project, calls = kind.project_, []
 
@@ -185,19 +185,19 @@ def test_a_killed_run_goes_on_from_its_checkpoint(call, place, monkeypatch, mode
 
 @pytest.mark.parametrize("mode, file, flags", [
     ("svg", "rich.svg", ()), ("nerf", "object", ()), ("splat", "object", ["--colours", "1"])])
-def test_an_edit_ends_as_on_the_cpu(call, place, mode, file, flags):
+def test_an_edit_matches_the_cpu(call, place, mode, file, flags):
     pictures = {}
     for name in (pretend.NAME, "cpu"):
         assert call("--device", name, "--dtype", "float32", *flags, mode=mode, file=file, out=name) == 0
         pictures[name] = np.asarray(Image.open(place / name / "result.png")).astype(int)
     source = np.asarray(Image.open(place / "cpu" / "source.png")).astype(int)
-    assert np.abs(pictures["cpu"] - pictures[pretend.NAME]).max() <= 1  # of 255, by rounding
+    assert np.abs(pictures["cpu"] - pictures[pretend.NAME]).max() <= 1  # rounding, in steps of 1 / 255
     assert np.abs(pictures["cpu"] - source).max() > 10
 
 
 # ---- the device itself --------------------------------------------------------------------------------
 
-# x [2,2] lies on the device, y [2,2] and the indices i [2] on the CPU.
+# x [2,2] is on the device, y [2,2] and the indices i [2] are on the CPU.
 REFUSED = {
     "matmul": lambda x, y, i: x @ y,
     "addmm": lambda x, y, i: torch.addmm(x[0], x, y),
@@ -255,11 +255,11 @@ def test_devices_do_not_mix(device, what):
     x, y, i = torch.rand(2, 2, device=device), torch.rand(2, 2), torch.tensor([0, 1])
     with pytest.raises((RuntimeError, TypeError), match="same device|device type|expected a torch.ByteTensor"):
         REFUSED[what](x, y, i)
-    REFUSED[what](y, y, i)  # on one device it is right
+    REFUSED[what](y, y, i)  # works on a single device
 
 
 @pytest.mark.parametrize("what", ALLOWED)
-def test_what_cuda_allows(device, what):
+def test_operations_that_cuda_allows_match_the_cpu(device, what):
     x, y, i = torch.rand(2, 2) + 1, torch.rand(2, 2), torch.tensor([0, 1])
     result, wanted = ALLOWED[what](x.to(device), y, i), ALLOWED[what](x, y, i)
     if wanted is not None:
@@ -270,7 +270,7 @@ def test_what_cuda_allows(device, what):
     ("image", "red.png", ["--loss", "sdedit"], editors, "draw_noise"), ("svg", "rich.svg", [], svg_raster, "flatten"),
     ("nerf", "object", [], Camera, "rays"), ("splat", "object", [], splat, "quadratics")])
 def test_a_mix_in_the_product_is_caught(call, monkeypatch, mode, file, flags, where, name):
-    """What a function of the product gives lies on the CPU, as if it had forgotten the device."""
+    """A function of the product returns its result on the CPU, as if it had forgotten the device."""
     plain = getattr(where, name)
 
     def forgetful(*args, **kwargs):
@@ -290,7 +290,7 @@ def test_files_remember_the_device(device, where, wanted):
     assert (state["x"].device.type, state["y"].device.type) == wanted
 
 
-def test_modules_and_adam(device):
+def test_modules_and_adam_match_the_cpu(device):
     torch.manual_seed(0)
     plain = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LeakyReLU(), torch.nn.Linear(3, 1))
     moved = copy.deepcopy(copy.deepcopy(plain).to(device))

@@ -1,4 +1,4 @@
-"""run.py's --splats, --images and --up: models that are trained already, and the names of fits and of folders."""
+"""run.py with trained models (--splats, --fitted, --up), and the names of fits and folders."""
 import json
 import re
 import warnings
@@ -19,7 +19,7 @@ from splat import Splats
 
 @pytest.fixture
 def ball(tmp_path):
-    """The folder of a small scene, the ball of nerf_scene, and Gaussians on its surface, as a file."""
+    """The folder of a small scene, nerf_scene's ball, and a file of Gaussians on its surface."""
     folder = nerf_scene(tmp_path / "ball", views=8, size=16)
     normal = torch.nn.functional.normalize(torch.randn(400, 3, generator=torch.Generator().manual_seed(0)), dim=1)
     splats = Splats(load_scene(folder), 0.75 * normal, torch.full((400, 3), -2.7),
@@ -31,7 +31,7 @@ def ball(tmp_path):
 
 @pytest.fixture
 def edit(small_pictures, pipelines, tmp_path, capsys):
-    """run.main with a tiny pipeline and two steps: its exit code and what it said on stderr."""
+    """Call run.main with a tiny pipeline and two steps; returns its exit code and its output on stderr."""
     def call(*flags, out="out"):
         code = run.main([*map(str, flags), "--device", "cpu", "--source", "a", "--target", "b", "--model",
                          str(pipelines["sd"]), "--steps", "2", "--out", str(tmp_path / out)])
@@ -39,75 +39,75 @@ def edit(small_pictures, pipelines, tmp_path, capsys):
     return call
 
 
-def one_error(told, *parts):
-    errors = [line for line in told.splitlines() if line.startswith("run.py: error: ")]
-    assert len(errors) == 1 and all(part in errors[0] for part in parts), told
+def one_error(printed, *parts):
+    errors = [line for line in printed.splitlines() if line.startswith("run.py: error: ")]
+    assert len(errors) == 1 and all(part in errors[0] for part in parts), printed
 
 
 # ---- trained models -----------------------------------------------------------------------------------
 
-def test_gaussians_are_edited_in_front_of_the_photographs(ball, edit, tmp_path, monkeypatch):
+def test_gaussians_are_edited_with_their_photographs(ball, edit, tmp_path, monkeypatch):
     folder, file = ball
     monkeypatch.setattr(Splats, "fit", lambda *_, **__: pytest.fail("it was fitted"))
     before = file.read_bytes()
-    code, told = edit("--mode", "splat", "--scene", folder, "--splats", file)
-    assert code == 0 and "warning" not in told and not list(tmp_path.glob("*-fit.pt"))
+    code, printed = edit("--mode", "splat", "--scene", folder, "--splats", file)
+    assert code == 0 and "warning" not in printed and not list(tmp_path.glob("*-fit.pt"))
     written = outputs(tmp_path / "out")
     assert {"result.ply", "sheet.png", "turntable.gif"} <= set(written) and file.read_bytes() == before
     edited = Splats.load(tmp_path / "out" / "result.ply", load_scene(folder))
     assert len(edited.means) == len(Splats.load(file, load_scene(folder)).means)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["fitted"] == str(file)
-    assert edit("--splats", file, "--scene", folder, "--resume")[0] == 0  # the flag says the mode
+    assert edit("--splats", file, "--scene", folder, "--resume")[0] == 0  # the flag implies the mode
     assert outputs(tmp_path / "out") == written
     Splats.load(file, load_scene(folder)).save(tmp_path / "other.ply")
     (tmp_path / "other.ply").write_bytes(before[:-4] + bytes(4))
-    code, told = edit("--splats", tmp_path / "other.ply", "--scene", folder, "--resume")
+    code, printed = edit("--splats", tmp_path / "other.ply", "--scene", folder, "--resume")
     assert code == 2
-    one_error(told, "cannot resume: the earlier run differs in ")
+    one_error(printed, "cannot resume: the earlier run differs in ")
 
 
 def test_gaussians_are_edited_without_photographs(ball, edit, tmp_path):
     file = ball[1]
-    code, told = edit("--splats", file, "--up", "z", "--export")
-    assert code == 0 and "warning" not in told
+    code, printed = edit("--splats", file, "--up", "z", "--export")
+    assert code == 0 and "warning" not in printed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         whole = load_scene(tmp_path / "out" / "export")
     assert len(whole.train) + len(whole.test) == 24
     assert (tmp_path / "out" / "source.ply").read_bytes() == file.read_bytes()
     again, before = tmp_path / "out" / "result.ply", outputs(tmp_path / "out")
-    code, told = edit("--splats", again, "--up", "z")
+    code, printed = edit("--splats", again, "--up", "z")
     assert code == 2 and outputs(tmp_path / "out") == before
-    one_error(told, f"{again}: the run would overwrite it: choose another --out")
+    one_error(printed, f"{again}: the run would overwrite it: choose another --out")
 
 
 @pytest.mark.parametrize("flags", [["--splats"], ["--scene"], ["--mode", "splat", "--fitted"],
                                    ["--mode", "splat", "--scene"]])
-def test_every_way_to_name_gaussians(flags):
+def test_gaussians_can_be_named_by_any_of_the_flags(flags):
     args = run.parse([*flags, "a.PLY"])
     assert args.mode == "splat" and str(args.input) == str(args.fitted) == "a.PLY"
     args = run.parse([*flags[:-1], "--splats", "a.splat", "--scene", "b"])
     assert args.mode == "splat" and (str(args.input), str(args.fitted)) == ("b", "a.splat")
 
 
-def test_a_nerf_is_edited_again(ball, edit, tmp_path, monkeypatch):
+def test_a_saved_nerf_is_edited_without_a_fit(ball, edit, tmp_path, monkeypatch):
     folder, _ = ball
     nerf = NeRF.fit(load_scene(folder), steps=20, progress=False, levels=4, table=2 ** 10, width=8)
     nerf.save(tmp_path / "a.safetensors")
     monkeypatch.setattr(NeRF, "fit", lambda *_, **__: pytest.fail("it was fitted"))
     assert edit("--fitted", tmp_path / "a.safetensors", "--scene", folder)[0] == 0
     assert (tmp_path / "out" / "result.safetensors").exists()
-    code, told = edit("--fitted", tmp_path / "a.safetensors", "--scene", folder, "--downscale", "2", out="other")
+    code, printed = edit("--fitted", tmp_path / "a.safetensors", "--scene", folder, "--downscale", "2", out="other")
     assert code == 2
-    one_error(told, "a.safetensors: was fitted to another scene than")
+    one_error(printed, "a.safetensors: was fitted to another scene than")
 
 
 def test_a_trained_model_is_measured(ball, tmp_path, capsys):
     folder, file = ball
     assert run.main(["--splats", str(file), "--scene", str(folder), "--fit-only", "--out", str(tmp_path / "out")]) == 0
-    told, own = capsys.readouterr().out.splitlines()
-    assert told.startswith("test PSNR ") and told.endswith(" dB, 2 views") and float(told.split()[2]) > 14
+    printed, own = capsys.readouterr().out.splitlines()
+    assert printed.startswith("test PSNR ") and printed.endswith(" dB, 2 views") and float(printed.split()[2]) > 14
     assert own.startswith("training PSNR ") and own.endswith(" dB, 6 views") and float(own.split()[2]) > 14
 
 
@@ -119,27 +119,27 @@ def test_a_trained_model_is_measured(ball, tmp_path, capsys):
     (["--mode", "svg", "--splats", "a.ply"], "--splats: only with --mode splat"),
     (["--mode", "image", "--images", "b"], "--images: only with --mode nerf and splat"),
     (["--mode", "nerf", "--up", "z"], "--up: only with --mode splat")])
-def test_options_that_do_not_belong_together(flags, message, capsys):
+def test_conflicting_options_are_refused(flags, message, capsys):
     with pytest.raises(SystemExit) as e:
         run.parse(flags)
     assert e.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_model_that_is_missing_or_damaged(ball, edit, tmp_path):
+def test_a_missing_or_damaged_model_is_refused(ball, edit, tmp_path):
     folder, file = ball
     for flags in (["--splats", tmp_path / "none.ply"], ["--splats", tmp_path / "none.ply", "--scene", folder]):
-        code, told = edit(*flags)
+        code, printed = edit(*flags)
         assert code == 2 and not (tmp_path / "out").exists()
-        one_error(told, "none.ply: ")
+        one_error(printed, "none.ply: ")
     (tmp_path / "cut.ply").write_bytes(file.read_bytes()[:-7])
-    code, told = edit("--splats", tmp_path / "cut.ply")
+    code, printed = edit("--splats", tmp_path / "cut.ply")
     assert code == 2
-    one_error(told, "cut.ply: is truncated")
+    one_error(printed, "cut.ply: is truncated")
 
 
 # ---- the user's files ---------------------------------------------------------------------------------
 
-def test_what_a_result_depends_on_is_hashed(ball):
+def test_all_inputs_of_a_result_are_hashed(ball):
     folder, file = ball
     Image.fromarray(np.full((16, 16), 255, np.uint8)).save(folder / "mask.png")
     for split in ("train", "test"):
@@ -151,7 +151,7 @@ def test_what_a_result_depends_on_is_hashed(ball):
 
 
 def test_every_scene_and_every_size_has_its_own_fit(tmp_path):
-    """Another --downscale, and a second scene of the same name, do not meet the first one's fit."""
+    """Another --downscale, and another scene of the same name, do not reuse the first scene's fit."""
     for i, radius in enumerate((0.8, 0.5)):
         nerf_scene(tmp_path / str(i) / "ball", views=4, size=8, radius=radius)
     flags = ["--mode", "splat", "--fit-only", "--fit-seconds", "0.2", "--device", "cpu", "--out",
@@ -179,11 +179,11 @@ def test_every_prompt_has_its_own_folder(pipelines, tmp_path, monkeypatch):
 @pytest.mark.parametrize("prompt, name", [
     ("green apple", "green-apple"), ("  A 'Green'/apple!! ", "a-green-apple"), ("Grüner Apfel", "gruner-apfel"),
     ("", ""), ("../..", ""), ("x" * 40, "x" * 40)])
-def test_prompts_as_names(prompt, name):
+def test_a_prompt_becomes_a_file_name(prompt, name):
     assert slug(prompt) == name
 
 
-def test_prompts_that_cannot_be_spelled_are_told_apart():
+def test_prompts_without_ascii_letters_get_different_names():
     found = [slug(p) for p in ("зелёное яблоко", "красное яблоко", "a " * 30 + "b", "a " * 30 + "c", "apple 苹果")]
     assert len(set(found)) == 5 and all(0 < len(name) <= 47 and name.isascii() for name in found)
     assert found[4].startswith("apple-") and all("/" not in name and not name.startswith("-") for name in found)

@@ -17,8 +17,8 @@ FLAGS = ["--source", "a", "--target", "b", "--device", "cpu", "--steps", "2", "-
 
 
 @pytest.fixture
-def seen(monkeypatch, pipelines):
-    """The shapes of all pictures that the model encodes."""
+def encoded(monkeypatch, pipelines):
+    """The sizes (width, height) of all pictures that the model encodes."""
     shapes, encode = set(), Prior.encode
 
     def spy(self, picture):
@@ -30,7 +30,7 @@ def seen(monkeypatch, pipelines):
 
 
 def wide_capture(folder, shape=(36, 24)):
-    """A capture of wide photographs: what conftest's scene sees, between grey bars on the left and on the right."""
+    """A capture of wide photographs: those of nerf_scene with grey bars on the left and on the right."""
     nerf_scene(folder, views=6, split=False, alpha=False)
     file = json.loads((folder / "transforms.json").read_text())
     for frame in file["frames"]:
@@ -44,25 +44,25 @@ def wide_capture(folder, shape=(36, 24)):
     return folder
 
 
-def test_a_drawing_that_is_not_square(pipelines, tmp_path, seen, monkeypatch):
+def test_a_drawing_that_is_not_square_keeps_its_shape(pipelines, tmp_path, encoded, monkeypatch):
     from files import sheets
     monkeypatch.setattr(sheets, "SHEET_SIZE", 64)
     text = ("<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 40 20' preserveAspectRatio='none'><rect width='40' "
             "height='20' fill='#c22'/><circle cx='20' cy='10' r='6' fill='#fc0'/></svg>")
     (tmp_path / "flag.svg").write_text(text)
     flags = ["--svg", str(tmp_path / "flag.svg"), "--model", str(pipelines["sd"]), *FLAGS[:-4]]
-    assert run.main([*flags, "--out", str(tmp_path / "out")]) == 0 and seen == {(32, 16)}
+    assert run.main([*flags, "--out", str(tmp_path / "out")]) == 0 and encoded == {(32, 16)}
     source, result = (Image.open(tmp_path / "out" / f"{name}.png") for name in ("source", "result"))
     assert source.size == result.size == (128, 64)
     assert source.getpixel((0, 32)) == source.getpixel((127, 32)) == (204, 34, 34)  # no white bars
     assert 'viewBox="0 0 40 20"' in (tmp_path / "out" / "result.svg").read_text()
-    seen.clear()
-    assert run.main([*flags, "--square", "--out", str(tmp_path / "square")]) == 0 and seen == {(16, 16)}
+    encoded.clear()
+    assert run.main([*flags, "--square", "--out", str(tmp_path / "square")]) == 0 and encoded == {(16, 16)}
     assert Image.open(tmp_path / "square" / "source.png").getpixel((32, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("flags", [(), ("--pixels",)])
-def test_a_picture_that_is_not_square_keeps_its_shape_and_its_alpha(pipelines, tmp_path, seen, flags):
+def test_a_picture_that_is_not_square_keeps_its_shape_and_its_alpha(pipelines, tmp_path, encoded, flags):
     alpha = Image.new("L", (60, 120), 255)
     alpha.paste(0, (0, 0, 60, 60))
     picture = Image.new("RGB", (60, 120), "tomato")
@@ -83,28 +83,28 @@ def test_a_picture_that_is_not_square_keeps_its_shape_and_its_alpha(pipelines, t
         )
         == 0
     )
-    assert seen == {(16, 32)}
+    assert encoded == {(16, 32)}
     result = Image.open(tmp_path / "out" / "result.png")
     assert result.mode == "RGBA" and result.size == (16, 32)
     assert_close(np.array(result.getchannel("A")), np.array(alpha.resize((16, 32), Image.BOX)))
-    if flags:  # the decoder of random weights has its own idea of white
+    if flags:  # a decoder with random weights does not reproduce white
         assert Image.open(tmp_path / "out" / "source.png").getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("mode", ["nerf", "splat"])
-def test_a_capture_that_is_not_square(pipelines, tmp_path, seen, small_pictures, mode):
+def test_a_capture_that_is_not_square_keeps_its_shape(pipelines, tmp_path, encoded, small_pictures, mode):
     scene = wide_capture(tmp_path / "scene")
     flags = ["--mode", mode, "--scene", str(scene), "--model", str(pipelines["sd"]), *FLAGS, "--local", "--refine", "2"]
     assert run.main([*flags, "--out", str(tmp_path / "out" / "edit")]) == 0
-    assert seen == {(24, 16), (16, 16)}  # the views, and the square sides of the last line's masks
+    assert encoded == {(24, 16), (16, 16)}  # the views, and the square sides of the last line's masks
     page = Image.open(tmp_path / "out" / "edit" / "sdedit-views.png")
-    assert page.width > 36  # whole frames, too
-    seen.clear()
-    assert run.main([*flags, "--square", "--out", str(tmp_path / "out" / "square")]) == 0 and seen == {(16, 16)}
+    assert page.width > 36  # whole frames here, too
+    encoded.clear()
+    assert run.main([*flags, "--square", "--out", str(tmp_path / "out" / "square")]) == 0 and encoded == {(16, 16)}
 
 
 def test_photographs_and_cameras_of_whole_frames_agree(tmp_path):
-    """The photograph in a frame is the whole one, and its camera's rays are those of the whole one's camera."""
+    """A frame holds the whole photograph, and its camera has the rays of the whole photograph's camera."""
     whole = Representation(load_scene(wide_capture(tmp_path / "scene", (40, 24))))
     frame = Frame(12, 4)
     camera, first = whole.camera(0, frame), whole.camera(0)
@@ -114,7 +114,7 @@ def test_photographs_and_cameras_of_whole_frames_agree(tmp_path):
     corners = camera.directions().view(3, 12, 20)[:, ::11, ::19], first.directions().view(3, 24, 40)[:, ::23, ::39]
     middle = camera.directions().view(3, 12, 20).mean((1, 2)), first.directions().view(3, 24, 40).mean((1, 2))
     assert_close(middle[0] / middle[0].norm(), middle[1] / middle[1].norm(), atol=1e-6, rtol=0)
-    assert (corners[0] - corners[1]).abs().max() < 0.02  # half a pixel further in
+    assert (corners[0] - corners[1]).abs().max() < 0.02  # half a pixel nearer to the centre
     square = whole.camera(0, Frame(12, 4, True))
     assert (square.width, square.height) == (12, 12) and whole.photograph(0, Frame(12, 4, True)).shape == (1, 3, 12, 12)
     window = first.window(5, 7, 4)

@@ -1,4 +1,4 @@
-"""Runs that meet bad input, damaged files, full disks, neighbours and kills: one line, and what was there is kept."""
+"""Bad input, damaged files, full disks, concurrent runs and kills: one line of error, and nothing is overwritten."""
 import contextlib
 import functools
 import io
@@ -33,14 +33,14 @@ from splat import Splats
 
 
 def one_error(capsys, *parts):
-    """The one line on standard error that holds the parts."""
+    """Check that stderr holds one error with all the parts, and return it."""
     lines = capsys.readouterr().err.strip().splitlines()
     errors = [line for line in lines if line.startswith("run.py: error: ")]
     assert len(errors) == 1 and all(part in errors[0] for part in parts), lines
     return errors[0]
 
 
-# ---- what a run reads back ----------------------------------------------------------------------------
+# ---- checkpoints ----------------------------------------------------------------------------
 
 def change(key, value):
     return lambda state: state.update({key: value})
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_another_run_is_refused(command, tmp_path, capsys):
 
 
 class Trap:
-    """What runs code when it is unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, (Trap.folder,)
@@ -124,14 +124,14 @@ def test_a_longer_fit_is_another_run(small_pictures, pipelines, tmp_path, capsys
     for kind, sizes in ((NeRF, dict(levels=2, table=2 ** 8, width=8)), (Splats, dict(count=40, limit=60, degree=1))):
         monkeypatch.setattr(kind, "fit", functools.partial(kind.fit, **sizes))
     flags = ["--scene", str(tmp_path / "scene"), "--device", "cpu", "--source", "a", "--target", "b", "--model",
-             str(pipelines["sd"]), "--steps", "2", "--out", str(tmp_path / "scene" / "out")]  # inside of the scene
+             str(pipelines["sd"]), "--steps", "2", "--out", str(tmp_path / "scene" / "out")]  # within the scene
     for mode in ("nerf", "splat"):
         mine = ["--mode", mode, *flags]
         assert run.main([*mine, "--fit-seconds", "0.1"]) == 0
         config = json.loads((tmp_path / "scene" / "out" / "config.json").read_text())
         assert len(config["fit"]) == 64 and config["threads"] == torch.get_num_threads()
         before = outputs(tmp_path / "scene" / "out")
-        assert run.main([*mine, "--fit-seconds", "0.1", "--resume"]) == 0  # although the folder of the scene has grown
+        assert run.main([*mine, "--fit-seconds", "0.1", "--resume"]) == 0  # although the scene's folder has new files
         assert outputs(tmp_path / "scene" / "out") == before
         assert run.main([*mine[:4], "--fit-only", "--fit-seconds", "0.4", *flags[2:]]) == 0
         capsys.readouterr()
@@ -140,11 +140,11 @@ def test_a_longer_fit_is_another_run(small_pictures, pipelines, tmp_path, capsys
         assert outputs(tmp_path / "scene" / "out") == before
 
 
-# ---- disks and neighbours -----------------------------------------------------------------------------
+# ---- disks and concurrent runs -----------------------------------------------------------------------------
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """A folder on a disk of 2 MB, where this user may mount one."""
+    """A folder on a disk of 2 MB; skips the test if the user may not mount one."""
     place = tmp_path / "disk"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True).returncode:
@@ -153,14 +153,14 @@ def tiny_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_full_disk_keeps_what_is_there_and_resume_ends_bit_identically(command, tmp_path, tiny_disk, capsys):
+def test_a_full_disk_keeps_old_results_and_resume_ends_bit_identically(command, tmp_path, tiny_disk, capsys):
     assert command(out="whole") == 0
     assert command("--steps", 4, out="disk/out") == 0  # an earlier run
     def files():
         return {path.name: path.read_bytes() for path in (tiny_disk / "out").iterdir() if path.name != "checkpoint.pt"}
     before = files()
     ballast = tiny_disk / "ballast"
-    with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):  # to the last byte
+    with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):  # until the disk is full
         while True:
             file.write(bytes(1024))
     room = (tiny_disk / "out" / "checkpoint.pt").stat().st_size
@@ -168,7 +168,7 @@ def test_a_full_disk_keeps_what_is_there_and_resume_ends_bit_identically(command
     assert command(out="disk/out") == 2
     one_error(capsys, f"{tiny_disk / 'out'}", "cannot be written: No space left on device")
     assert files() == before
-    with open(ballast, "r+b") as file:  # room for a checkpoint, none for the next one beside it
+    with open(ballast, "r+b") as file:  # room for one checkpoint, but not for a second one
         file.truncate(max(0, ballast.stat().st_size - room - 8192))
     assert command(out="disk/out") == 2
     one_error(capsys, "cannot be written: No space left on device")
@@ -178,7 +178,7 @@ def test_a_full_disk_keeps_what_is_there_and_resume_ends_bit_identically(command
     assert outputs(tiny_disk / "out") == outputs(tmp_path / "whole")
 
 
-def test_a_disk_that_turned_read_only(command, tmp_path, tiny_disk, capsys):
+def test_a_read_only_disk_keeps_old_results(command, tmp_path, tiny_disk, capsys):
     assert command("--steps", 4, out="disk/out") == 0
     before = outputs(tiny_disk / "out")
     subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
@@ -199,7 +199,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
             part.write_text("new")
 
 
-def test_two_runs_do_not_write_to_one_folder(command, tmp_path, capsys):
+def test_two_runs_cannot_write_to_the_same_folder(command, tmp_path, capsys):
     assert command(out="whole") == 0
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".result.svg.99.part").write_text("left by a killed run")
@@ -226,7 +226,7 @@ def test_the_second_fit_waits_for_the_first(tmp_path):
     assert order == ["first", "second"] and not list(tmp_path.iterdir())
 
 
-def test_a_run_that_fails_leaves_the_old_result_whole(command, tmp_path, monkeypatch):
+def test_a_failed_run_keeps_the_old_result(command, tmp_path, monkeypatch):
     assert command() == 0
     before, config = outputs(tmp_path / "out"), (tmp_path / "out" / "config.json").read_bytes()
     monkeypatch.setitem(LOSSES, "pds", lambda prior, x0, *args, **kwargs: x0.sum() * float("nan"))
@@ -235,7 +235,7 @@ def test_a_run_that_fails_leaves_the_old_result_whole(command, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("mode, name", [("svg", "result.svg"), ("image", "result.png"), ("image", "source.png")])
-def test_an_input_that_the_run_would_write_over_survives(command, tmp_path, capsys, mode, name):
+def test_a_run_does_not_overwrite_its_input(command, tmp_path, capsys, mode, name):
     assert command(mode=mode) == 0
     file = tmp_path / "out" / name
     before = outputs(tmp_path / "out")
@@ -245,7 +245,7 @@ def test_an_input_that_the_run_would_write_over_survives(command, tmp_path, caps
     assert command(f"--{mode}", file, mode=mode, out="next") == 0
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_a_fit(pipelines, tmp_path, capsys, monkeypatch):
+def test_an_unwritable_folder_is_reported_before_a_fit(pipelines, tmp_path, capsys, monkeypatch):
     nerf_scene(tmp_path / "scene", views=4)
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setattr("nerf.NeRF.fit_loss", lambda *_: pytest.fail("it was fitted"))
@@ -265,14 +265,14 @@ def test_a_folder_that_cannot_be_written_is_said_before_a_fit(pipelines, tmp_pat
     ["--colours", "1e308"], ["--guidance", "1e308"], ["--refine", "100000000"], ["--every", "0"],
     ["--downscale", "1" * 400],
     ["--device", "cuda:99"], ["--device", "toaster"]])
-def test_numbers_that_are_out_of_bounds(flags, capsys):
+def test_numbers_out_of_bounds_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as e:
         run.parse(flags)
     assert e.value.code == 2 and flags[0] in one_line_of(capsys)
 
 
 def one_line_of(capsys):
-    """All that stands on standard error, which is one line."""
+    """The output on stderr, which must be a single line."""
     line, = capsys.readouterr().err.splitlines()
     return line
 
@@ -281,7 +281,7 @@ def one_line_of(capsys):
     (toy.main, ["--seed", "x"]), (svg_raster.main, ["a.svg", "--size", "x", "--out", "b"]), (bench_main, ["no-such"]),
     (bench_main, ["svg-batch", "--seed", "x"]), (run.main, ["--no-such"]),
     (run.main, ["--mode", "svg", "--loss", "drfs"])])
-def test_every_command_line_that_is_wrong_gets_one_line(main, flags, capsys):
+def test_a_bad_command_line_is_reported_in_one_line(main, flags, capsys):
     with pytest.raises(SystemExit) as e:
         main(flags)
     assert e.value.code == 2 and "error: " in one_line_of(capsys)
@@ -290,11 +290,11 @@ def test_every_command_line_that_is_wrong_gets_one_line(main, flags, capsys):
 @pytest.mark.parametrize("flags, mode", [([], "svg"), (["--svg", "a"], "svg"), (["--image", "a"], "image"),
                                          (["--image=a"], "image"), (["--scene", "a"], "nerf"),
                                          (["--mode", "splat", "--scene", "a"], "splat")])
-def test_the_flag_of_the_file_means_a_mode(flags, mode):
+def test_the_flag_of_the_file_implies_the_mode(flags, mode):
     assert run.parse(flags).mode == mode
 
 
-def test_a_schedule_that_ends_in_zero_and_prompts_that_are_the_same(command, tmp_path, capsys):
+def test_a_schedule_that_ends_in_zero_is_refused_and_equal_prompts_warn(command, tmp_path, capsys):
     args = run.parse(["--t-max", "1"])
     prior = types.SimpleNamespace(size=16, multiple=4, defaults={"guidance": {"pds": 1}})
     prior.abar = torch.linspace(0.99, 0, 1000, dtype=torch.float64)
@@ -305,7 +305,7 @@ def test_a_schedule_that_ends_in_zero_and_prompts_that_are_the_same(command, tmp
     assert "warning: --source and --target are the same" in capsys.readouterr().err
 
 
-def test_messages_of_libraries_are_one_line(capsys):
+def test_errors_of_libraries_are_reported_in_one_line(capsys):
     def raises(error):
         def call():
             raise error
@@ -317,25 +317,25 @@ def test_messages_of_libraries_are_one_line(capsys):
     with pytest.raises(RuntimeError, match="a fault"):
         exit_code("x", raises(RuntimeError("a fault of the program")))
     assert exit_code("x", raises(KeyboardInterrupt())) == 130
-    assert exit_code("x", raises(KeyboardInterrupt("told"))) == 130
+    assert exit_code("x", raises(KeyboardInterrupt("hint"))) == 130
     first, second, third, fourth, *rest = capsys.readouterr().err.splitlines()
     assert [first, second, third] == ["x: error: first second", "x: error: OSError", "x: error: MemoryError"]
     assert fourth.startswith("x: error: ") and "allocate memory" in fourth
-    assert rest == ["x: interrupted", "x: interrupted: told"]
+    assert rest == ["x: interrupted", "x: interrupted: hint"]
     assert len(one_line("y" * 10 ** 5)) < 600
 
 
-def test_ctrl_c_while_it_starts_is_one_line(tmp_path):
+def test_ctrl_c_during_startup_is_reported_in_one_line(tmp_path):
     for seconds in (0.4, 1.2):
         process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), "--out", str(tmp_path / "out")], cwd=tmp_path,
                                    stderr=subprocess.PIPE, text=True)
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
-        told = process.communicate(timeout=60)[1]
-        assert process.returncode == 130 and told.splitlines() == ["run.py: interrupted"]
+        printed = process.communicate(timeout=60)[1]
+        assert process.returncode == 130 and printed.splitlines() == ["run.py: interrupted"]
 
 
-def test_without_a_terminal_progress_is_a_line_now_and_then(capsys):
+def test_without_a_terminal_progress_is_an_occasional_line(capsys):
     with progress(total=3000, desc="fit", unit="step") as bar:
         for _ in range(3000):
             bar.update()
@@ -345,7 +345,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(capsys):
 
 # ---- pictures, fuzz, kills ----------------------------------------------------------------------------
 
-def test_pictures_of_a_run_are_upright_grey_and_bounded(command, tmp_path, capsys):
+def test_a_run_turns_converts_and_bounds_its_pictures(command, tmp_path, capsys):
     shape = Image.new("RGB", (40, 40), "white")
     shape.paste("red", (0, 0, 40, 12))
     shape.save(tmp_path / "plain.png")
@@ -366,7 +366,7 @@ def test_pictures_of_a_run_are_upright_grey_and_bounded(command, tmp_path, capsy
 
 
 @pytest.mark.parametrize("kind", fuzz_scenes.COUNTS)
-def test_a_sample_of_the_fuzzer(tmp_path, kind):
+def test_a_sample_of_fuzzed_inputs_passes(tmp_path, kind):
     for case in range({"scenes": 12, "colmap": 12, "ply": 12, "pictures": 20, "settings": 8}[kind]):
         end, seconds, _ = fuzz_scenes.run_case(kind, case, 1, tmp_path)
         assert end in ("read", "refused"), (case, end)
