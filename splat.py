@@ -66,9 +66,9 @@ def project(means, log_scales, quaternions, camera, near):
     axes = (world @ rotations(quaternions).view(3, -1)).view(3, 3, -1) * log_scales.T.exp()  # [camera's, own axis, N]
     du, dv = fx / z * (axes[0] - x * axes[2]), fy / z * (axes[1] - y * axes[2])  # [3,N]
     cov = torch.stack(((du * du).sum(0) + WIDENED, (du * dv).sum(0), (dv * dv).sum(0) + WIDENED))
-    # the determinant without the filter, as a sum of squares (Cauchy and Binet): a difference would cancel
-    plain = (du * dv.roll(1, 0) - dv * du.roll(1, 0)).square().sum(0)
-    return uv, depth, cov, (plain / (cov[0] * cov[2] - cov[1] * cov[1])).clamp_min(FAINTEST).sqrt()
+    # the determinant without the filter, as a sum of squares (Cauchy and Binet), and with it: differences would cancel
+    plain = (du * dv.roll(1, 0) - dv * du.roll(1, 0)).square().sum(0).clamp_max(1e37)
+    return uv, depth, cov, (plain / (plain + WIDENED * (cov[0] + cov[2] - WIDENED))).clamp_min(FAINTEST).sqrt()
 
 
 def rotations(quaternions):

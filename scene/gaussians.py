@@ -20,7 +20,8 @@ from scene.ply import read_vertices
 from scene.representation import SH_DC, spherical_harmonics
 
 ATTRIBUTES = ("means", "log_scales", "quaternions", "opacities", "sh_dc", "sh_rest")
-LARGEST = (1e8, 40, 1e8, 1e4, 1e6, 1e6)  # magnitudes of these: squares and products of larger ones overflow
+LARGEST = (FARTHEST, 40, 1e8, 1e4, 1e6, 1e6)  # magnitudes of these: squares and products of larger ones overflow
+WIDEST = math.log(FARTHEST)  # of the log scales; -40 is flat and can be drawn
 FLAT, SURE = -30.0, 20.0  # in the place of a log scale of -inf and of an opacity of +-inf, a logit
 FITTED = "opacities without compensation of the low-pass filter"  # comment in files of own fits, see splat.Splats
 PARSED = "dataparser_transforms.json"  # nerfstudio's, see in_parsed
@@ -46,10 +47,11 @@ def usable(path, values):
             raise SceneError(message)
         warnings.warn(one_line(f"{message}: they are left out"), stacklevel=3)
         values, largest = [v[fine] for v in values], largest[:, fine]
-    for name, most, figures in zip(ATTRIBUTES, LARGEST, largest, strict=True):
+    widest = values[1].amax(1)
+    for name, most, figures in (*zip(ATTRIBUTES, LARGEST, largest, strict=True), ("log_scales", WIDEST, widest)):
         if (figures > most).any():
             raise SceneError(f"{path}: {int((figures > most).sum())} of its {count} Gaussians are too large: {name} of "
-                             f"up to {figures.max():.3g}, {most:g} can be drawn")
+                             f"up to {figures.max():.3g}, {most:.3g} can be drawn")
     return values
 
 

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from files.checkpoint import CheckpointError
 from scene.cameras import Camera, around, turntable
 from scene.captures import SceneError
+from scene.gaussians import FILES, SPLAT
 from scene.photographs import View
 from scene.ply import read_points
 from scene.reading import load_scene
@@ -369,6 +370,14 @@ def splat_text(splats, change=None, line="\n"):
     return line.join([*head, "end_header", *(" ".join(f"{x:.9g}" for x in row) for row in table), ""]).encode()
 
 
+def splat_bytes(splats, name, value):
+    """A .splat in which the first number `name` of the first Gaussian has another value."""
+    values = [getattr(splats, key).detach() for key in ATTRIBUTES]
+    table = np.frombuffer(bytearray(FILES[".splat"][1](*values, (0, 0, 0), ())), SPLAT)
+    table[name][0, 0] = value
+    return table.tobytes()
+
+
 def equal(splats, other):
     """Whether two Splats have the same tensors."""
     pairs = zip(splats.state_dict().values(), other.state_dict().values(), strict=True)
@@ -402,6 +411,10 @@ def test_ply_attributes_are_found_by_name(nerf_sphere, tmp_path):
     ("a.ply", lambda s: splat_text(s, change={"x": 3e38}), "a.ply: 30 of its 30 Gaussians are too large: means"),
     ("a.ply", lambda s: splat_text(s, change={"x": 1e300}), "a.ply: 30 of its 30 Gaussians are not finite"),
     ("a.ply", lambda s: splat_text(s, change={"scale_1": 88}), "30 of its 30 Gaussians are too large: log_scales"),
+    ("a.ply", lambda s: splat_text(s, change={"scale_1": 17}), "large: log_scales of up to 17, 16.1 can be drawn"),
+    ("a.ply", lambda s: splat_text(s, change={"z": -2e7}), "are too large: means of up to 2e+07, 1e+07 can be drawn"),
+    ("a.splat", lambda s: splat_bytes(s, "scale", 1.8e10), "a.splat: 1 of its 30 Gaussians are too large: log_scales"),
+    ("a.splat", lambda s: splat_bytes(s, "mean", 1e8), "a.splat: 1 of its 30 Gaussians are too large: means of up to"),
     ("a.ply", lambda s: splat_text(s)[:-400], "a.ply: is truncated"),
     ("a.ply", lambda s: splat_text(s).replace(b"element vertex 30", b"element vertex 0"), "a.ply: holds no Gaussian"),
     ("a.ply", lambda s: splat_ply(s).replace(b"vertex 30", b"vertex " + b"9" * 30), "a.ply: is truncated"),
@@ -513,6 +526,21 @@ def test_the_compensated_opacity_has_the_right_gradient(tmp_path):
             with torch.no_grad():
                 slope = (loss(start + step) - loss(start - step)).item() / 2e-6
             assert splats.log_scales.grad[i, axis].item() == pytest.approx(slope, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("widths", [(1, 1, 1), (1, 1, -3), (1, -3, -3), (1, 0.5, -3)])
+def test_a_gaussian_wider_than_the_picture_keeps_its_opacity(tmp_path, widths):
+    """The ratio of determinants in float32 against float64, from a pixel up to the widest that is read."""
+    for log in (-3, 0, 6, 12, 16):
+        table = columns(20) | {f"scale_{i}": np.full(20, log * w if w > 0 else w) for i, w in enumerate(widths)}
+        splats = loaded(tmp_path / "a.ply", table, size=16)
+        camera = splats.camera(0)
+        plain, exact = (project(s.means, s.log_scales, s.quaternions, camera, s.near)[3]
+                        for s in (splats, copy.deepcopy(splats).double()))
+        assert_close(plain.double(), exact, atol=1e-4, rtol=1e-4)
+        picture = splats.render(camera)
+        picture.sum().backward()
+        assert all(torch.isfinite(x).all() for x in (picture, splats.means.grad, splats.log_scales.grad))
 
 
 def test_comments_are_kept(tmp_path):
