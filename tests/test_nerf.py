@@ -30,7 +30,7 @@ def nerf_fitted(nerf_sphere):
 
 @pytest.fixture(scope="module")
 def capture(tmp_path_factory):
-    """A fit to photographs without alpha: the sphere on tiles under a sky."""
+    """A fit to photographs without alpha: the sphere above a tiled ground, under a sky."""
     folder = nerf_scene(tmp_path_factory.mktemp("capture"), split=False, aabb_scale=2)
     scene = load_scene(folder)
     for view in scene.train + scene.test:
@@ -47,7 +47,7 @@ def capture(tmp_path_factory):
 
 
 def learn(nerf, wanted, steps):
-    """Steps of Adam towards pictures [1,3,24,24], one for each training view."""
+    """Take steps of Adam towards pictures [1,3,24,24], one for each training view."""
     optimiser, generator = torch.optim.Adam(nerf.param_groups(1e-2)), torch.Generator().manual_seed(0)
     for _ in range(steps):
         view = nerf.sample_view(generator)
@@ -58,14 +58,14 @@ def learn(nerf, wanted, steps):
 
 
 class Identity(torch.nn.Module):
-    """In the place of a hash grid: a field of the coordinates themselves."""
+    """A stand-in for the hash grid whose features are the coordinates."""
 
     def forward(self, x, known=None):
         return x
 
 
 class SolidBall(NeRF):
-    """A field in closed form: an opaque ball of a given colour in the middle of the box."""
+    """A closed-form field: an opaque ball of a given colour in the centre of the box."""
     radius = 0.8
 
     @classmethod
@@ -87,8 +87,8 @@ class SolidBall(NeRF):
 
 # ---- the hash grid ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("size", [2 ** 4, 2 ** 12])  # all but the first level hashed; all levels dense
-def test_grid_against_a_loop_over_corners(size):
+@pytest.mark.parametrize("size", [2 ** 4, 2 ** 12])  # with all but the first level hashed, and with all levels dense
+def test_the_grid_matches_a_loop_over_corners(size):
     torch.manual_seed(0)
     grid = HashGrid(3, size, 1, 9).double()
     grid.table.data.normal_()
@@ -109,7 +109,7 @@ def test_grid_against_a_loop_over_corners(size):
             assert_close(out[[level, 3 + level], n], wanted)
 
 
-def test_grid_gradcheck_and_known_features():
+def test_the_grid_has_known_features_and_gradients():
     torch.manual_seed(0)
     grid = HashGrid(2, 2 ** 5, 2, 6).double()
     x = torch.rand(3, 11, dtype=torch.float64)
@@ -123,7 +123,7 @@ def test_grid_gradcheck_and_known_features():
     assert torch.equal(once, grid.table.grad)
 
 
-def test_grid_at_the_upper_face_and_without_points():
+def test_the_grid_handles_the_upper_face_and_no_points():
     grid = HashGrid(2, 2 ** 10, 2, 4)
     grid.table.data.fill_(1.0)
     assert_close(grid(torch.ones(3, 2)), torch.ones(4, 2))
@@ -135,7 +135,7 @@ def test_grid_at_the_upper_face_and_without_points():
 
 # ---- volume rendering ----------------------------------------------------------------------------------------
 
-def test_volume_weights_against_a_loop():
+def test_volume_weights_match_a_loop():
     torch.manual_seed(0)
     ray = torch.tensor([0, 0, 0, 2, 2, 5])  # rays 1, 3 and 4 have no samples
     tau = torch.rand(6, dtype=torch.float64, requires_grad=True)
@@ -161,7 +161,7 @@ def test_volume_weights_keep_their_precision_behind_many_opaque_rays():
 
 
 @pytest.mark.parametrize("bounded", [True, False])
-def test_the_size_of_a_batch_changes_nothing(bounded, nerf_fitted, capture, monkeypatch):
+def test_the_batch_size_does_not_change_the_samples(bounded, nerf_fitted, capture, monkeypatch):
     nerf = nerf_fitted if bounded else capture
     rays = [rays[:, :100] for rays in nerf.camera(0, 16).rays()]
     whole = nerf.find(*rays, 0.3)
@@ -173,7 +173,7 @@ def test_the_size_of_a_batch_changes_nothing(bounded, nerf_fitted, capture, monk
             assert_close(a, b)
 
 
-def test_a_ball_covers_its_area_and_lies_at_its_depth(nerf_sphere):
+def test_a_ball_has_its_known_area_and_depth(nerf_sphere):
     ball = SolidBall.of(nerf_sphere)
     camera = ball.camera(0, 64)
     with torch.no_grad():
@@ -188,16 +188,16 @@ def test_a_ball_covers_its_area_and_lies_at_its_depth(nerf_sphere):
     assert (depth_picture(depth)[0, :, 32, 32] > 0.9).all()
 
 
-def test_a_ball_lies_where_the_photographs_show_it(nerf_sphere):
+def test_a_ball_is_rendered_where_the_photographs_show_it(nerf_sphere):
     ball = SolidBall.of(nerf_sphere)
     for view in (0, 4):
         with torch.no_grad():
-            drawn = (ball.render(view, 48) < 0.9).any(1)
+            rendered = (ball.render(view, 48) < 0.9).any(1)
         shown = (ball.photograph(view, 48) < 0.9).any(1)
-        assert (drawn != shown).float().mean() < 0.05
+        assert (rendered != shown).float().mean() < 0.05
 
 
-def test_hull_holds_the_object_and_little_else(nerf_sphere):
+def test_the_hull_contains_the_object_and_little_else(nerf_sphere):
     nerf = NeRF(nerf_sphere, **NERF_SIZES)
     place = (cell_points(torch.arange(64 ** 3), 64) * 2 - 1) * nerf_sphere.half + nerf_sphere.centre[:, None]
     ball = place.norm(dim=0) < 0.8
@@ -207,7 +207,7 @@ def test_hull_holds_the_object_and_little_else(nerf_sphere):
 
 # ---- gradients of pictures ----------------------------------------------------------------------------
 
-def test_deferred_gradients_equal_direct_ones(nerf_fitted, monkeypatch):
+def test_deferred_gradients_equal_direct_gradients(nerf_fitted, monkeypatch):
     nerf = copy.deepcopy(nerf_fitted)
     weighting = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -223,7 +223,7 @@ def test_deferred_gradients_equal_direct_ones(nerf_fitted, monkeypatch):
     assert direct.norm() > 0
 
 
-def test_deferred_gradients_find_no_samples_a_second_time(capture, monkeypatch):
+def test_deferred_gradients_search_for_samples_only_once(capture, monkeypatch):
     nerf, find, calls = copy.deepcopy(capture), NeRF.find, []
 
     def counted(*args, **options):
@@ -246,7 +246,7 @@ def test_deferred_gradients_find_no_samples_a_second_time(capture, monkeypatch):
     assert (direct - deferred).norm() <= 1e-5 * direct.norm()
 
 
-def test_deferred_gradients_keep_the_occupancy_they_were_drawn_with(nerf_fitted, monkeypatch):
+def test_deferred_gradients_use_the_occupancy_of_the_forward_pass(nerf_fitted, monkeypatch):
     monkeypatch.setattr(NeRF, "chunk", 100)
     nerf = copy.deepcopy(nerf_fitted)
     (wanted,) = torch.autograd.grad(nerf.render(1, 32).sum(), [nerf.rgb_out])
@@ -256,7 +256,7 @@ def test_deferred_gradients_keep_the_occupancy_they_were_drawn_with(nerf_fitted,
     assert not nerf.occupied.any()
 
 
-def test_deferred_gradients_of_changed_parameters_raise(nerf_fitted, monkeypatch):
+def test_deferred_gradients_raise_if_parameters_have_changed(nerf_fitted, monkeypatch):
     monkeypatch.setattr(NeRF, "chunk", 100)
     nerf = copy.deepcopy(nerf_fitted)
     picture = nerf.render(1, 32)
@@ -267,7 +267,7 @@ def test_deferred_gradients_of_changed_parameters_raise(nerf_fitted, monkeypatch
 
 
 @pytest.mark.parametrize("chunk", [50, 10 ** 6])
-def test_nothing_to_see_is_the_background(nerf_sphere, monkeypatch, chunk):
+def test_an_empty_scene_is_the_background(nerf_sphere, monkeypatch, chunk):
     monkeypatch.setattr(NeRF, "chunk", chunk)
     nerf = NeRF(nerf_sphere, **NERF_SIZES)
     nerf.occupied = torch.zeros_like(nerf.occupied)
@@ -289,7 +289,7 @@ def test_render_has_no_side_effects(nerf_fitted):
 
 
 def test_an_edit_can_grow_geometry(nerf_fitted):
-    """Towards pictures of a larger ball: what is added lies outside of all that was occupied."""
+    """Learn pictures of a larger ball, whose added shell lies outside the cells that were occupied."""
     nerf, scene = copy.deepcopy(nerf_fitted), nerf_fitted.scene
     larger = SolidBall.of(scene)
     larger.radius = 0.95
@@ -305,7 +305,7 @@ def test_an_edit_can_grow_geometry(nerf_fitted):
 # ---- edits of captures ---------------------------------------------------------------------------------
 
 class Cells(NeRF):
-    """A field in closed form: sigma 100 in one cell of the occupancy, a haze of 3 in another, nothing elsewhere."""
+    """A closed-form field: sigma is 100 in one cell of the occupancy, a haze of 3 in another, 0 elsewhere."""
     SOLID, HAZE = (40, 30, 20), (10, 30, 20)
 
     @classmethod
@@ -321,7 +321,7 @@ class Cells(NeRF):
         return 100.0 * solid + 3.0 * haze, None
 
 
-def test_an_edit_looks_around_what_is_opaque(capture, nerf_sphere):
+def test_an_edit_of_a_capture_samples_around_opaque_cells_alone(capture, nerf_sphere):
     def occupied(scene):
         cells = Cells.of(scene)
         cells.occupied.fill_(True)
@@ -336,7 +336,7 @@ def test_an_edit_looks_around_what_is_opaque(capture, nerf_sphere):
 
 
 def test_an_edit_of_a_capture_changes_its_geometry(capture):
-    """Towards pictures of a larger ball of one colour in front of the same surroundings."""
+    """Learn pictures of a larger ball of one colour in front of the same surroundings."""
     nerf, larger, wanted = copy.deepcopy(capture), SolidBall.of(capture.scene), []
     larger.radius = 1.3
     with torch.no_grad():
@@ -356,16 +356,16 @@ def test_an_edit_of_a_capture_changes_its_geometry(capture):
 
 # ---- the fit and its files ----------------------------------------------------------------------------
 
-def test_fit_reaches_the_test_views(nerf_fitted):
+def test_a_fit_reproduces_the_test_views(nerf_fitted):
     psnr, views = evaluate(nerf_fitted, nerf_fitted.scene)
     assert views == 3 and psnr > 22 and nerf_fitted.fitted["steps"] == 300
 
 
-def test_fit_of_a_capture_without_alpha(capture):
+def test_a_capture_without_alpha_is_fitted(capture):
     scene, nerf = capture.scene, copy.deepcopy(capture)
     assert not scene.bounded and len(scene.test) == 2 and len(scene.train) == 10
     views = [(nerf.render(i, 24).detach() - nerf.photograph(i, 24)).square().mean() for i in range(10)]
-    assert sum(views) / 10 < 0.01  # so few views say little about depth: training views only
+    assert sum(views) / 10 < 0.01  # so few views hardly determine depth, so only training views are compared
     nerf.render(0, 24).sum().backward()
     assert nerf.sky_out.grad.abs().sum() > 0
 
@@ -394,7 +394,7 @@ def test_a_killed_fit_resumes_bit_identically(nerf_sphere, tmp_path, monkeypatch
     assert len(calls) == 121 and torch.equal(cached.grid.table, whole.grid.table)
 
 
-def test_checkpoints_that_are_refused(nerf_fitted, nerf_sphere, tmp_path):
+def test_unsuitable_checkpoints_are_refused(nerf_fitted, nerf_sphere, tmp_path):
     other = load_scene(nerf_scene(tmp_path / "other", views=4, radius=0.5))
     saved, fitted = tmp_path / "nerf.safetensors", tmp_path / "fit.pt"
     nerf_fitted.save(saved)
@@ -414,7 +414,7 @@ def test_checkpoints_that_are_refused(nerf_fitted, nerf_sphere, tmp_path):
                 nerf_sphere, steps=2, checkpoint=fitted, progress=False, **NERF_SIZES)
 
 
-def test_saved_copied_and_restored_nerfs_draw_the_same(nerf_fitted, tmp_path):
+def test_saved_copied_and_restored_nerfs_render_the_same(nerf_fitted, tmp_path):
     nerf_fitted.save(tmp_path / "a.safetensors")
     loaded = NeRF.load(tmp_path / "a.safetensors", nerf_fitted.scene)
     twin = copy.deepcopy(nerf_fitted)
@@ -426,7 +426,7 @@ def test_saved_copied_and_restored_nerfs_draw_the_same(nerf_fitted, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_a_dataset_starts_as_the_renders_and_pictures_can_be_replaced(nerf_fitted):
+def test_a_dataset_starts_with_the_renders_and_its_pictures_can_be_replaced(nerf_fitted):
     nerf, generator = copy.deepcopy(nerf_fitted), torch.Generator().manual_seed(0)
     dataset = nerf.dataset(16, nerf.render)
     assert nerf.data_loss(dataset, generator).item() < 1e-3  # nothing to fit yet
@@ -438,7 +438,7 @@ def test_a_dataset_starts_as_the_renders_and_pictures_can_be_replaced(nerf_fitte
     assert nerf.data_loss(dataset, generator).item() > 1e-3
 
 
-def test_levels_finer_than_the_pictures_keep_what_they_have(nerf_fitted):
+def test_levels_finer_than_the_pictures_get_no_gradient(nerf_fitted):
     nerf = copy.deepcopy(nerf_fitted)
     grads = {}
     for size in (8, 10 ** 6):
@@ -447,17 +447,17 @@ def test_levels_finer_than_the_pictures_keep_what_they_have(nerf_fitted):
         nerf.render(0, 16).square().mean().backward()
         grads[size] = [nerf.grid.table.grad[a:b].clone() for a, b in itertools.pairwise(nerf.grid.start)]
     coarse = [cells <= 2 * nerf.camera(None, 8).lens[0] / nerf.distance for cells in nerf.grid.cells]
-    coarse[0] = True  # one level always goes on
+    coarse[0] = True  # the coarsest level always learns
     assert not all(coarse)
     for learns, some, all_ in zip(coarse, grads[8], grads[10 ** 6], strict=True):
         assert_close(some, all_ if learns else torch.zeros_like(all_))
         assert all_.any()
 
 
-def test_shifted_pixels_are_seen_from_the_same_place(nerf_fitted):
+def test_shifting_the_pixels_does_not_move_the_camera(nerf_fitted):
     camera = nerf_fitted.camera(0, 16)
     moved = camera.shifted(1, 2).directions().view(3, 16, 16)
     assert_close(moved[:, :-2, :-1], camera.directions().view(3, 16, 16)[:, 2:, 1:])
     with torch.no_grad():
         assert_close(nerf_fitted.render(camera.shifted(1, 2))[..., :-2, :-1], nerf_fitted.render(camera)[..., 2:, 1:],
-                     rtol=0, atol=0.02)  # other points of the rays are sampled
+                     rtol=0, atol=0.02)  # the samples lie at other points of the rays

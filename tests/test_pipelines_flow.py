@@ -200,10 +200,10 @@ def test_noise_levels_match_the_scheduler_of_diffusers():
 
 
 def pack(x):
-    """FLUX's tokens of a latent [1,C,h,w], [1,h/2 w/2,4 C], and their places [h/2 w/2,3]."""
-    places = [(i, j) for i in range(x.shape[2] // 2) for j in range(x.shape[3] // 2)]
-    tokens = [x[0, :, 2 * i:2 * i + 2, 2 * j:2 * j + 2].flatten() for i, j in places]
-    return torch.stack(tokens)[None], torch.tensor([(0.0, i, j) for i, j in places])
+    """FLUX's tokens [1,h/2 w/2,4 C] of a latent [1,C,h,w], and their positions [h/2 w/2,3]."""
+    positions = [(i, j) for i in range(x.shape[2] // 2) for j in range(x.shape[3] // 2)]
+    tokens = [x[0, :, 2 * i:2 * i + 2, 2 * j:2 * j + 2].flatten() for i, j in positions]
+    return torch.stack(tokens)[None], torch.tensor([(0.0, i, j) for i, j in positions])
 
 
 def unpack(tokens, like):
@@ -222,10 +222,10 @@ def by_hand(prior, kind, x_t, t, y, guidance=None):
             v = prior.network.module(x, timestep=1000 * sigma, encoder_hidden_states=y[0],
                                      pooled_projections=y[1]).sample
         else:
-            tokens, places = pack(x)
+            tokens, positions = pack(x)
             guides = torch.tensor([guidance]) if kind == "flux" else None
             out = prior.network.module(tokens, timestep=sigma, encoder_hidden_states=y[0], pooled_projections=y[1],
-                                       img_ids=places, txt_ids=torch.zeros(y[0].shape[1], 3), guidance=guides).sample
+                                       img_ids=positions, txt_ids=torch.zeros(y[0].shape[1], 3), guidance=guides).sample
             v = unpack(out, x)
     return x + (1 - sigma) * v
 
