@@ -1,4 +1,4 @@
-"""colmap.py: COLMAP's models, text and binary, as scenes: cameras, points, what is damaged or cannot be drawn."""
+"""scene/colmap.py: COLMAP's text and binary models as scenes: cameras, points, damaged and unsupported models."""
 import json
 import math
 import struct
@@ -30,7 +30,7 @@ AS_KEYS = {"PINHOLE": (30, 31, 12.5, 11, 0, 0, 0, 0, 0, 0), "SIMPLE_PINHOLE": (3
 
 
 def quaternion(rotation):
-    """wxyz of a rotation [3,3]: the axis by its antisymmetric part, the half angle by its trace."""
+    """wxyz of a rotation [3,3]: the axis from its antisymmetric part, the half angle from its trace."""
     cosine = (np.trace(rotation) - 1) / 2
     axis = np.array([rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]])
     angle = math.atan2(np.linalg.norm(axis) / 2, cosine)
@@ -38,7 +38,7 @@ def quaternion(rotation):
 
 
 def write_model(place, end, cameras, images, points=None):
-    """A model in the folder `place`. cameras: (number, model, width, height, parameters); images: (number, quaternion,
+    """Write a model to a folder. cameras: (number, model, width, height, parameters); images: (number, quaternion,
     translation, camera, name); points: (position, colour, error, length of its track)."""
     place.mkdir(parents=True, exist_ok=True)
     files = {}
@@ -67,7 +67,7 @@ def write_model(place, end, cameras, images, points=None):
 
 
 def ball_points(count=300, seed=0):
-    """Points of the ball of nerf_scene, whose colour is their normal."""
+    """Points on the ball of nerf_scene, coloured by their normals."""
     normal = np.random.default_rng(seed).normal(size=(count, 3))
     normal /= np.linalg.norm(normal, axis=1, keepdims=True)
     return [(tuple(0.8 * n), tuple(int(c) for c in np.round(255 * (n / 2 + 0.5))), 0.5, 4) for n in normal]
@@ -75,7 +75,7 @@ def ball_points(count=300, seed=0):
 
 def colmap_scene(folder, end="txt", model="PINHOLE", turn=None, points=None, place="sparse/0", pictures="images",
                  **options):
-    """The ball of nerf_scene as a COLMAP model: the pictures in `pictures`, the world turned by `turn` [3,3]."""
+    """Write nerf_scene's ball as a COLMAP model, pictures in `pictures`, the world turned by `turn` [3,3]."""
     nerf_scene(folder, split=False, **{"alpha": False, "views": 10} | options)
     file = json.loads((folder / "transforms.json").read_text())
     (folder / "train").rename(folder / pictures)
@@ -101,7 +101,7 @@ TURN = np.array([[0.36, 0.48, -0.8], [-0.8, 0.6, 0], [0.48, 0.64, 0.6]])
     ("txt", "sparse/0", "PINHOLE"), ("bin", "sparse/0", "PINHOLE"), ("bin", "sparse", "SIMPLE_PINHOLE"),
     ("txt", ".", "RADIAL"), ("bin", "colmap/sparse/0", "SIMPLE_RADIAL"), ("bin", "sparse/0", "OPENCV"),
     ("txt", "sparse/0", "OPENCV")])
-def test_a_model_has_the_cameras_of_the_transforms(tmp_path, end, place, model):
+def test_a_model_has_the_cameras_of_the_same_transforms_file(tmp_path, end, place, model):
     names = ("fl_x", "fl_y", "cx", "cy", "k1", "k2", "k3", "k4", "p1", "p2")
     keys = dict(zip(names, AS_KEYS[model], strict=True))
     wanted = load_scene(nerf_scene(tmp_path / "a", views=10, alpha=False, split=False, **keys))
@@ -117,11 +117,11 @@ def test_a_model_has_the_cameras_of_the_transforms(tmp_path, end, place, model):
     assert_close(scene.centre, wanted.centre, atol=1e-5, rtol=0)
     assert scene.points.shape == scene.colours.shape == (300, 3)
     assert_close(scene.colours, scene.points / 1.6 + 0.5, atol=3e-3, rtol=0)
-    # the box holds the points, and ends where they do
+    # the box just contains the points
     assert 0.8 <= scene.half + (scene.centre.abs().max() + 0.05) and scene.half < 1.1 < wanted.half
 
 
-def test_names_are_sorted_with_folders_blanks_and_capitals_in_them(tmp_path):
+def test_names_with_folders_blanks_and_capitals_are_sorted(tmp_path):
     folder = colmap_scene(tmp_path, "txt")
     text = (folder / "sparse" / "0" / "images.txt").read_text()
     for i in range(10):
@@ -138,7 +138,7 @@ def test_names_are_sorted_with_folders_blanks_and_capitals_in_them(tmp_path):
     assert found[-1] == folder / "sparse" / "0" / "points3D.txt"
 
 
-def test_cameras_of_their_own_and_reduced_pictures(tmp_path):
+def test_separate_cameras_and_reduced_pictures_are_read(tmp_path):
     folder = colmap_scene(tmp_path, "bin", pictures="photos")
     with pytest.raises(SceneError, match="none of its 10 pictures is there, e.g. .*images/0.png; --images names"):
         load_scene(folder)
@@ -163,8 +163,8 @@ def test_cameras_of_their_own_and_reduced_pictures(tmp_path):
         assert len(load_scene(folder, images="photos").train) == 7
 
 
-def test_a_turned_world_is_the_same_scene(tmp_path):
-    """COLMAP's world has any axes: the views, the box and the turntable turn with it."""
+def test_a_turned_world_gives_the_same_scene(tmp_path):
+    """The axes of COLMAP's world are arbitrary: the views, the box and the turntable turn with it."""
     plain = load_scene(colmap_scene(tmp_path / "plain", points=[]))
     turned = load_scene(colmap_scene(tmp_path / "turned", turn=TURN, points=[]))
     assert plain.points is None and turned.half == pytest.approx(plain.half, rel=1e-5)
@@ -173,7 +173,7 @@ def test_a_turned_world_is_the_same_scene(tmp_path):
     ways = [turntable(Splats.start(scene, 20, 0, torch.Generator().manual_seed(0)), 6, 20) for scene in (plain, turned)]
     for a, b in zip(*ways, strict=True):
         assert_close(turn @ a.pose, b.pose, atol=1e-4, rtol=0)
-        assert a.pose[2, 1] > 0.5  # up is the cameras' own
+        assert a.pose[2, 1] > 0.5  # up is taken from the cameras
 
 
 # ---- points -------------------------------------------------------------------------------------------
@@ -185,13 +185,13 @@ def test_points_of_false_matches_are_dropped(tmp_path, end):
     found, colours = read_points(tmp_path / f"points3D.{end}")
     assert_close(torch.from_numpy(found), torch.tensor([x for x, *_ in points[:200]], dtype=torch.float64))
     assert_close(torch.from_numpy(colours) * 255, torch.tensor([c for _, c, *_ in points[:200]], dtype=torch.float64))
-    write_model(tmp_path, end, [], [], points[-60:])  # too few to choose from
+    write_model(tmp_path, end, [], [], points[-60:])  # too few to select from
     assert len(read_points(tmp_path / f"points3D.{end}")[0]) == 60
-    write_model(tmp_path, end, [], [], [(x, c, -1.0, track) for x, c, _, track in points])  # errors that are not known
+    write_model(tmp_path, end, [], [], [(x, c, -1.0, track) for x, c, _, track in points])  # unknown errors
     assert len(read_points(tmp_path / f"points3D.{end}")[0]) == 201
 
 
-def test_points_that_3dgs_has_left_as_a_ply(tmp_path):
+def test_points_written_by_3dgs_as_a_ply_are_read(tmp_path):
     folder = colmap_scene(tmp_path, points=[])
     lines = ["ply", "format ascii 1.0", "element vertex 300", *(f"property float {a}" for a in "xyz"),
              *(f"property uchar {c}" for c in ("red", "green", "blue")), "end_header"]
@@ -209,13 +209,13 @@ def test_splats_start_on_the_points(tmp_path):
     assert_close(0.5 + 0.28209479 * splats.sh_dc, splats.means / 1.6 + 0.5, atol=3e-3, rtol=0)
     spacing = (4 * math.pi * 0.64 / 200) ** 0.5
     assert 0.5 < splats.log_scales.exp().median() / spacing < 1.2
-    more = Splats.start(scene, 400, 1, torch.Generator().manual_seed(0))  # the rest as without points
+    more = Splats.start(scene, 400, 1, torch.Generator().manual_seed(0))  # the rest are placed as without points
     assert len(more.means) == 400 and (more.means.norm(dim=1) - 0.8).abs().lt(1e-5).sum() == 300
     assert torch.isfinite(more.log_scales).all() and torch.isfinite(more.sh_dc).all()
 
 
-def test_the_ray_traced_capture_of_the_bench_is_a_model(tmp_path):
-    """Its points lie on what its rays meet, and project to the features of the views that see them."""
+def test_the_ray_traced_capture_is_a_consistent_model(tmp_path):
+    """Its points lie on the surfaces that its rays meet, and project to the features of the views that see them."""
     scene = load_scene(write_capture(tmp_path, 9, 150))
     assert len(scene.train) == 7 and len(scene.test) == 2 and not scene.bounded and len(scene.points) > 50
     for view, camera in zip(scene.test, ring(9)[::8], strict=True):
@@ -225,7 +225,7 @@ def test_the_ray_traced_capture_of_the_bench_is_a_model(tmp_path):
         assert (view.picture() - photograph(camera)).abs().max() < 0.51 / 255 + 1e-6
     way = scene.points - ring(9)[0].pose[:, 3]
     met, _, _ = nearest(ring(9)[0].pose[:, 3:].expand(3, len(way)), (way / way.norm(dim=1, keepdim=True)).T)
-    assert ((met - way.norm(dim=1)).abs() < 0.1).float().mean() > 0.5  # the others are hidden here
+    assert ((met - way.norm(dim=1)).abs() < 0.1).float().mean() > 0.5  # the others are occluded in this view
     lines = (tmp_path / "sparse" / "0" / "images.txt").read_text().splitlines()
     points = {line.split()[0]: line.split() for line in (tmp_path / "sparse/0/points3D.txt").read_text().splitlines()}
     for i, features in enumerate(lines[1::2]):
@@ -235,7 +235,7 @@ def test_the_ray_traced_capture_of_the_bench_is_a_model(tmp_path):
             assert [str(i + 1), str(at)] in [track[k:k + 2] for k in range(0, len(track), 2)]
 
 
-# ---- what cannot be used ------------------------------------------------------------------------------
+# ---- unusable models ------------------------------------------------------------------------------
 
 def text(name, change):
     def damage(folder):
@@ -245,7 +245,7 @@ def text(name, change):
 
 
 def row(line, word, value):
-    """A change of a text: another word in its line with this number."""
+    """A function that replaces a word in a numbered line of a text."""
     def change(whole):
         lines = whole.split("\n")
         words = lines[line].split(" ")
@@ -279,7 +279,7 @@ def row(line, word, value):
     (lambda p: (p / "images" / "4.png").write_bytes(b"x"), "4.png: no readable picture"),
     (lambda p: Image.new("RGB", (30, 20)).save(p / "images" / "4.png"), "image 5 is 30 x 20 pixels, the file says 24"),
 ])
-def test_damaged_models_are_one_line(tmp_path, damage, message):
+def test_damaged_models_are_reported_in_one_line(tmp_path, damage, message):
     folder = colmap_scene(tmp_path)
     damage(folder)
     with pytest.raises(SceneError) as error:
@@ -288,7 +288,7 @@ def test_damaged_models_are_one_line(tmp_path, damage, message):
 
 
 @pytest.mark.parametrize("name", ["cameras", "images", "points3D"])
-def test_binary_files_that_are_cut_short_or_go_on(tmp_path, name):
+def test_truncated_and_overlong_binary_files_are_refused(tmp_path, name):
     folder = colmap_scene(tmp_path, "bin", points=ball_points(5))
     file = folder / "sparse" / "0" / f"{name}.bin"
     data = file.read_bytes()
@@ -299,14 +299,14 @@ def test_binary_files_that_are_cut_short_or_go_on(tmp_path, name):
     file.write_bytes(data + b"\0")
     with pytest.raises(SceneError, match=f"{name}.bin: is damaged, or not a COLMAP file: 1 bytes are left over"):
         load_scene(folder)
-    file.write_bytes(b"\xff" * 64)  # as many records as there are atoms
+    file.write_bytes(b"\xff" * 64)  # the number of records is astronomical
     with pytest.raises(SceneError, match=f"{name}.bin: "):
         load_scene(folder)
 
 
 @pytest.mark.parametrize("number, model", [(5, "OPENCV_FISHEYE"), (6, "FULL_OPENCV"), (10, "THIN_PRISM_FISHEYE"),
                                            (17, "EQUIRECTANGULAR"), (99, "number 99"), (-1, "number -1")])
-def test_binary_models_that_cannot_be_drawn_are_named(tmp_path, number, model):
+def test_unsupported_cameras_of_binary_models_are_refused_by_name(tmp_path, number, model):
     folder = colmap_scene(tmp_path, "bin")
     file = folder / "sparse" / "0" / "cameras.bin"
     data = file.read_bytes()
@@ -316,14 +316,14 @@ def test_binary_models_that_cannot_be_drawn_are_named(tmp_path, number, model):
 
 
 @pytest.mark.parametrize("name, end", [("points3D", "bin"), ("images", "txt")])
-def test_pointers_to_large_files_are_named(tmp_path, name, end):
+def test_git_lfs_pointers_are_refused_by_name(tmp_path, name, end):
     folder = colmap_scene(tmp_path, end)
     (folder / "sparse" / "0" / f"{name}.{end}").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(SceneError, match=f"{name}.{end}: is a Git LFS pointer, not the file itself: run git lfs pull"):
         load_scene(folder)
 
 
-def test_a_nan_in_a_binary_model(tmp_path):
+def test_a_nan_in_a_binary_model_is_refused(tmp_path):
     folder = colmap_scene(tmp_path, "bin")
     for name, at, message in (("points3D", 16, "points3D.bin: a point that is not finite"),
                               ("images", 12, "images.bin: the pose of image 10, '9.png', is not finite")):
@@ -335,12 +335,12 @@ def test_a_nan_in_a_binary_model(tmp_path):
         file.write_bytes(whole)
 
 
-def test_other_models_and_no_model(tmp_path):
+def test_further_models_warn_and_a_folder_without_one_is_refused(tmp_path):
     folder = colmap_scene(tmp_path, "bin")
     write_model(folder / "sparse" / "1", "bin", [], [])
     with pytest.warns(UserWarning, match="sparse/0: is used; 1 other models are beside it: 1"):
         load_scene(folder)
-    (folder / "transforms.json").write_text("{}")  # what a folder has it means
+    (folder / "transforms.json").write_text("{}")  # a transforms.json takes precedence
     with pytest.raises(SceneError, match="transforms.json: no frames in it"):
         load_scene(folder)
     (tmp_path / "none").mkdir()
@@ -349,10 +349,10 @@ def test_other_models_and_no_model(tmp_path):
         load_scene(tmp_path / "none")
 
 
-# ---- the front door -----------------------------------------------------------------------------------
+# ---- the command line -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mode", ["nerf", "splat"])
-def test_a_model_is_fitted_by_the_command_line(tmp_path, monkeypatch, capsys, mode):
+def test_the_command_line_fits_a_model(tmp_path, monkeypatch, capsys, mode):
     folder = colmap_scene(tmp_path / "ball", "bin", pictures="photos", size=12)
     flags = ["--mode", mode, "--scene", str(folder), "--images", "photos", "--fit-only", "--device", "cpu", "--out",
              str(tmp_path / "out" / "x")]
@@ -363,7 +363,7 @@ def test_a_model_is_fitted_by_the_command_line(tmp_path, monkeypatch, capsys, mo
     assert len(error) == 1 and "none of its 10 pictures is there" in error[0]
 
 
-def test_an_export_has_the_axes_of_the_model(tmp_path):
+def test_an_export_keeps_the_axes_of_the_model(tmp_path):
     scene = load_scene(colmap_scene(tmp_path / "a", turn=TURN))
     splats = Splats.start(scene, 50, 0, torch.Generator().manual_seed(0))
     export(splats, tmp_path / "out", [v.camera for v in scene.train])

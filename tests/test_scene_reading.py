@@ -1,4 +1,4 @@
-"""Cameras, the readers of scenes, the box of interest, ways around a scene and its export, the course of a fit."""
+"""scene/: cameras, reading, the box of interest, camera paths, export; loop/fit.py: the course of a fit."""
 import json
 import math
 import time
@@ -24,11 +24,11 @@ from scene.representation import Representation, evaluate, export, fit_report, m
 
 
 class Ball(Representation):
-    """The ball of `nerf_scene` in closed form: its colour is its normal."""
+    """The ball of `nerf_scene` in closed form, coloured by its normals."""
     radius = 0.8
 
     def meet(self, camera):
-        """Distance [R] along the rays to the ball, whether they meet it [R], and the normals [3,R] there."""
+        """Distance [R] along the rays to the ball, whether they hit it [R], and the normals [3,R] there."""
         rays_o, rays_d = camera.rays()
         along = (rays_o * rays_d).sum(0)
         root = along.square() - rays_o.square().sum(0) + self.radius ** 2
@@ -52,7 +52,7 @@ def ball(nerf_sphere):
 
 # ---- cameras ------------------------------------------------------------------------------------------
 
-def test_directions_follow_opengl_and_invert_opencv():
+def test_directions_have_opengl_axes_and_invert_opencv_distortion():
     lens = torch.tensor([50.0, 60, 32, 24, 0, 0, 0, 0, 0, 0])[:, None]
     d = directions(lens, torch.tensor([32.0, 82]), torch.tensor([24.0, 24]))
     assert_close(d, torch.tensor([[0, 2 ** -0.5], [0, 0], [-1, -2 ** -0.5]]))
@@ -67,7 +67,7 @@ def test_directions_follow_opengl_and_invert_opencv():
     assert_close(60 * (y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y) + 24, v.flatten())
 
 
-def test_square_is_the_central_crop():
+def test_the_square_of_a_camera_is_the_central_crop():
     camera = Camera(torch.eye(4)[:3], (50.0, 50, 33, 25, 0, 0, 0, 0, 0, 0), 64, 48)
     square = camera.square(96)
     full = camera.directions().view(3, 48, 64)
@@ -80,12 +80,12 @@ def test_square_is_the_central_crop():
 @pytest.mark.parametrize("keys, focal", [
     ({"x_fov": 90, "fl_x": 99.0, "camera_angle_x": 1.0}, 12.0), ({"fl_x": 99.0, "camera_angle_x": 1.0}, 99.0),
     ({"camera_angle_x": math.pi / 2}, 12.0), ({"fl_x": 198.0, "w": 48.0, "h": 48.0}, 99.0)])
-def test_focal_precedence(tmp_path, keys, focal):
+def test_focal_lengths_have_an_order_of_precedence(tmp_path, keys, focal):
     scene = load_scene(nerf_scene(tmp_path, views=4, split=False, **keys))
     assert scene.train[0].camera.lens[:2] == pytest.approx((focal, focal))
 
 
-def test_intrinsics_of_frames_downscale_and_missing_frames(tmp_path):
+def test_frames_may_have_own_intrinsics_and_missing_frames_warn(tmp_path):
     folder = nerf_scene(tmp_path, views=10, split=False, fl_x=30.0, fl_y=31.0, cx=11.0, k1=0.1, p2=0.01)
     file = json.loads((folder / "transforms.json").read_text())
     file["frames"][1] |= {"fl_x": 60.0, "cy": 9.0, "k1": 0.2}
@@ -102,7 +102,7 @@ def test_intrinsics_of_frames_downscale_and_missing_frames(tmp_path):
         assert load_scene(folder).fingerprint != scene.fingerprint
 
 
-def test_bounds_hold_the_object_and_honour_aabb_scale(tmp_path):
+def test_the_box_contains_the_object_and_honours_aabb_scale(tmp_path):
     scene = load_scene(nerf_scene(tmp_path / "a"))
     assert scene.centre.norm() < 0.15 and 0.8 < scene.half < 1.4
     capture = load_scene(nerf_scene(tmp_path / "b", alpha=False, split=False))
@@ -113,7 +113,7 @@ def test_bounds_hold_the_object_and_honour_aabb_scale(tmp_path):
 # ---- bad scenes ---------------------------------------------------------------------------------------
 
 def nerf_broken(change, black=False, shape=(24, 24)):
-    """A function that damages frame 1 of a scene's file; beside it stands mask.png, white or black."""
+    """A function that changes a scene's transforms.json and writes a white or black mask.png beside it."""
     def damage(folder):
         file = json.loads((folder / "transforms.json").read_text())
         change(file)
@@ -131,7 +131,7 @@ def nerf_pose(x):
 
 
 def opencv(rows):
-    """A pose with OpenCV's axes in the place of OpenGL's, or the other way round."""
+    """A pose with OpenCV's axes instead of OpenGL's, or the reverse."""
     return [[x, -y, -z, t] for x, y, z, t in rows[:3]] + rows[3:]
 
 
@@ -212,7 +212,7 @@ def opencv(rows):
     (lambda p: (p / "train" / "1.png").write_bytes(b"x"), "1.png: no readable picture"),
     (lambda p: Image.new("RGBA", (30, 20)).save(p / "train" / "1.png"), "1.png: 30 x 20 pixels, those before it have"),
 ])
-def test_bad_scenes_are_one_line(tmp_path, damage, message):
+def test_bad_scenes_are_reported_in_one_line(tmp_path, damage, message):
     folder = nerf_scene(tmp_path, views=4, split=False, alpha="aabb" not in message)
     damage(folder)
     with pytest.raises(SceneError) as error:
@@ -220,15 +220,15 @@ def test_bad_scenes_are_one_line(tmp_path, damage, message):
     assert message in str(error.value) and "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-def test_names_with_line_feeds_are_missing_in_one_line(tmp_path):
+def test_a_missing_name_with_a_line_feed_warns_in_one_line(tmp_path):
     folder = nerf_scene(tmp_path, views=4, split=False)
     nerf_broken(lambda f: f["frames"][1].update(file_path="a\nb.png"))(folder)
-    with pytest.warns(UserWarning, match="1 of 4 pictures are missing, e.g. .*a b.png") as told:
+    with pytest.warns(UserWarning, match="1 of 4 pictures are missing, e.g. .*a b.png") as caught:
         load_scene(folder)
-    assert "\n" not in str(told[0].message)
+    assert "\n" not in str(caught[0].message)
 
 
-def test_the_sum_of_the_pictures_is_bounded(tmp_path, monkeypatch):
+def test_the_total_size_of_the_pictures_is_bounded(tmp_path, monkeypatch):
     folder = nerf_scene(tmp_path, views=4, split=False)
     monkeypatch.setattr("scene.reading.MOST", 4 * 12 * 12)
     with pytest.warns(UserWarning, match="reduced by 2, as by --downscale"):
@@ -237,7 +237,7 @@ def test_the_sum_of_the_pictures_is_bounded(tmp_path, monkeypatch):
     assert scene.fingerprint == load_scene(folder, downscale=2).fingerprint
 
 
-def test_scaled_rotations_and_pictures_stored_on_their_side(tmp_path):
+def test_scaled_rotations_and_exif_rotations_are_normalised(tmp_path):
     folder = nerf_scene(tmp_path, views=4, split=False)
     whole = load_scene(folder)
     file = json.loads((folder / "transforms.json").read_text())
@@ -255,12 +255,12 @@ def test_scaled_rotations_and_pictures_stored_on_their_side(tmp_path):
     turned = load_scene(folder)
     assert turned.train[0].pixels.shape == (20, 24, 4)
     assert torch.equal(turned.train[0].pixels, whole.train[0].pixels[:20])
-    (folder / "transforms.json").write_text(json.dumps(file))  # as it is stored, where no size says otherwise
+    (folder / "transforms.json").write_text(json.dumps(file))  # without a size in the file, as it is stored
     with pytest.warns(UserWarning, match="4 of its pictures say that they are to be turned"):
         assert load_scene(folder).train[0].pixels.shape == (24, 20, 4)
 
 
-def test_the_hull_costs_the_same_for_any_lens_and_size():
+def test_the_hull_takes_bounded_time_for_any_lens_and_size():
     pixels = torch.zeros(24, 400, 4, dtype=torch.uint8)
     pixels[8:16, 190:210] = 255
     for focal, shape in ((4.0, (400, 400)), (14000.0, (24, 400)), (300.0, (2000, 2000))):
@@ -273,12 +273,12 @@ def test_the_hull_costs_the_same_for_any_lens_and_size():
         assert time.process_time() - started < 1
 
 
-def test_the_hull_is_that_of_max_pooling(nerf_sphere):
+def test_the_hull_matches_max_pooling(nerf_sphere):
     views, centre, half, cells = nerf_sphere.train, nerf_sphere.centre, nerf_sphere.half, 24
     alive = torch.ones(cells ** 3, dtype=torch.bool)
     x = (torch.stack([axis.reshape(-1) for axis in torch.meshgrid(*[(torch.arange(cells) + 0.5) / cells * 2 - 1] * 3,
                                                                  indexing="ij")]).flip(0)) * half + centre[:, None]
-    for view in views:  # every pixel that a cell may touch, one cell at a time
+    for view in views:  # a window of all pixels that any cell may touch
         fx, fy, cx, cy, *_ = view.camera.lens
         p = torch.linalg.inv(view.camera.pose[:, :3]) @ (x - view.camera.pose[:, 3:])
         depth = (-p[2]).clamp_min(1e-6)
@@ -292,7 +292,7 @@ def test_the_hull_is_that_of_max_pooling(nerf_sphere):
     assert torch.equal(hull, alive & seen) and 0 < hull.sum() < seen.sum()
 
 
-def test_the_files_of_a_scene(tmp_path):
+def test_scene_files_lists_the_files_of_a_scene(tmp_path):
     folder = nerf_scene(tmp_path / "a")
     (folder / "neighbour.bin").write_bytes(bytes(100))
     found = scene_files(folder)
@@ -300,8 +300,8 @@ def test_the_files_of_a_scene(tmp_path):
     assert folder / "neighbour.bin" not in found and folder / "transforms_test.json" in found
 
 
-def test_object_masks_of_white_and_of_one(tmp_path):
-    """mask_path: white is used, black is not, and a reduced pixel is used where all of it is."""
+def test_object_masks_may_be_white_or_one(tmp_path):
+    """mask_path: white pixels are used, black ones are not, and a reduced pixel is used if all of it is white."""
     folder = nerf_scene(tmp_path, views=4, split=False, alpha=False, mask_path="mask.png")
     used = np.zeros((24, 24), np.uint8)
     used[:, 11:] = 1
@@ -316,32 +316,32 @@ def test_object_masks_of_white_and_of_one(tmp_path):
         prints.add(load_scene(folder).fingerprint)
     assert len(prints) == 1 and whole.fingerprint not in prints
     assert folder / "mask.png" in scene_files(folder) and len(scene_files(folder)) == 6
-    Image.fromarray(used.repeat(2, 0).repeat(2, 1) * 255).save(folder / "mask.png")  # of another size
+    Image.fromarray(used.repeat(2, 0).repeat(2, 1) * 255).save(folder / "mask.png")  # at another size
     assert torch.equal(load_scene(folder).train[0].mask, view.mask)
 
 
-def test_masked_pixels_are_neither_drawn_from_nor_measured_nor_carve(tmp_path):
+def test_masked_pixels_are_not_sampled_measured_or_carved(tmp_path):
     folder = nerf_scene(tmp_path, views=9, split=False, mask_path="mask.png")
     used = np.full((24, 24), 255, np.uint8)
     used[8:20, 4:12] = 0
     Image.fromarray(used).save(folder / "mask.png")
     clean = load_scene(folder)
-    for i in range(9):  # someone walks through the masked part
+    for i in range(9):  # someone walks through the masked region
         rgba = np.array(Image.open(folder / "train" / f"{i}.png"))
         rgba[8:20, 4:12] = (255, 0, 255, 0)
         Image.fromarray(rgba).save(folder / "train" / f"{i}.png")
     scene = load_scene(folder)
     assert evaluate(Ball(scene), scene) == evaluate(Ball(scene), clean)
     pixels = Pixels(scene.train, "cpu")
-    _, _, drawn = pixels(4000, torch.Generator().manual_seed(0))
-    assert not ((drawn[:3] * 255).round().T == torch.tensor([255.0, 0, 255])).all(1).any()
+    _, _, sampled = pixels(4000, torch.Generator().manual_seed(0))
+    assert not ((sampled[:3] * 255).round().T == torch.tensor([255.0, 0, 255])).all(1).any()
     assert len(pixels.used) == len(scene.train) * (24 * 24 - 12 * 8)
     hulls = [visual_hull(s.train, clean.centre, clean.half, 1, 24)[1] for s in (scene, clean)]
     assert torch.equal(*hulls)
     assert torch.equal(scene.centre, clean.centre) and scene.half == clean.half
 
 
-def test_views_whose_mask_is_black_are_left_out(tmp_path):
+def test_views_with_a_black_mask_are_dropped(tmp_path):
     folder = nerf_scene(tmp_path, views=4, split=False)
     Image.new("L", (24, 24)).save(folder / "mask.png")
     nerf_broken(lambda f: f["frames"][1].update(mask_path="mask.png"), black=True)(folder)
@@ -353,7 +353,7 @@ def test_views_whose_mask_is_black_are_left_out(tmp_path):
 @pytest.mark.parametrize("lists, train, test", [
     ({"train": [1, 2], "val": [0], "test": [3]}, [1, 2], [3]), ({"train": [1, 2], "val": [0, 3]}, [1, 2], [0, 3]),
     ({"train": [1, 2]}, [1, 2], [0, 3, 4]), ({"test": [2, 4]}, [0, 1, 3], [2, 4]), ({"val": [2]}, [0, 1, 3, 4], [2])])
-def test_splits_by_name(tmp_path, lists, train, test):
+def test_frames_are_split_by_name(tmp_path, lists, train, test):
     keys = {f"{key}_filenames": [f"./train/{i}.png" for i in numbers] for key, numbers in lists.items()}
     scene = load_scene(nerf_scene(tmp_path, views=5, split=False, **keys))
     assert [v.name for v in scene.train] == [f"train/{i}.png" for i in train]
@@ -368,13 +368,13 @@ def test_a_view_that_is_fitted_is_not_held_out(tmp_path):
     assert [v.name for v in scene.test] == names[4:]
 
 
-def test_paths_of_windows_a_mark_of_utf8_and_names_without_an_ending(tmp_path):
+def test_windows_paths_byte_order_marks_and_missing_suffixes_are_read(tmp_path):
     folder = nerf_scene(tmp_path, views=5, split=False)
     wanted = load_scene(folder).fingerprint
     for i, end in enumerate((".JPG", ".jpeg", ".png", ".PNG", ".webp")):
         picture = Image.open(folder / "train" / f"{i}.png")
         (folder / "train" / f"{i}.png").unlink()
-        picture.save(folder / "train" / f"{i}{end}", "PNG")  # what a file holds tells its format
+        picture.save(folder / "train" / f"{i}{end}", "PNG")  # the content of a file tells its format
     file = json.loads((folder / "transforms.json").read_text())
     for frame in file["frames"]:
         frame["file_path"] = frame["file_path"].replace("/", "\\")[:-4]
@@ -384,7 +384,7 @@ def test_paths_of_windows_a_mark_of_utf8_and_names_without_an_ending(tmp_path):
     assert [p.name for p in scene_files(folder)[1:]] == ["0.JPG", "1.jpeg", "2.png", "3.PNG", "4.webp"]
 
 
-def test_reduced_pictures_of_a_transforms_file(tmp_path):
+def test_reduced_pictures_scale_the_cameras(tmp_path):
     folder = nerf_scene(tmp_path, views=4, split=False, fl_x=30.0, w=24, h=24)
     (folder / "train").rename(folder / "train_4")
     for i in range(4):
@@ -395,7 +395,7 @@ def test_reduced_pictures_of_a_transforms_file(tmp_path):
     assert scene.train[0].camera.lens[:4] == (7.5, 7.5, 3, 3) and scene.train[0].pixels.shape == (6, 6, 4)
 
 
-def test_an_alpha_channel_that_hides_nothing_is_none(tmp_path):
+def test_an_opaque_alpha_channel_is_ignored(tmp_path):
     plain = load_scene(nerf_scene(tmp_path / "rgb", views=6, split=False, alpha=False))
     folder = nerf_scene(tmp_path / "rgba", views=6, split=False, alpha=False)
 
@@ -411,14 +411,14 @@ def test_an_alpha_channel_that_hides_nothing_is_none(tmp_path):
         scene = load_scene(folder)
         assert scene.train[0].pixels.shape[2] == channels and scene.bounded == (channels == 4)
         assert (scene.fingerprint == plain.fingerprint) == (channels == 3)
-    add_alpha(0, 0)  # of a view that is held out
+    add_alpha(0, 0)  # in a held-out view
     assert load_scene(folder).bounded
 
 
-# ---- where a scene lies -------------------------------------------------------------------------------
+# ---- origin and axes -------------------------------------------------------------------------------
 
 def moved(folder, shift, axes=None):
-    """The scene in a folder moved by `shift`, its poses' axes changed by a function of the rows."""
+    """Shift the scene in a folder, and change the axes of its poses by a function of the rows."""
     file = json.loads((folder / "transforms.json").read_text())
     for frame in file["frames"]:
         rows = frame["transform_matrix"] = (axes or list)(frame["transform_matrix"])
@@ -428,14 +428,14 @@ def moved(folder, shift, axes=None):
     return folder
 
 
-def test_coordinates_of_a_map(tmp_path):
-    """The poses of a capture in UTM coordinates are those at zero, moved; what is written lies where the file's lie."""
+def test_map_coordinates_are_read_and_exported_precisely(tmp_path):
+    """A capture in UTM coordinates is read as a shifted copy of one at zero, and exported in its own coordinates."""
     utm = (512345.25, 5412345.5, 431.0)
     plain = load_scene(nerf_scene(tmp_path / "plain", views=9, split=False, alpha=False))
     assert plain.origin == (0, 0, 0)
     scene = load_scene(moved(nerf_scene(tmp_path / "map", views=9, split=False, alpha=False), utm))
     away = torch.tensor(scene.origin, dtype=torch.float64) - torch.tensor(utm, dtype=torch.float64)
-    assert away.norm() < 4  # the middle of the cameras
+    assert away.norm() < 4  # the origin is the cameras' centre
     for ours, other in zip(scene.train, plain.train, strict=True):
         assert_close(ours.camera.pose[:, :3], other.camera.pose[:, :3])
         assert_close(ours.camera.pose[:, 3].double() + away, other.camera.pose[:, 3].double(), atol=2e-6, rtol=0)
@@ -452,7 +452,7 @@ def test_coordinates_of_a_map(tmp_path):
     assert_close(again.train[0].camera.pose[:, 3] + shift.float(), scene.train[1].camera.pose[:, 3], atol=1e-5, rtol=0)
 
 
-def test_nothing_is_moved_that_lies_near(tmp_path):
+def test_scenes_near_the_origin_are_not_moved(tmp_path):
     near = load_scene(moved(nerf_scene(tmp_path / "near", views=9, split=False, alpha=False), (300.0, 0, 0)))
     assert near.origin == (0, 0, 0) and near.train[0].camera.pose[0, 3] > 290
     far = load_scene(moved(nerf_scene(tmp_path / "far", views=9, split=False, alpha=False), (500.0, 0, 0)))
@@ -460,7 +460,7 @@ def test_nothing_is_moved_that_lies_near(tmp_path):
     assert load_scene(nerf_scene(tmp_path / "one", views=1, split=False)).origin == (0, 0, 0)
 
 
-def test_cameras_that_look_away_are_told_and_panoramas_too(tmp_path):
+def test_outward_looking_cameras_and_panoramas_warn(tmp_path):
     folder = nerf_scene(tmp_path, views=9, split=False, alpha=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -471,18 +471,18 @@ def test_cameras_that_look_away_are_told_and_panoramas_too(tmp_path):
     cloud = 9 * cloud / np.linalg.norm(cloud, axis=1, keepdims=True)
     write_cloud(folder / "walls.ply", cloud)
     nerf_broken(lambda f: f.update(ply_file_path="walls.ply"))(folder)
-    with warnings.catch_warnings():  # there is something in front of them
+    with warnings.catch_warnings():  # the cloud lies in front of the cameras
         warnings.simplefilter("error")
         assert len(load_scene(folder).points) == 500
 
 
 def inverted(rows):
-    """A world-to-camera matrix in the place of a pose, or the other way round."""
+    """A world-to-camera matrix instead of a pose, or the reverse."""
     return torch.linalg.inv(torch.tensor(rows, dtype=torch.float64)).tolist()
 
 
-def test_world_to_camera_matrices_are_told(tmp_path):
-    """Also of a thing that does not stand at zero, and with OpenCV's axes; not what stands apart, nor few cameras."""
+def test_world_to_camera_matrices_warn(tmp_path):
+    """Also for an object off the origin and with OpenCV's axes, but not for cameras that stand apart or in a row."""
     for i, (alpha, shift, axes) in enumerate((
             (True, (0, 0, 0), inverted), (False, (0, 0, 0), inverted), (False, (0.4, -0.3, 0.2), inverted),
             (False, (0, 0, 0), lambda rows: inverted(opencv(rows))))):
@@ -505,26 +505,26 @@ def test_world_to_camera_matrices_are_told(tmp_path):
             load_scene(folder)
 
 
-def test_bad_frames_are_left_out_and_test_frames_held_out(tmp_path):
+def test_bad_frames_are_dropped_and_test_frames_held_out(tmp_path):
     folder = nerf_scene(tmp_path, views=6, split=False)
 
     def change(file):
         frames = file["frames"]
         frames[1]["is_bad"], frames[2]["is_bad"], frames[5]["is_bad"] = True, False, 1
-        file.update(frames=frames[:4], test_frames=frames[4:])  # as ScanNet++ has them
+        file.update(frames=frames[:4], test_frames=frames[4:])  # as in ScanNet++
         [frame.update(time=0.5) for frame in frames]
     nerf_broken(change)(folder)
     with pytest.warns(UserWarning, match="2 of 6 frames are marked is_bad: they are left out"):
         scene = load_scene(folder)
     assert [v.name for v in scene.train] == [f"train/{i}.png" for i in (0, 2, 3)]
     assert [v.name for v in scene.test] == ["train/4.png"]
-    nerf_broken(lambda f: f.update(test_frames=["train/3.png"]))(folder)  # names of frames that are there
+    nerf_broken(lambda f: f.update(test_frames=["train/3.png"]))(folder)  # names of frames instead of frames
     with pytest.warns(UserWarning, match="1 of 4 frames are marked is_bad"):
         scene = load_scene(folder)
     assert [v.name for v in scene.train + scene.test] == [f"train/{i}.png" for i in (0, 2, 3)]
 
 
-def test_captures_of_other_programs_are_named(tmp_path):
+def test_captures_of_other_programs_are_refused_by_name(tmp_path):
     for i, (name, program, contents) in enumerate((
             ("poses_bounds.npy", "LLFF", b""), ("keyframes/corrected_cameras/0.json", "Polycam", b"{}"),
             ("mesh_info.json", "Polycam", b"{}"), ("rgbd/0.jpg", "Record3D", b""), ("a.r3d", "Record3D", b""),
@@ -543,7 +543,7 @@ def test_captures_of_other_programs_are_named(tmp_path):
 # ---- clouds of points and lenses ----------------------------------------------------------------------
 
 def write_cloud(path, points, colours=None, ascii=True):
-    """A .ply as nerfstudio writes it, or a binary one without colours."""
+    """Write a .ply in nerfstudio's layout, or a binary one without colours."""
     names = "xyz" if colours is None else ("x", "y", "z", "red", "green", "blue")
     head = ["ply", f"format {'ascii' if ascii else 'binary_little_endian'} 1.0", "comment a cloud",
             f"element vertex {len(points)}"]
@@ -554,8 +554,8 @@ def write_cloud(path, points, colours=None, ascii=True):
     path.write_bytes("\n".join([*head, ""]).encode() + body)
 
 
-def test_the_cloud_of_a_transforms_file(tmp_path):
-    """In the coordinates of the poses; of nerfstudio's first releases in those before its applied_transform."""
+def test_the_cloud_of_a_transforms_file_is_read_in_its_coordinates(tmp_path):
+    """Clouds have the coordinates of the poses; in nerfstudio's first releases, those before applied_transform."""
     applied = [[0.0, 1, 0, 0.5], [1, 0, 0, 0], [0, 0, -1, 3]]
     rng = np.random.default_rng(0)
     points = rng.normal(size=(400, 3))
@@ -586,14 +586,14 @@ def test_the_cloud_of_a_transforms_file(tmp_path):
             load_scene(folder)
 
 
-def test_undistorted_photographs_are_those_of_pinholes(tmp_path):
-    """Splats draw pinhole pictures: of a lens with distortion they get photographs without it."""
+def test_undistorted_photographs_match_a_pinhole_camera(tmp_path):
+    """Splats render pinhole pictures, so they get undistorted photographs."""
     lens = (30.0, 31.0, 25.0, 24.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     pose = sphere_pose(0.4)[:3].float()
     pinhole = Camera(pose, lens, 50, 48)
     plain = load_scene(nerf_scene(tmp_path, views=4))
     ball = Ball(plain)
-    ball.radius = 3.2  # it fills the picture: nothing but its colours is seen
+    ball.radius = 3.2  # fills the picture, so that only its colours are visible
     wanted = ball.rgb(pinhole)
     assert undistorted(plain) is plain
     for k1, k2, p1, p2 in ((-0.15, 0.02, 0.01, -0.01), (0.1, 0.0, 0.0, 0.0)):
@@ -609,7 +609,7 @@ def test_undistorted_photographs_are_those_of_pinholes(tmp_path):
         assert after < 0.004 and before > 0.006  # half a step of 8 bits is 0.002
 
 
-def test_no_scene_at_all(tmp_path):
+def test_a_missing_scene_is_refused(tmp_path):
     with pytest.raises(SceneError, match="no such scene"):
         load_scene(tmp_path / "nowhere")
     with pytest.raises(SceneError, match="downscale must be at least 1, got 0"):
@@ -618,7 +618,7 @@ def test_no_scene_at_all(tmp_path):
 
 # ---- the box of interest ------------------------------------------------------------------------------
 
-def test_contract_keeps_the_box_and_is_inverted():
+def test_contraction_keeps_the_box_and_is_invertible():
     x = torch.randn(3, 500, dtype=torch.float64) * 20
     assert contract(x).abs().max() < 2
     assert_close(uncontract(contract(x)), x)
@@ -628,7 +628,7 @@ def test_contract_keeps_the_box_and_is_inverted():
 
 # ---- representations ----------------------------------------------------------------------------------
 
-def test_what_the_cameras_see_is_what_the_photographs_show(ball):
+def test_the_cameras_reproduce_the_photographs(ball):
     psnr, views = evaluate(ball, ball.scene)
     assert views == 3 and psnr > 25  # only the edges differ: the photographs' pixels are averages
     photograph = ball.photograph(2, 24)
@@ -637,18 +637,18 @@ def test_what_the_cameras_see_is_what_the_photographs_show(ball):
     assert (dataset.picture(2) - ball.render(2, 24)).abs().max() <= 0.5 / 255 + 1e-6
 
 
-def test_a_fit_that_fails_on_the_test_views_is_told(ball):
-    """As of few views or wrong poses: here the test views are photographs of something else."""
+def test_a_fit_that_fails_on_the_test_views_is_reported(ball):
+    """Few views or wrong poses cause this; here the test views are photographs of another object."""
     scene = ball.scene
-    told, = fit_report(ball, scene)
-    assert told == f"training PSNR {mean_psnr(ball, scene.train):.1f} dB, 9 views" and float(told.split()[2]) > 25
+    line, = fit_report(ball, scene)
+    assert line == f"training PSNR {mean_psnr(ball, scene.train):.1f} dB, 9 views" and float(line.split()[2]) > 25
     grey = replace(scene, test=[replace(v, pixels=torch.full_like(v.pixels, 128)) for v in scene.test])
     assert fit_report(ball, grey)[1:] == ["the training views are reproduced, the test views are not: too few views, "
                                           "or wrong poses"]
     assert len(fit_report(ball, replace(scene, test=[]))) == 1
 
 
-def test_a_view_is_a_number_a_camera_or_the_middle_one(ball):
+def test_a_view_is_a_number_a_camera_or_by_default_the_middle_one(ball):
     camera = ball.scene.train[4].camera
     assert ball.camera(4) is camera and ball.camera(camera) is camera
     assert (ball.camera(4, 10).width, ball.camera(4, 10).height) == (10, 10)
@@ -659,15 +659,15 @@ def test_a_view_is_a_number_a_camera_or_the_middle_one(ball):
     assert drawn <= set(range(len(ball.scene.train))) and len(drawn) > 5
 
 
-def test_turntable_input_path_and_export(ball, tmp_path):
+def test_turntable_input_path_and_export_agree_with_the_cameras(ball, tmp_path):
     cameras = turntable(ball, 8, 20)
-    for camera in cameras:  # they look at the middle, upright, from where the training cameras are
+    for camera in cameras:  # they look at the centre, upright, from the height of the training cameras
         position, back = camera.pose[:, 3], camera.pose[:, 2]
         toward = position - ball.scene.centre
         assert torch.dot(toward / toward.norm(), back) > 0.99 and camera.pose[2, 1] > 0.5
         assert_close(camera.pose[:, :3] @ camera.pose[:, :3].T, torch.eye(3), atol=1e-5, rtol=0)
     spread = torch.stack([c.pose[:, 3] for c in cameras])
-    assert (spread - spread.mean(0)).norm(dim=1).min() > 2  # all the way round
+    assert (spread - spread.mean(0)).norm(dim=1).min() > 2  # a full circle
     around = torch.stack([c.pose[:, 3] for c in sides(ball, 4, 20)])
     assert_close(around.diff(dim=0).norm(dim=1), (around[1] - around[0]).norm().expand(3))  # evenly spaced
     path = input_path(ball, 17, 20)
@@ -689,13 +689,13 @@ def test_turntable_input_path_and_export(ball, tmp_path):
 # ---- the course of a fit ------------------------------------------------------------------------------
 
 def course(scene, checks=None, **options):
-    """A fit of one number, which each step lowers by Adam: its Course, the number, its steps."""
+    """A fit of a single number, which every step of Adam lowers: its Course, the number, the number of steps."""
     fit = Course(scene, {}, checks or {}, **options)
     number = torch.nn.Parameter(torch.ones(()))
     return fit, number, fit.run(torch.optim.Adam([number]), torch.Generator(), lambda: {"number": number}, False)
 
 
-def test_share_is_that_of_the_steps_or_of_the_time(nerf_sphere, monkeypatch):
+def test_the_share_follows_the_steps_or_the_time(nerf_sphere, monkeypatch):
     monkeypatch.setattr(time, "process_time", iter(range(10 ** 6)).__next__)  # a second a step
     for options, count in (({"steps": 7}, 7), ({"seconds": 5}, 5), ({"steps": 9, "seconds": 4}, 4), ({}, 60)):
         fit, _, steps = course(nerf_sphere, **options)
@@ -704,7 +704,7 @@ def test_share_is_that_of_the_steps_or_of_the_time(nerf_sphere, monkeypatch):
         assert fit.step == count and fit.share(count) == 1
 
 
-def test_a_loss_that_is_not_finite_ends_the_fit(nerf_sphere, tmp_path):
+def test_a_non_finite_loss_ends_the_fit(nerf_sphere, tmp_path):
     fit, number, steps = course(nerf_sphere, steps=50, checkpoint=tmp_path / "fit.pt")
     with pytest.raises(FloatingPointError, match="transforms_train.json: the loss is nan at step 20"):
         for step in steps:
@@ -713,7 +713,7 @@ def test_a_loss_that_is_not_finite_ends_the_fit(nerf_sphere, tmp_path):
     assert not (tmp_path / "fit.pt").exists()
 
 
-def test_a_checkpoint_of_something_else_is_refused(nerf_sphere, tmp_path):
+def test_a_file_that_is_not_a_checkpoint_of_a_fit_is_refused(nerf_sphere, tmp_path):
     fit, _, steps = course(nerf_sphere, steps=2, checkpoint=tmp_path / "fit.pt")
     assert list(steps) == [0, 1] and [p.name for p in tmp_path.iterdir()] == ["fit.pt"]
     again, _, steps = course(nerf_sphere, {"number": torch.is_tensor}, steps=5, checkpoint=tmp_path / "fit.pt")
@@ -731,7 +731,7 @@ def test_a_checkpoint_of_something_else_is_refused(nerf_sphere, tmp_path):
             course(nerf_sphere, checkpoint=tmp_path / "fit.pt")
 
 
-def test_a_fit_of_no_time_is_refused_and_one_of_no_steps_ends(nerf_sphere):
+def test_a_fit_needs_time_but_may_take_no_steps(nerf_sphere):
     for seconds in (0, -1, math.nan, math.inf):
         with pytest.raises(ValueError, match="the seconds of a fit must be positive"):
             course(nerf_sphere, seconds=seconds)

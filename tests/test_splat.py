@@ -1,4 +1,4 @@
-"""3D Gaussians: the tiles against every Gaussian at every pixel, the fit, and the files of viewers."""
+"""splat.py: the tiles against every Gaussian at every pixel, the fit, and the files of viewers."""
 import copy
 import json
 import math
@@ -28,7 +28,7 @@ SIZES = dict(count=300, limit=800, degree=1)
 
 
 def splat_camera(size=32, width=None, distance=4.0, angle=0.6):
-    """At `distance` on the z axis, looking at the origin."""
+    """A camera on the z axis at `distance`, looking at the origin."""
     pose = torch.eye(4)[:3].clone()
     pose[2, 3] = distance
     width = width or size
@@ -37,7 +37,7 @@ def splat_camera(size=32, width=None, distance=4.0, angle=0.6):
 
 
 def splat_random(scene, count=60, degree=3, seed=0, spread=0.7, dtype=torch.float32):
-    """Gaussians of many sizes, shapes and opacities, some of them behind the camera or beside the picture."""
+    """Gaussians of many sizes, shapes and opacities, some of them behind the camera or outside the picture."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -48,7 +48,7 @@ def splat_random(scene, count=60, degree=3, seed=0, spread=0.7, dtype=torch.floa
 
 
 def splat_dense(splats, camera):
-    """[4,H,W]: every Gaussian at every pixel, plain autograd, nothing taken from the tiles."""
+    """The picture [4,H,W] from every Gaussian at every pixel, by plain autograd, independent of the tiles."""
     uv, depth, cov, _ = project(splats.means, splats.log_scales, splats.quaternions, camera, splats.near)
     v, u = torch.meshgrid(torch.arange(camera.height) + 0.5, torch.arange(camera.width) + 0.5, indexing="ij")
     d = torch.stack((u.flatten(), v.flatten())).to(uv)[:, None] - uv[:, :, None]  # [2,N,P]
@@ -70,7 +70,7 @@ def splat_fitted(nerf_sphere):
 
 # ---- rendering ----------------------------------------------------------------------------------------
 
-def test_a_gaussian_covers_its_integral(nerf_sphere):
+def test_a_gaussian_has_its_known_integral(nerf_sphere):
     camera = splat_camera(64)
     sigma, opacity = 0.15, 0.8
     splats = Splats(nerf_sphere, torch.zeros(1, 3), torch.full((1, 3), math.log(sigma)),
@@ -78,10 +78,10 @@ def test_a_gaussian_covers_its_integral(nerf_sphere):
                     torch.zeros(1, 0, 3))
     picture, _ = splats.draw(camera)
     variance = (sigma * camera.lens[0] / 4) ** 2 + 0.3  # in square pixels, with the low-pass filter
-    cut = 1 / 255 / opacity  # of the Gaussian's tail
+    cut = 1 / 255 / opacity  # the share of the Gaussian's tail that is not drawn
     assert 1 - picture[3].min().item() == pytest.approx(opacity * math.exp(-0.25 / variance), abs=1e-5)
     assert (1 - picture[3]).sum().item() == pytest.approx(opacity * 2 * math.pi * variance * (1 - cut), rel=2e-3)
-    assert_close(picture[:3], 0.5 * (1 - picture[3:]).expand(3, -1, -1))  # no harmonics: grey
+    assert_close(picture[:3], 0.5 * (1 - picture[3:]).expand(3, -1, -1))  # without harmonics the colour is grey
 
 
 def test_a_rotated_needle_lies_along_its_axis(nerf_sphere):
@@ -97,7 +97,7 @@ def test_a_rotated_needle_lies_along_its_axis(nerf_sphere):
 
 
 @pytest.mark.parametrize("size, width, count", [(40, 40, 60), (33, 50, 60), (24, 24, 700)])
-def test_tiles_against_every_gaussian_at_every_pixel(nerf_sphere, size, width, count):
+def test_tiles_match_every_gaussian_at_every_pixel(nerf_sphere, size, width, count):
     splats = splat_random(nerf_sphere, count).requires_grad_()
     camera = splat_camera(size, width)
     weighting = torch.randn(4, size, width, generator=torch.Generator().manual_seed(1))
@@ -105,12 +105,12 @@ def test_tiles_against_every_gaussian_at_every_pixel(nerf_sphere, size, width, c
     for picture in (splats.draw(camera)[0], splat_dense(splats, camera)):
         pictures.append(picture.detach())
         gradients.append(torch.autograd.grad((picture * weighting).sum(), list(splats.parameters())))
-    assert (pictures[0] - pictures[1]).abs().max() < 2e-4  # what lies behind the last 1e-4 of the light is not drawn
+    assert (pictures[0] - pictures[1]).abs().max() < 2e-4  # Gaussians behind the last 1e-4 of the light are skipped
     for (name, _), a, b in zip(splats.named_parameters(), *gradients, strict=True):
         assert (a - b).norm() < 2e-3 * b.norm(), name
 
 
-def test_gradcheck_of_the_tiles(nerf_sphere):
+def test_the_tiles_have_the_right_gradients(nerf_sphere):
     camera = splat_camera(12)
     splats = splat_random(nerf_sphere, 6, 0, spread=0.3, dtype=torch.float64)
     with torch.no_grad():
@@ -119,13 +119,13 @@ def test_gradcheck_of_the_tiles(nerf_sphere):
         tiles = Tiles(uv, depth, cov, splats.opacities.sigmoid(), camera, 0.1)
         quadratic = quadratics(uv, cov, logsigmoid(splats.opacities))
     colour = torch.rand(6, 3, dtype=torch.float64)
-    assert len(tiles.index) > 6  # more than one tile each
+    assert len(tiles.index) > 6  # some lie in several tiles
     torch.autograd.gradcheck(lambda q, c: _Composite.apply(q, c, tiles),
                              (quadratic.requires_grad_(), colour.requires_grad_()), eps=1e-7, atol=1e-5)
 
 
-def test_lists_end_where_the_light_is_spent(nerf_sphere, monkeypatch):
-    """Blocks of any size draw the same; a wall hides what lies behind and gets its gradient."""
+def test_the_block_size_changes_nothing(nerf_sphere, monkeypatch):
+    """The block size changes neither picture nor gradients, also behind opaque Gaussians."""
     splats, camera = splat_random(nerf_sphere, 300), splat_camera(32)
     with torch.no_grad():
         splats.opacities += 3
@@ -140,7 +140,7 @@ def test_lists_end_where_the_light_is_spent(nerf_sphere, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["none", "behind", "beside", "transparent"])
-def test_nothing_in_sight_is_the_background(nerf_sphere, where):
+def test_an_empty_view_is_the_background(nerf_sphere, where):
     splats = splat_random(nerf_sphere, 0 if where == "none" else 5)
     with torch.no_grad():
         splats.means[:] = torch.tensor({"beside": [50.0, 0, 0], "behind": [0, 0, 4.1]}.get(where, [0.0, 0, 0]))
@@ -152,16 +152,16 @@ def test_nothing_in_sight_is_the_background(nerf_sphere, where):
     assert all(torch.isfinite(p.grad).all() and (p.grad == 0).all() for p in splats.parameters())
 
 
-def test_behind_and_beside_the_camera_gradients_stay_finite(nerf_sphere):
+def test_gradients_behind_and_beside_the_camera_are_finite(nerf_sphere):
     splats = splat_random(nerf_sphere, 200, spread=4)
     with torch.no_grad():
-        splats.means[:3] = torch.tensor([0.3, 0.2, 4.0])  # in the plane of the camera
+        splats.means[:3] = torch.tensor([0.3, 0.2, 4.0])  # in the camera plane
     splats.render(splat_camera(40)).square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in splats.parameters())
 
 
 def test_a_column_of_opaque_gaussians_gives_finite_gradients(nerf_sphere):
-    """No light at all is left behind it, in tiles that have light elsewhere."""
+    """No light passes the column, in tiles that are lit elsewhere."""
     splats, camera = splat_random(nerf_sphere, 300, 0), splat_camera(24)
     with torch.no_grad():
         splats.means[:150] = torch.linspace(-1, 1, 150)[:, None] * torch.tensor([0, 0, 1.0])
@@ -172,8 +172,8 @@ def test_a_column_of_opaque_gaussians_gives_finite_gradients(nerf_sphere):
     assert torch.isfinite(gradients[0]).all() and (gradients[0] - gradients[1]).norm() < 2e-3 * gradients[1].norm()
 
 
-def test_far_needles_keep_their_place_in_large_pictures(nerf_sphere):
-    """The polynomial in pixels is moved to the tile in float64: its large terms cancel."""
+def test_distant_needles_are_precise_in_large_pictures(nerf_sphere):
+    """The polynomial is moved to the tile in float64, because its large terms cancel."""
     splats = splat_random(nerf_sphere, 40, 0)
     with torch.no_grad():
         splats.log_scales[:, 0] += 2
@@ -184,7 +184,7 @@ def test_far_needles_keep_their_place_in_large_pictures(nerf_sphere):
     assert (a - b).abs().max() < 5e-3
 
 
-def test_harmonics_are_those_of_the_nerf(nerf_sphere):
+def test_harmonics_match_those_of_the_nerf(nerf_sphere):
     splats, camera = splat_random(nerf_sphere, 50), splat_camera()
     d = splats.means - camera.pose[:, 3]
     harmonics = spherical_harmonics((d / d.norm(dim=1, keepdim=True)).T)  # [16,N]
@@ -207,7 +207,7 @@ def test_splats_render_is_deterministic_and_pure(splat_fitted):
     assert all(torch.equal(before[k], v) for k, v in splat_fitted.state_dict().items())
 
 
-def test_depth_of_splats_is_that_of_the_ball(splat_fitted):
+def test_the_depth_of_splats_is_that_of_the_ball(splat_fitted):
     camera = splat_fitted.camera(0, 24)
     depth = splat_fitted.depth(camera)[0, 0]
     distance = (camera.pose[:, 3]).norm().item()
@@ -216,7 +216,7 @@ def test_depth_of_splats_is_that_of_the_ball(splat_fitted):
 
 # ---- the fit ------------------------------------------------------------------------------------------
 
-def test_splats_reach_the_test_views(splat_fitted):
+def test_splats_reproduce_the_test_views(splat_fitted):
     psnr, views = evaluate(splat_fitted, splat_fitted.scene)
     assert views == 3 and psnr > 22 and splat_fitted.fitted["steps"] == 180
     assert SIZES["count"] != len(splat_fitted.means) <= SIZES["limit"]
@@ -225,7 +225,7 @@ def test_splats_reach_the_test_views(splat_fitted):
     assert (picture[0, :, 10, 10] < 0.95).any() and (picture[0, :, 0, 0] > 0.95).all()
 
 
-def test_splats_of_a_capture_without_alpha(tmp_path):
+def test_splats_fit_a_capture_without_alpha(tmp_path):
     scene = load_scene(nerf_scene(tmp_path, alpha=False, split=False, aabb_scale=2))
     splats = Splats.fit(scene, steps=60, progress=False, **SIZES)
     views = [(splats.render(i, 24).detach() - splats.photograph(i, 24)).square().mean() for i in range(10)]
@@ -233,7 +233,7 @@ def test_splats_of_a_capture_without_alpha(tmp_path):
 
 
 def test_masked_pixels_are_not_fitted(nerf_sphere, splat_fitted):
-    """The loss of a view and its gradient are the same whatever stands in the masked pixels."""
+    """Masked pixels change neither the loss of a view nor its gradient."""
     view = nerf_sphere.train[1]
     mask = torch.ones(24, 24, dtype=torch.bool)
     mask[4:14, 6:15] = False
@@ -289,7 +289,7 @@ def test_a_killed_fit_of_splats_resumes_bit_identically(nerf_sphere, tmp_path, m
     assert len(calls) == 41 and torch.equal(cached.means, whole.means)
 
 
-def test_checkpoints_of_splats_that_are_refused(nerf_sphere, tmp_path):
+def test_unsuitable_checkpoints_of_splats_are_refused(nerf_sphere, tmp_path):
     other, file = load_scene(nerf_scene(tmp_path / "other", views=4, radius=0.5)), tmp_path / "fit.pt"
     Splats.fit(nerf_sphere, steps=1, checkpoint=file, progress=False, **SIZES)
     contents = file.read_bytes()
@@ -303,8 +303,8 @@ def test_checkpoints_of_splats_that_are_refused(nerf_sphere, tmp_path):
         Splats.fit(nerf_sphere, steps=2, checkpoint=file, progress=False, **SIZES)
 
 
-def test_an_edit_of_splats(splat_fitted):
-    """Towards red pictures, by the loop's own steps; the number stays, the quaternions keep their length."""
+def test_an_edit_changes_the_colours_of_splats(splat_fitted):
+    """Learn red pictures by the steps of the loop; the number of Gaussians and the quaternions' length stay."""
     splats, generator = copy.deepcopy(splat_fitted), torch.Generator().manual_seed(0)
     assert splats.scene is splat_fitted.scene and splats.means is not splat_fitted.means
     optimiser = torch.optim.Adam(splats.param_groups(sh_dc=3e-2))
@@ -330,7 +330,7 @@ def test_an_edit_of_splats(splat_fitted):
 # ---- files --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("degree", [0, 1, 2, 3])
-def test_ply_round_trip(nerf_sphere, tmp_path, degree):
+def test_a_saved_ply_loads_identically(nerf_sphere, tmp_path, degree):
     splats = splat_random(nerf_sphere, 30, degree)
     splats.save(tmp_path / "a.ply")
     again = Splats.load(tmp_path / "a.ply", nerf_sphere)
@@ -341,7 +341,7 @@ def test_ply_round_trip(nerf_sphere, tmp_path, degree):
 
 
 def splat_ply(splats, drop=(), types=None, order=None, form="binary_little_endian", element="vertex"):
-    """A .ply written attribute by attribute: another order, other types, without some."""
+    """A .ply written attribute by attribute, in any order and of any types, or without some."""
     columns = {f"f_rest_{c * 3 + k}": splats.sh_rest[:, k, c] for c in range(3) for k in range(3)}
     columns |= {f"f_dc_{c}": splats.sh_dc[:, c] for c in range(3)} | {"opacity": splats.opacities}
     columns |= {f"scale_{i}": splats.log_scales[:, i] for i in range(3)}
@@ -360,7 +360,7 @@ def splat_ply(splats, drop=(), types=None, order=None, form="binary_little_endia
 
 
 def splat_text(splats, change=None, line="\n"):
-    """An ascii .ply; `change`: {attribute: the value of all of its numbers}."""
+    """An ASCII .ply; change: {attribute: value for all Gaussians}."""
     table = np.frombuffer(splat_ply(splats).split(b"end_header\n")[1], "<f4").astype(float)
     table = table.reshape(len(splats.means), -1)
     head = splat_ply(splats, form="ascii").split(b"end_header\n")[0].decode().splitlines()
@@ -390,7 +390,7 @@ def equal(splats, other):
                                       splat_ply(s).split(b"end_header\n")[1])),
     lambda s: splat_ply(s, form="binary_big_endian").split(b"end_header\n")[0] + b"end_header\n" + np.frombuffer(
         splat_ply(s).split(b"end_header\n")[1], "<f4").astype(">f4").tobytes()])
-def test_ply_of_every_format_and_line_end(nerf_sphere, tmp_path, contents):
+def test_a_ply_of_any_format_and_line_end_is_read(nerf_sphere, tmp_path, contents):
     splats = splat_random(nerf_sphere, 30, 1)
     (tmp_path / "a.ply").write_bytes(contents(splats))
     again = Splats.load(tmp_path / "a.ply", nerf_sphere)
@@ -435,7 +435,7 @@ def test_ply_attributes_are_found_by_name(nerf_sphere, tmp_path):
     ("a.SPZ", lambda s: b"", "a.SPZ: Niantic's format .spz is not supported: convert it to a plain .ply, for example"),
     ("a.sog", lambda s: b"", "a.sog: PlayCanvas's format .sog is not supported"),
 ])
-def test_files_of_gaussians_that_are_refused(nerf_sphere, tmp_path, name, contents, message):
+def test_unusable_files_of_gaussians_are_refused(nerf_sphere, tmp_path, name, contents, message):
     (tmp_path / name).write_bytes(contents(splat_random(nerf_sphere, 30, 1)))
     with pytest.raises(SceneError) as error:
         Splats.load(tmp_path / name, nerf_sphere)
@@ -456,7 +456,7 @@ def test_a_failed_save_overwrites_nothing(nerf_sphere, tmp_path, monkeypatch):
         Splats.load(tmp_path / "b.ply", nerf_sphere)
 
 
-def test_splat_file_within_its_quantisation(nerf_sphere, tmp_path):
+def test_a_splat_file_is_exact_up_to_quantisation(nerf_sphere, tmp_path):
     splats = splat_random(nerf_sphere, 40, 0)
     with torch.no_grad():
         splats.sh_dc.clamp_(-1.5, 1.5)
@@ -464,7 +464,7 @@ def test_splat_file_within_its_quantisation(nerf_sphere, tmp_path):
     assert (tmp_path / "a.splat").stat().st_size == 32 * 40
     again = Splats.load(tmp_path / "a.splat", nerf_sphere)
     weight = again.log_scales.sum(1).exp() * again.opacities.sigmoid()
-    assert (weight.diff() <= 1e-3 * weight[:-1] + 1e-4).all()  # the most important first
+    assert (weight.diff() <= 1e-3 * weight[:-1] + 1e-4).all()  # in descending order of importance
     order = [(again.means - m).norm(dim=1).argmin().item() for m in splats.means]
     again = Splats(nerf_sphere, *(getattr(again, n)[order] for n in ATTRIBUTES))
     assert torch.equal(again.means, splats.means)
@@ -475,10 +475,10 @@ def test_splat_file_within_its_quantisation(nerf_sphere, tmp_path):
     assert turned < 0.03
 
 
-# ---- what other programs write -----------------------------------------------------------------------
+# ---- files of other programs -----------------------------------------------------------------------
 
 def loaded(path, table, comments=(), scene=None, **options):
-    """Splats of a .ply with the columns {property: numbers [N]}, without a warning about the upward axis."""
+    """Load a .ply with the columns {property: numbers [N]}, without the warning about the upward axis."""
     head = ["ply", "format binary_little_endian 1.0", *(f"comment {text}" for text in comments),
             f"element vertex {len(table['x'])}", *(f"property float {name}" for name in table), "end_header", ""]
     path.write_bytes("\n".join(head).encode() + np.stack(list(table.values()), 1).astype("<f4").tobytes())
@@ -493,9 +493,9 @@ def columns(count=40, scale=-2.5):
     return table | {f"rot_{i}": rng.normal(0, 1, count) for i in range(4)}
 
 
-def test_small_gaussians_of_others_are_as_bright_as_in_a_large_picture(tmp_path):
-    """Reduced, a large picture is the small one: the low-pass filter takes opacity back. Own fits are drawn as fitted.
-    Most are too faint to be drawn at all if each had to be visible."""
+def test_small_pictures_are_as_bright_as_large_ones(tmp_path):
+    """A small picture equals the reduced large one, as the opacity compensates for the low-pass filter; fits made here
+    are drawn without that. Most of these Gaussians would be dropped if each had to be visible by itself."""
     table = columns(3000, scale=-5.5) | {"opacity": np.full(3000, 0.5)}
     with torch.no_grad():
         splats = loaded(tmp_path / "a.ply", table, size=32)
@@ -544,20 +544,20 @@ def test_a_gaussian_wider_than_the_picture_keeps_its_opacity(tmp_path, widths):
 
 
 def test_comments_are_kept(tmp_path):
-    said = ("SplatRenderMode: mip", "antialiased 1", "Vertical axis: 0 0 -1", "Generated by someone")
-    splats = loaded(tmp_path / "a.ply", columns(), said, size=16)
-    assert splats.comments == said
+    lines = ("SplatRenderMode: mip", "antialiased 1", "Vertical axis: 0 0 -1", "Generated by someone")
+    splats = loaded(tmp_path / "a.ply", columns(), lines, size=16)
+    assert splats.comments == lines
     splats.save(tmp_path / "b.ply")
     assert b"\ncomment SplatRenderMode: mip\ncomment antialiased 1\ncomment Vert" in (tmp_path / "b.ply").read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = Splats.load(tmp_path / "b.ply", size=16)
-    assert again.comments == said and equal(splats, again)
+    assert again.comments == lines and equal(splats, again)
     assert all(view.camera.pose[2, 1] < -0.7 for view in again.scene.train)  # up is -z
 
 
 def test_a_smoothing_filter_is_fused(tmp_path):
-    """As Mip-Splatting draws it: each variance is larger by the filter's, the integral stays."""
+    """As in Mip-Splatting, the filter's variance is added to each variance and the integral stays the same."""
     table, width = columns(), np.random.default_rng(1).uniform(0, 0.2, 40)
     width[0] = 0
     plain = loaded(tmp_path / "a.ply", table, size=16)
@@ -570,7 +570,7 @@ def test_a_smoothing_filter_is_fused(tmp_path):
     assert torch.equal(fused.opacities[0], plain.opacities[0]) and torch.equal(fused.means, plain.means)
 
 
-def test_infinite_numbers_have_their_meaning_and_nan_none(tmp_path):
+def test_infinite_opacities_and_scales_are_valid_and_nans_are_dropped(tmp_path):
     table = columns()
     opacity, scale, x = table["opacity"].copy(), table["scale_1"].copy(), table["x"].copy()
     opacity[:2] = math.inf, -math.inf
@@ -587,7 +587,7 @@ def test_infinite_numbers_have_their_meaning_and_nan_none(tmp_path):
     assert splats.log_scales[2].exp()[1] < 1e-9 and all(
         torch.isfinite(p.grad).all() for p in splats.parameters() if p.numel())
     flat = dict(columns())
-    del flat["scale_2"]  # a 2DGS
+    del flat["scale_2"]  # as in 2DGS
     flat = loaded(tmp_path / "c.ply", flat, size=16)
     assert (flat.log_scales[:, 2].exp() < 1e-9).all() and torch.equal(flat.log_scales[:, :2], plain.log_scales[:, :2])
     assert 0.3 < (flat.render(0) < 0.9).float().mean() / (plain.render(0) < 0.9).float().mean() <= 1
@@ -595,7 +595,7 @@ def test_infinite_numbers_have_their_meaning_and_nan_none(tmp_path):
 
 @pytest.mark.parametrize("beside", ["scene", "splats"])
 def test_gaussians_in_nerfstudios_coordinates_are_moved_to_the_scene(splat_fitted, tmp_path, beside):
-    """Turned, scaled and moved as dataparser_transforms.json says, they draw the same, harmonics and all."""
+    """Undoing dataparser_transforms.json (rotation, scale, shift) keeps the picture, including the harmonics."""
     scene = splat_fitted.scene
     turn, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(2)))
     turn = turn * torch.linalg.det(turn)
@@ -612,7 +612,7 @@ def test_gaussians_in_nerfstudios_coordinates_are_moved_to_the_scene(splat_fitte
     axes = torch.einsum("ij,jkn->nik", turn, rotations(plain.quaternions)).detach()
     rotation = torch.stack([torch.tensor(quaternion(a.double().numpy())) for a in axes]).float()
     d = torch.nn.functional.normalize(torch.randn(3, 40, generator=g), dim=0)
-    # the colour towards a direction, turned with the scene, is the one that it had
+    # colours turn with the scene
     matrix = torch.linalg.lstsq(spherical_harmonics(turn @ d)[1:].T, spherical_harmonics(d)[1:].T).solution
     theirs = Splats(scene, means, plain.log_scales + math.log(scale), rotation, plain.opacities, plain.sh_dc,
                     torch.einsum("jk,nkc->njc", matrix, rest))
@@ -628,10 +628,10 @@ def test_gaussians_in_nerfstudios_coordinates_are_moved_to_the_scene(splat_fitte
             Splats.load(tmp_path / "splat.ply", scene)
 
 
-# ---- models that others have trained ------------------------------------------------------------------
+# ---- models trained by other programs ------------------------------------------------------------------
 
 def ball_of_gaussians(path, up="", centre=(3.0, -2.0, 5.0), floaters=30):
-    """A ball of radius 0.8 around `centre`, red above (towards -y) and blue below, with faint things far around it."""
+    """A ball of radius 0.8 around `centre`, red above (towards -y), blue below, with faint floaters far around it."""
     g = torch.Generator().manual_seed(0)
     normal = torch.nn.functional.normalize(torch.randn(400, 3, generator=g), dim=1)
     means = torch.cat((0.8 * normal, 40 * torch.randn(floaters, 3, generator=g))) + torch.tensor(centre)
@@ -653,23 +653,23 @@ def test_cameras_are_placed_around_a_model_without_photographs(tmp_path):
         splats = Splats.load(ball_of_gaussians(tmp_path / "a.ply"), size=48)
     scene, centre = splats.scene, torch.tensor([3.0, -2, 5])
     assert len(scene.train) == 24 and not scene.test and not scene.bounded
-    assert (scene.centre - centre).norm() < 0.2 and 0.8 < scene.half < 1.1  # the floaters are none of it
+    assert (scene.centre - centre).norm() < 0.2 and 0.8 < scene.half < 1.1  # without the floaters
     ups = torch.stack([v.camera.pose[:, 1] for v in scene.train])
     assert (ups[:, 1] < -0.7).all()
     position = torch.stack([v.camera.pose[:, 3] for v in scene.train])
     assert position[:, 1].max() < -1.7 and len(position.round(decimals=3).unique(dim=0)) == 24  # none looks from below
     ahead = torch.nn.functional.normalize(scene.centre - position, dim=1)
     assert_close(-torch.stack([v.camera.pose[:, 2] for v in scene.train]), ahead, atol=1e-5, rtol=0)
-    picture = scene.train[0].pixels.float() / 255  # level: red above, blue below, white around
+    picture = scene.train[0].pixels.float() / 255  # upright: red above, blue below, white around
     assert (picture[0, 0] > 0.9).all() and picture[16, 24, 0] > 0.7 > 0.3 > picture[16, 24, 2]
     assert picture[31, 24, 2] > 0.7 and 0.3 < (picture.amin(2) < 0.5).float().mean() < 0.8
     with torch.no_grad():
-        drawn = splats.render(5)[0].permute(1, 2, 0)
-    assert (scene.train[5].pixels.float() / 255 - drawn).abs().max() < 0.5 / 255 + 1e-6
+        rendered = splats.render(5)[0].permute(1, 2, 0)
+    assert (scene.train[5].pixels.float() / 255 - rendered).abs().max() < 0.5 / 255 + 1e-6
     assert turntable(splats, 4, 20)[0].pose[1, 1] < -0.7
 
 
-def test_up_is_what_the_file_or_the_user_says(tmp_path):
+def test_up_is_given_by_the_file_or_the_user(tmp_path):
     prints = set()
     for comment, given, axis in (("z", None, 2), ("", "z", 2), ("z", "-x", 0), ("", "y", 1)):
         with warnings.catch_warnings():
@@ -682,12 +682,12 @@ def test_up_is_what_the_file_or_the_user_says(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_cameras_around_next_to_nothing(count):
+def test_cameras_can_be_placed_around_a_point(count):
     centre, radius, cameras = around(torch.arange(3.0 * count).view(count, 3), torch.zeros(count), (0, 0, 1), 16)
     assert radius > 0 and all(torch.isfinite(c.pose).all() for c in cameras) and torch.isfinite(centre).all()
 
 
-def test_a_model_that_is_not_of_the_photographs_is_told(nerf_sphere, splat_fitted, tmp_path):
+def test_a_model_of_another_scene_warns(nerf_sphere, splat_fitted, tmp_path):
     splat_fitted.save(tmp_path / "fit.ply")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -700,8 +700,8 @@ def test_a_model_that_is_not_of_the_photographs_is_told(nerf_sphere, splat_fitte
         Splats.load(tmp_path / "moved.ply", nerf_sphere)
 
 
-def test_gaussians_on_a_map_keep_their_place(tmp_path):
-    """Their positions begin at an origin that the file names: in float32, those of the map are half a metre wrong."""
+def test_gaussians_in_map_coordinates_are_saved_precisely(tmp_path):
+    """Positions are relative to an origin in the file, as map coordinates in float32 are off by half a metre."""
     folder = nerf_scene(tmp_path, split=False, alpha=False)
     file = json.loads((folder / "transforms.json").read_text())
     for frame in file["frames"]:
@@ -713,12 +713,12 @@ def test_gaussians_on_a_map_keep_their_place(tmp_path):
     with pytest.warns(UserWarning, match="a.ply: its positions are relative to 51234.* 54123.* in the coordinates of"):
         splats.save(tmp_path / "a.ply")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # random ones are unlike the photographs
+        warnings.simplefilter("ignore")  # random Gaussians look unlike the photographs
         again = Splats.load(tmp_path / "a.ply", scene)
         assert torch.equal(again.means, splats.means)
         other = Splats.load(tmp_path / "a.ply", replace(scene, origin=(scene.origin[0] - 2.0, *scene.origin[1:])))
         assert_close(other.means, splats.means + torch.tensor([2.0, 0, 0]), atol=1e-5, rtol=0)
-        data = splat_ply(splats, types=dict.fromkeys("xyz", "double"))  # of a program that keeps them in float64
+        data = splat_ply(splats, types=dict.fromkeys("xyz", "double"))  # from a program that stores float64
         (tmp_path / "b.ply").write_bytes(data)
         near = Splats.load(tmp_path / "b.ply", replace(scene, origin=(5e6, 0.0, 0.0)))
         assert_close(near.means[:, 0].double(), splats.means[:, 0].double() - 5e6, atol=0.5, rtol=0)
@@ -732,7 +732,7 @@ def test_gaussians_on_a_map_keep_their_place(tmp_path):
 @pytest.mark.parametrize("kind, values, wanted", [
     ("uchar", (0, 51, 255), (0, 0.2, 1)), ("ushort", (0, 13107, 65535), (0, 0.2, 1)),
     ("float", (0.0, 0.2, 1.0), (0, 0.2, 1)), (None, (), None)])
-def test_clouds_with_colours_of_every_kind(tmp_path, kind, values, wanted):
+def test_clouds_may_have_colours_of_any_type(tmp_path, kind, values, wanted):
     lines = ["ply", "format ascii 1.0", "element vertex 1", *(f"property float {a}" for a in "xyz"),
              *(f"property {kind} {c}" for c in ("red", "green", "blue") if kind), "element face 0",
              "property list uchar int vertex_indices", "end_header"]
@@ -746,7 +746,7 @@ def test_clouds_with_colours_of_every_kind(tmp_path, kind, values, wanted):
     (("property float z", "property float w"), "a.ply: not a cloud of points: it has no x, y and z"),
     (("1 2 3", "1 nan 3"), "a.ply: a point that is not finite"), (("1 2 3", "1 2 1e9"), "or further than 1e[+]07"),
     (("1 2 3", "1 2"), "a.ply: is truncated"), (("1 2 3", "1 2 x"), "a.ply: could not convert")])
-def test_clouds_that_are_refused(tmp_path, change, message):
+def test_unusable_clouds_are_refused(tmp_path, change, message):
     text = ("ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nproperty float y\nproperty float z\n"
             "end_header\n1 2 3\n")
     (tmp_path / "a.ply").write_text(text.replace(*change))

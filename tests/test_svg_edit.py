@@ -1,4 +1,4 @@
-"""svg_raster.SVG under an edit: smooth fields in the picture, smooth joints, opaque shapes, what may change."""
+"""svg_raster.SVG under an edit: smooth fields, smooth joints, opaque shapes, which elements may change."""
 import numpy as np
 import pytest
 import torch
@@ -14,7 +14,7 @@ CIRCLES = ('<circle id="a" cx="8" cy="8" r="4" fill="#c33"/><g id="g" transform=
 
 
 def steps(svg, count=20, sigma=4.0, shared=True):
-    """Adam steps along random gradients."""
+    """Take steps of Adam along random gradients."""
     adam, generator = SteadyAdam(svg.param_groups(0.5, 0.05, shared=shared)), torch.Generator().manual_seed(0)
     for _ in range(count):
         adam.fields = svg.fields(sigma) if sigma else {}
@@ -34,15 +34,15 @@ def test_a_drawing_without_curves_has_no_smooth_joints(load_svg, body, view):
     assert len(svg.constraints.joints[0]) == 0 and torch.isfinite(svg.render()).all()
 
 
-def test_colour_parameters_say_what_is_seen_not_where(load_svg):
+def test_colour_parameters_are_colours_stops_and_opacities(load_svg):
     svg = load_svg(CIRCLES)
     others = {name for name, p in svg.named_parameters() if not any(p is q for q in svg.colour_parameters())}
     assert others == {"points", "stroke_widths", "stop_offsets"}
 
 
-def test_all_shapes_move_by_one_field_in_the_picture(load_svg):
+def test_all_shapes_share_one_field_in_the_picture(load_svg):
     svg = load_svg(CIRCLES)
-    field = svg.fields(1e4)["points"]  # so wide that all points move alike, whatever their transforms
+    field = svg.fields(1e4)["points"]  # so wide that all points move alike in the picture, whatever their transforms
     with torch.no_grad():
         before = svg.segments(1.0)
         svg.points += field(torch.tensor([[2.0, -1.0]]).expand(len(svg.points), 2))
@@ -53,12 +53,12 @@ def test_all_shapes_move_by_one_field_in_the_picture(load_svg):
     assert svg.fields(4.0)["stroke_widths"](torch.ones(1)) == 1
 
 
-def test_a_shape_drawn_as_a_line_is_no_obstacle(load_svg):
+def test_a_shape_without_curves_has_no_smooth_joints(load_svg):
     svg = load_svg('<rect width="9" height="9" transform="scale(1 0)"/><rect x="3" width="9" height="9"/>')
     assert torch.isfinite(svg.fields(4.0)["points"](torch.ones(len(svg.points), 2))).all()
 
 
-def test_smooth_joints_stay_smooth_and_corners_free(load_svg):
+def test_smooth_joints_stay_smooth_and_corners_stay_free(load_svg):
     body = CIRCLES + '<path id="p" d="M4 20C4 16 10 16 10 20L10 28C12 30 14 30 16 28Q18 26 20 28L28 20Z" fill="#333"/>'
     free, kept = load_svg(body), load_svg(body)
     kept.restrict()
@@ -78,7 +78,7 @@ def test_crossings_are_counted(load_svg):
     assert self_intersections(load_svg(CIRCLES), load_svg(CIRCLES).points.detach()) == 0
 
 
-def test_opaque_stays_opaque_unless_asked(load_svg):
+def test_opaque_shapes_stay_opaque_by_default(load_svg):
     body = (CIRCLES + '<linearGradient id="l"><stop stop-color="#f00"/><stop offset="1" stop-color="#00f" '
             'stop-opacity=".5"/></linearGradient><rect width="9" height="9" fill="url(#l)"/>')
     svg, free = load_svg(body), load_svg(body)
@@ -105,7 +105,7 @@ def test_only_the_named_elements_change(load_svg, tmp_path):
         svg.restrict(only=["zzz"])
 
 
-def test_what_a_use_draws_belongs_to_it(load_svg):
+def test_an_element_that_is_used_changes_with_its_use(load_svg):
     svg = load_svg('<defs><circle id="c" cx="8" cy="8" r="4"/></defs><use id="u" href="#c"/>'
                    '<rect width="3" height="3"/>')
     svg.restrict(only=["u"])

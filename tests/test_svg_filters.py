@@ -1,4 +1,4 @@
-"""Filters and blend modes: against resvg, finite differences and each other; saving; what is refused by name."""
+"""Filters and blend modes: against resvg, finite differences and each other; saving; unsupported primitives."""
 import numpy as np
 import pytest
 import torch
@@ -90,11 +90,11 @@ def test_filters_and_modes_render_as_in_resvg(load_svg, tmp_path, name):
     "in a group", "feBlend"])
 def test_gradients_through_filters_match_finite_differences(load_svg, name):
     for exact, numeric in gradient_pairs(load_svg((FILTERS | MODES)[name], size=24)).values():
-        if name != "saturate" or len(numeric) > 3:      # the opacity of 1 is at the kink of a clamp
+        if name != "saturate" or len(numeric) > 3:      # an opacity of 1 lies at the kink of a clamp
             assert cosine_of(exact, numeric) > 0.9999
 
 
-def test_what_the_box_of_a_filter_follows_is_the_moving_shape(load_svg):
+def test_the_region_of_a_filter_follows_a_moving_shape(load_svg):
     svg = load_svg('<filter id="f" x="0" y="0" width="1" height="1"><feFlood/></filter>'
                    '<rect x="4" y="4" width="10" height="8" filter="url(#f)"/>')
     assert darkness(svg) == 80
@@ -117,11 +117,11 @@ def test_what_the_box_of_a_filter_follows_is_the_moving_shape(load_svg):
      '<rect x="4" y="4" width="9" height="9" filter="url(#f)"/>', 11 * 13),
     ('<g transform="rotate(90 16 16)"><filter id="f" filterUnits="userSpaceOnUse" x="0" y="0" width="30" height="32">'
      '<feOffset dx="9"/></filter><rect x="9" y="9" width="14" height="14" filter="url(#f)"/></g>', 14 * 12)])
-def test_known_areas_of_filters(load_svg, body, area):
+def test_filters_cover_their_known_areas(load_svg, body, area):
     assert darkness(load_svg(body)) == pytest.approx(area, abs=1e-3)
 
 
-def test_drop_shadow_of_css_is_the_primitive_without_a_region(load_svg):
+def test_the_css_drop_shadow_equals_the_primitive_without_a_region(load_svg):
     css = load_svg(f'<g style="filter:drop-shadow(2px 3px 1.5px #063)">{SHAPES}</g>')
     primitive = load_svg(filtered('<feDropShadow dx="2" dy="3" stdDeviation="1.5" flood-color="#063"/>', REGION + SRGB,
                                   '<g filter="url(#f)">'))
@@ -153,13 +153,13 @@ def test_filters_that_cannot_be_drawn_are_refused(load_svg):
 
 
 @pytest.mark.parametrize("value", ["blur(-1px)", "blur(1)", "zoom(1)", "drop-shadow(red)", "hue-rotate(9)", "blur() x"])
-def test_filter_functions_that_are_none_are_told(load_svg, value):
+def test_invalid_filter_functions_warn(load_svg, value):
     with pytest.warns(UserWarning, match="not understood"):
         svg = load_svg(f'<rect width="9" height="9" style="filter:{value}"/>')
     assert darkness(svg) == 81
 
 
-def test_a_filter_of_a_moved_drawing_is_saved_as_it_stood(load_svg, tmp_path):
+def test_a_filter_of_an_edited_drawing_is_saved_unchanged(load_svg, tmp_path):
     for body in (FILTERS["inner shadow of Figma"], FILTERS["offset in units of the box"], MODES["overlay"]):
         svg = load_svg(body)
         with torch.no_grad():
@@ -171,6 +171,6 @@ def test_a_filter_of_a_moved_drawing_is_saved_as_it_stood(load_svg, tmp_path):
         assert psnr(svg.render(), SVG.load(tmp_path / "saved.svg", size=32).render()) > 60
 
 
-def test_what_is_filtered_on_a_shifted_view_is_shifted(load_svg):
+def test_filters_move_with_a_shifted_view(load_svg):
     svg = load_svg(FILTERS["drop shadow"])
     assert torch.allclose(svg.render((2.0, -3.0))[..., 4:-4, 4:-4], svg.render()[..., 7:-1, 2:-6], atol=1e-5)

@@ -1,4 +1,4 @@
-"""The rasterizer: coverage, gradients, every feature against resvg, optimising, the command line."""
+"""svg_raster.py: coverage, gradients, every feature against resvg, optimisation, the command line."""
 import math
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from svg_raster import SVG
     ('<rect x="-20" y="6" width="30" height="100"/>', 10 * 26),
     ('<circle cx="15.3" cy="16.1" r="9.7"/>', math.pi * 9.7 ** 2),
     ('<ellipse cx="15" cy="16" rx="12" ry="5" transform="rotate(33 15 16)"/>', math.pi * 60),
-    ('<path d="M4 4H28V28H4ZM10 10V20H20V10Z"/>', 24 * 24 - 100),       # the hole turns the other way
+    ('<path d="M4 4H28V28H4ZM10 10V20H20V10Z"/>', 24 * 24 - 100),       # the hole runs in the opposite direction
     ('<path d="M4 4H28V28H4ZM10 10H20V20H10Z"/>', 24 * 24),
     ('<path fill-rule="evenodd" d="M4 4H28V28H4ZM10 10H20V20H10Z"/>', 24 * 24 - 100),
     ('<path d="M3 16H29" stroke="#000" stroke-width="4"/>', 26 * 4),
@@ -33,7 +33,7 @@ from svg_raster import SVG
     ('<circle cx="16" cy="16" r="10" fill="none" stroke="#000" stroke-width="3"/>', math.pi * 60),
     ('<path d="M4 16H28" stroke="#000" stroke-width="2" stroke-dasharray="3 2"/>', 5 * 3 * 2),
 ])
-def test_covers_the_known_area(load_svg, body, area):
+def test_shapes_cover_their_known_areas(load_svg, body, area):
     svg = load_svg(body)
     assert darkness(svg) == pytest.approx(area, rel=5e-3)     # chords lie up to TOLERANCE px inside
     assert darkness(svg, size=256) == pytest.approx(64 * area, rel=1e-3)
@@ -41,7 +41,7 @@ def test_covers_the_known_area(load_svg, body, area):
         assert darkness(svg) == pytest.approx(area, rel=1e-5)
 
 
-def test_even_odd_star(load_svg):
+def test_an_even_odd_star_has_a_hole(load_svg):
     star = '<path {} d="M16 2L24.5 28L2.5 12H29.5L7.5 28Z"/>'
     rules = ("", 'fill-rule="evenodd"')
     full, hollow = (darkness(load_svg(star.format(rule)), size=256) for rule in rules)
@@ -79,7 +79,7 @@ def test_render_is_deterministic_and_pure(load_svg):
 
 def test_gradients_are_deterministic_on_two_threads(load_svg):
     circles = (f'<circle cx="{k % 29}" cy="{k % 31}" r="9" stroke="red"/>' for k in range(60))
-    svg = load_svg("".join(circles), size=128)      # enough pieces of edges for torch to use both threads
+    svg = load_svg("".join(circles), size=128)      # enough edge pieces for torch to use both threads
     threads, grads = torch.get_num_threads(), []
     torch.set_num_threads(2)
     for _ in range(3):
@@ -90,14 +90,14 @@ def test_gradients_are_deterministic_on_two_threads(load_svg):
     assert all(torch.equal(grads[0], g) for g in grads)
 
 
-def test_view_shifts_by_pixels(load_svg):
+def test_a_view_shifts_by_pixels(load_svg):
     svg = load_svg('<circle cx="15" cy="16" r="8.3" fill="#264"/>')
     assert torch.allclose(svg.render((2.0, -3.0))[..., 3:-3, 3:-3], svg.render()[..., 6:, 1:-5], atol=1e-5)
     views = [svg.sample_view(torch.Generator().manual_seed(5)) for _ in range(2)]
     assert views[0] == views[1] and max(map(abs, views[0])) <= svg.jitter and type(views[0][0]) is float
 
 
-def test_without_shapes_is_white(load_svg):
+def test_an_empty_drawing_is_white(load_svg):
     svg = load_svg("<defs/>")
     assert (svg.render() == 1).all() and svg.param_groups() == []
 
@@ -140,7 +140,7 @@ def test_float32_gradients_agree_with_float64(load_svg):
     torch.testing.assert_close(*grads, rtol=1e-3, atol=2e-3)
 
 
-def test_fit_recovers_a_star(load_svg):
+def test_optimising_recovers_a_star(load_svg):
     star = "M16 3L20 12L30 12.5L22 19L25 29L16 23.5L7 29L10 19L2 12.5L12 12Z"
     svg = load_svg(f'<path fill="#e8a020" d="{star}"/>', size=64)
     generator = torch.Generator().manual_seed(0)
@@ -232,7 +232,7 @@ FEATURES = {                              # drawings on 100 x 100
         'opacity=".7"><rect width="100" height="60" fill="red"/><rect y="40" width="100" height="60" '
         'fill="blue"/></g><rect x="65" y="5" width="30" height="30" clip-path="url(#c)" fill="teal"/>'),
     "patterns": (
-        # resvg rounds tiles to whole pixels, which these are
+        # resvg rounds tiles to whole pixels, so these are whole
         '<pattern id="p" width="12.5" height="6.25" patternUnits="userSpaceOnUse" '
         'patternTransform="translate(3.125 0)">'
         '<circle cx="5" cy="4" r="3" fill="#d00"/><path d="M0 0L10 8" stroke="#06c"/></pattern>'
@@ -255,7 +255,7 @@ FEATURES = {                              # drawings on 100 x 100
 
 
 def resvg(text, size, finer=4):
-    """resvg takes few samples of an edge, so it renders larger here and is averaged."""
+    """resvg's picture, rendered larger and averaged because it takes few samples of an edge."""
     return resvg_render(text, size, finer)
 
 
@@ -265,14 +265,14 @@ def pixels(svg, size):
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_feature_renders_as_in_resvg(load_svg, name):
+def test_features_render_as_in_resvg(load_svg, name):
     view = 'viewBox="0 0 100 100"'
-    finer = 1 if name == "gradients" else 4       # a hard stop is a step in both, sampled once a pixel
+    finer = 1 if name == "gradients" else 4       # a hard stop is a step in both, sampled once per pixel
     own = pixels(load_svg(FEATURES[name], view), 256)
     other = resvg(svg_text(FEATURES[name], view), 256, finer)
     assert psnr(own, other) > 44
     means = [x.reshape(32, 8, 32, 8, 3).mean((1, 3)) for x in (own, other)]
-    assert np.abs(means[0] - means[1]).max() < 0.03       # what is left are edge pixels; no area differs
+    assert np.abs(means[0] - means[1]).max() < 0.03       # only edge pixels differ, no area does
 
 
 @pytest.mark.parametrize("attributes", [
@@ -285,7 +285,7 @@ def test_viewbox_renders_as_in_resvg(load_svg, attributes):
     assert psnr(own, other) > 44
 
 
-def test_wide_picture_is_centred_and_cut_to_its_frame(load_svg):
+def test_a_wide_picture_is_centred_and_cut_to_its_frame(load_svg):
     image = load_svg('<rect x="-9" y="-99" width="99" height="299"/>', 'viewBox="0 0 32 16"').render()[0, 0]
     assert (image[:8] == 1).all() and (image[24:] == 1).all() and (image[8:24] < 1e-6).all()
 
@@ -324,7 +324,7 @@ def test_state_dict_is_bit_exact(load_svg):
     assert torch.equal(svg.render(), fresh.render())
 
 
-def test_param_groups_and_projection(load_svg):
+def test_param_groups_have_their_rates_and_projection_restores_ranges(load_svg):
     svg = load_svg(f'<linearGradient id="a">{STOPS}</linearGradient>'
                    '<rect width="9" height="9" fill="url(#a)"/><rect width="5" height="5" stroke="red"/>')
     groups = {g["name"]: g["lr"] for g in svg.param_groups(points=0.4, colours=0.0)}
@@ -351,8 +351,8 @@ def test_points_are_pixels_under_any_transform(load_svg):
 
 # ---- command line
 
-def test_command_line_reports_failures_and_goes_on(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("warnings.showwarning", None)         # which the command line replaces
+def test_the_command_line_reports_failures_and_continues(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("warnings.showwarning", None)         # restores what the command line replaces
     good, bad, out = tmp_path / "good.svg", tmp_path / "bad.svg", tmp_path / "out"
     good.write_text(svg_text('<rect width="16" height="32"/>'))
     bad.write_text(svg_text("<text>x</text>"))

@@ -1,4 +1,4 @@
-"""toy.py: the exact noise prediction of its plane, and what SDS, DDS and PDS do there."""
+"""toy.py: the exact noise prediction in the plane, and the trajectories of SDS, DDS and PDS."""
 import math
 
 import torch
@@ -13,7 +13,7 @@ def test_the_plane_has_an_exact_noise_prediction():
     prior, x, t = toy.world(), rand(4, 2, 1, 1).requires_grad_(), torch.tensor([10, 300, 600, 990])
     abar, y = prior.abar[t], torch.tensor([1])
 
-    def log_density(means):  # the long form: a normal distribution for each part
+    def log_density(means):  # the long form: one normal distribution per component
         scale, deviation = abar.sqrt(), (abar * prior.sigma ** 2 + 1 - abar).sqrt()
         parts = [torch.distributions.Normal(scale[:, None] * m, deviation[:, None]).log_prob(x.flatten(1)).sum(1)
                  for m in means]
@@ -28,7 +28,7 @@ def test_the_plane_has_an_exact_noise_prediction():
     assert_close(got, log_density(prior.means[1]).detach())
 
 
-def test_the_plane_shows_what_the_paper_says(tmp_path, capsys, monkeypatch):
+def test_the_plane_shows_the_claims_of_the_paper(tmp_path, capsys, monkeypatch):
     ways, trajectories = {}, toy.trajectories
 
     def recorded(prior, loss, seed, **options):
