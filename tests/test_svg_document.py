@@ -17,7 +17,7 @@ from svg.style import colour
 from svg_raster import SVG
 
 
-def test_prefixed_and_foreign_elements(tmp_path):
+def test_prefixes_are_read_and_foreign_elements_ignored(tmp_path):
     path = tmp_path / "a.svg"
     path.write_text('<s:svg xmlns:s="http://www.w3.org/2000/svg" viewBox="0 0 8 8">'
                     '<s:rect width="4" height="8"/><path d="M0 0H8V8Z"/><x:rect width="8"/></s:svg>')
@@ -110,7 +110,7 @@ def test_the_right_declaration_wins(load_svg, attributes, colour):
     assert colours_of(svg) == [colour]
 
 
-def test_keywords_of_what_is_not_inherited(load_svg):
+def test_css_wide_keywords_apply_to_properties_that_are_not_inherited(load_svg):
     svg = load_svg('<g opacity=".5"><rect width="4" height="4" opacity="inherit"/>'
                    '<rect width="4" height="4" opacity=".1" style="opacity:initial"/></g>')
     assert sorted(svg.opacities.tolist()) == [0.5, 0.5, 1.0, 1.0]
@@ -157,14 +157,14 @@ def said(caught):
     ("</style><set/><set/><style>", "the element '<set>' is left out: what is drawn is a still picture"),
     ("rect{fill:lime;fill:color(display-p3 0 1 0)}",
      "fill 'color(display-p3 0 1 0)' is left for the sRGB colour before it")])
-def test_what_a_sheet_says_in_vain_is_told(load_svg, sheet, warned):
+def test_ignored_rules_of_a_sheet_warn(load_svg, sheet, warned):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_svg(f"<style>{sheet.replace(' > ', ' &gt; ')}</style>" + '<rect width="9" height="9"/>')
     assert said(caught) == ([warned] if warned else [])
 
 
-def test_what_is_not_understood_warns_once_for_each_kind(load_svg):
+def test_values_that_are_not_understood_warn_once_per_kind(load_svg):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_svg("<style>a:nonsense{fill:red} b:nonsense{fill:red} rect{stroke:zzz}</style>"
@@ -175,7 +175,7 @@ def test_what_is_not_understood_warns_once_for_each_kind(load_svg):
 
 
 @pytest.mark.parametrize("media, count", [("print", 0), ("screen", 1)])
-def test_a_style_element_may_be_for_other_media(load_svg, media, count):
+def test_a_style_element_for_other_media_is_ignored(load_svg, media, count):
     svg = load_svg(f'<style media="{media}">rect{{fill:red}}</style><rect width="9" height="9"/>')
     assert colours_of(svg).count("#ff0000") == count
 
@@ -199,7 +199,7 @@ def test_many_elements_and_rules_are_matched_in_time(load_svg):
     ('style="fill:rgb(calc(2 * (100 + 27.5)) 0 0)"', "#ff0000"),
     ('style="fill:lime;fill:rgb(calc(1 / 0) 0 0)"', "#00ff00"),
     ('fill="oklch(0.628 0.2577 29.23)"', "#ff0000"), ('fill="lab(54.29 80.8 69.89)"', "#ff0000")])
-def test_custom_properties_and_calc(load_svg, given, colour):
+def test_custom_properties_and_calc_are_evaluated(load_svg, given, colour):
     svg = load_svg("<style>:root{--b:blue;--n:255;--bomb:var(--b) var(--b)}</style>"
                    f'<g fill="orange"><rect width="9" height="9" {given}/></g>')
     assert colours_of(svg) == [colour]
@@ -216,7 +216,7 @@ def test_custom_properties_expand_within_bounds(load_svg):
     'style="stroke-dasharray:1 x"',
     'style="stroke-linejoin:arcs"', 'style="r:30"', 'style="transform:rotate(45)"', 'style="d:x"', 'fill-rule="x"',
     'style="clip-path:x"', 'style="transform-origin:x"', 'style="transform:skew(1e999)"', 'visibility="x"'])
-def test_other_declarations_are_dropped_too(load_svg, given):
+def test_other_invalid_declarations_are_dropped(load_svg, given):
     with pytest.warns(UserWarning, match="not understood"):
         svg = load_svg(f'<circle cx="9" cy="9" r="5" stroke="red" {given}/>')
     plain = load_svg('<circle cx="9" cy="9" r="5" stroke="red"/>')
@@ -226,13 +226,13 @@ def test_other_declarations_are_dropped_too(load_svg, given):
 @pytest.mark.parametrize("condition, colour", [
     ("(fill: red)", "r"), ("not (fill: red)", "-"), ("(fill: zzz)", "-"), ("(fill: zzz) or (color: red)", "r"),
     ("(fill: zzz) and (color: red)", "-"), ("((fill: red))", "r"), ("selector(a > b)", "r"), ("zzz", "-")])
-def test_supports(load_svg, condition, colour):
+def test_supports_conditions_are_evaluated(load_svg, condition, colour):
     condition = condition.replace(">", "&gt;")
     svg = load_svg(f'<style>@supports {condition}{{rect{{fill:red}}}}</style><rect width="9" height="9"/>')
     assert colours_of(svg) == [{"r": "#ff0000", "-": "#000000"}[colour]]
 
 
-SAME = {                                  # both bodies show the same
+SAME = {                                  # pairs of bodies that look the same
     "CSS cx, cy, r": ('<style>circle{r:30%;cx:16px;cy:1em}</style><circle/>',
                       f'<circle cx="16" cy="16" r="{0.3 * 32}"/>'),
     "CSS x, width, rx": ('<style>rect{x:2px;rx:4px}</style><rect y="3" width="20" style="height:9px"/>',
@@ -345,7 +345,7 @@ SAME = {                                  # both bodies show the same
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_both_show_the_same(load_svg, name):
+def test_equivalent_bodies_look_the_same(load_svg, name):
     first, second = (load_svg(body).render() for body in SAME[name])
     assert psnr(first, second) > 50
 
@@ -354,7 +354,7 @@ def test_both_show_the_same(load_svg, name):
     ('opacity=".4"', '<rect width="32" height="32" opacity=".4"/>'), ('display="none"', ""),
     ('clip-path="url(#c)"', '<rect width="9" height="9"/>'), ('mask="url(#m)"', '<rect width="9" height="9"/>'),
     ('transform="translate(5 3)"', '<rect x="5" y="3" width="32" height="32"/>')])
-def test_properties_of_the_root(load_svg, root, body):
+def test_properties_of_the_root_are_applied(load_svg, root, body):
     svg = load_svg('<clipPath id="c"><rect width="9" height="9"/></clipPath><mask id="m"><rect width="9" height="9" '
                    'fill="#fff"/>'
                    '</mask><rect width="32" height="32"/>', f'viewBox="0 0 32 32" {root}')
@@ -364,7 +364,7 @@ def test_properties_of_the_root(load_svg, root, body):
 @pytest.mark.parametrize("attributes, size", [
     ("", (20, 30)), ('width="50%"', (20, 30)), ('viewBox="0 0 40 10" height="5"', (20, 5)),
     ('width="2in" height="10mm"', (192, 960 / 25.4)), ('style="width:20px;height:5px"', (20, 5))])
-def test_size_of_the_picture(load_svg, tmp_path, attributes, size):
+def test_the_size_of_the_picture_is_that_of_the_file(load_svg, tmp_path, attributes, size):
     svg = load_svg('<rect x="5" y="10" width="15" height="20"/>', attributes)
     source = svg.document.source
     assert (source.width, source.height) == pytest.approx(size)
@@ -374,7 +374,7 @@ def test_size_of_the_picture(load_svg, tmp_path, attributes, size):
     assert psnr(svg.render(), SVG.load(tmp_path / "saved.svg", size=32).render()) > 60
 
 
-def test_svgz_and_entities(load_svg, tmp_path):
+def test_svgz_and_entities_are_read(load_svg, tmp_path):
     plain = load_svg('<rect width="9" height="5" fill="red"/>')
     path = tmp_path / "a.svgz"
     path.write_bytes(gzip.compress(b'<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://none/svg11.dtd" '
@@ -382,7 +382,7 @@ def test_svgz_and_entities(load_svg, tmp_path):
                                    b'//www.w3.org/2000/svg"><!ENTITY five "5">]>' + svg_text(
                                        '<rect width="9" height="&five;" fill="red"/>').replace(
                                            "http://www.w3.org/2000/svg", "&ns;").encode()))
-    for _ in range(2):                    # as it is, and as it is saved
+    for _ in range(2):                    # the original and the saved file
         svg = SVG.load(path, size=32)
         assert torch.equal(svg.render(), plain.render())
         svg.save(path)
@@ -395,14 +395,14 @@ def test_svgz_and_entities(load_svg, tmp_path):
         SVG.load(path)
 
 
-def test_what_is_no_file_is_not_read(tmp_path):
+def test_devices_pipes_and_folders_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.svg")
     for path in ("/dev/zero", tmp_path / "pipe.svg", tmp_path):
         with pytest.raises(SVGError, match="not a regular file"):
             SVG.load(path)
 
 
-HARD = {                                  # bodies that once took the square of their length, or more
+HARD = {                                  # bodies for which quadratic time would take too long
     "length": f'<rect width="{"1" * 3000}x" height="9"/>',
     "urls": f'<rect width="9" height="9" fill="{"url(" * 20_000}"/>',
     "spaces": f'<rect width="1{" " * 50_000}x" height="9" style="fill:{" " * 50_000}x" transform="{"a " * 50_000}"/>',
@@ -414,7 +414,7 @@ HARD = {                                  # bodies that once took the square of 
 
 
 @pytest.mark.parametrize("name", HARD)
-def test_hard_files_take_no_time(load_svg, name):
+def test_hard_files_take_bounded_time_and_memory(load_svg, name):
     def draw():
         load_svg(HARD[name], size=256).render()
     start = time.process_time()
@@ -422,7 +422,7 @@ def test_hard_files_take_no_time(load_svg, name):
     assert time.process_time() - start < 5 and memory < 512
 
 
-def test_many_values_that_take_time_to_parse_are_refused(load_svg, monkeypatch):
+def test_too_many_involved_values_are_refused(load_svg, monkeypatch):
     monkeypatch.setattr("svg.style.MAX_INVOLVED", 20)
     plain = "".join(f'<g fill="#{k:06}" style="stroke:rgb({k}, 2,3);stroke-width:{k}.5px" clip-path="url(#a{k})"/>'
                     for k in range(50))
@@ -439,7 +439,7 @@ def test_save_keeps_the_structure(load_svg, tmp_path):
                    '<title>t</title>')
     path = tmp_path / "saved.svg"
     with torch.no_grad():
-        svg.points[:12] += 1.5            # the circle only
+        svg.points[:12] += 1.5            # only the circle
         svg.colours[1] = torch.tensor([0.0, 0.0, 1.0])
     svg.save(path)
     text = path.read_text()
@@ -449,7 +449,7 @@ def test_save_keeps_the_structure(load_svg, tmp_path):
         assert kept in text
 
 
-def test_shapes_that_use_shares_stay_shared(load_svg, tmp_path):
+def test_shapes_shared_by_use_stay_shared(load_svg, tmp_path):
     svg = load_svg('<defs><path id="p" d="M0 0H8V8H0Z"/></defs><use href="#p"/>'
                    '<use href="#p" x="16" fill="red"/>')
     assert len(svg.points) == 4 and len(svg.colours) == 2
@@ -479,7 +479,7 @@ def test_a_saved_file_renders_the_same_under_its_style_sheet(load_svg, tmp_path,
     assert "<circle" not in text and f"<style>{sheet.replace('!important', '')}</style>" in text
     assert psnr(svg.render(), SVG.load(tmp_path / "saved.svg", size=32).render()) > 60
     own = svg.render(size=256)[0].permute(1, 2, 0).detach().double().numpy()
-    assert "of-type" in sheet or psnr(own, resvg_render(text, 256, 4)) > 40       # resvg does not know these
+    assert "of-type" in sheet or psnr(own, resvg_render(text, 256, 4)) > 40       # resvg does not support these
 
 
 @pytest.mark.parametrize("resource, user", [
@@ -489,11 +489,11 @@ def test_a_saved_file_renders_the_same_under_its_style_sheet(load_svg, tmp_path,
     ('<mask id="c" maskContentUnits="objectBoundingBox"><circle cx=".5" cy=".5" r=".5" fill="#ccc"/></mask>', "mask"),
     ('<mask id="c" x=".2" y="0" width=".5" height="1"><circle cx="12" cy="12" r="30" fill="#fff"/></mask>', "mask")])
 @pytest.mark.parametrize("sheet", ["", "<style>g, circle{fill:red;opacity:.9} #c &gt; circle{fill:#fff}</style>"])
-def test_what_is_in_units_of_a_box_stays_when_the_box_changes(load_svg, tmp_path, resource, user, sheet):
+def test_clips_and_masks_in_box_units_are_saved_as_drawn(load_svg, tmp_path, resource, user, sheet):
     svg = load_svg(f'{sheet}{resource}<g {user}="url(#c)"><rect width="20" height="12"/><rect y="8" width="9" '
                    f'height="9"/></g><rect x="20" y="20" width="9" height="9" {user}="url(#c)"/>')
     svg.save(tmp_path / "saved.svg")
-    assert "userSpaceOnUse" not in (tmp_path / "saved.svg").read_text()           # nothing has changed
+    assert "userSpaceOnUse" not in (tmp_path / "saved.svg").read_text()           # saved without a change
     with torch.no_grad():
         svg.points += torch.randn(svg.points.shape, generator=torch.Generator().manual_seed(0))
     svg.save(tmp_path / "saved.svg")
@@ -580,7 +580,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("message", BAD_FILES)
-def test_bad_file_is_refused_in_one_line(tmp_path, message, monkeypatch):
+def test_bad_files_are_refused_in_one_line(tmp_path, message, monkeypatch):
     for name, value in LOWER.items():
         monkeypatch.setattr(f"svg.{name}", value)
     path = tmp_path / "bad.svg"
@@ -609,7 +609,7 @@ def test_bad_file_is_refused_in_one_line(tmp_path, message, monkeypatch):
     '</linearGradient><circle r="9" fill="url(#a)"/>',
     '<style>}}{{a{b:c;}} .x{fill:red @import url("http://evil/a.css"); *{stroke:red}</style><rect width="5" '
     'height="5"/>'])
-def test_degenerate_file_renders_clean(load_svg, tmp_path, body):
+def test_degenerate_files_render_and_have_finite_gradients(load_svg, tmp_path, body):
     svg = load_svg(body)
     image = svg.render()
     assert torch.isfinite(image).all()
@@ -624,24 +624,24 @@ def test_a_stroke_a_million_pixels_wide_is_drawn(load_svg):
     assert svg.render(size=128)[0, 1].max() < 1e-5
 
 
-def test_too_many_layers_are_refused_before_they_are_drawn(load_svg, monkeypatch):
+def test_too_many_layers_are_refused_before_drawing(load_svg, monkeypatch):
     monkeypatch.setattr("svg_raster.MAX_FLOATS", 6 * 30 * 65 ** 2)
     svg = load_svg('<rect width="32" height="32"/>' * 30, size=64)
     with pytest.raises(SVGError, match="its 30 layers cover too many pixels at 64 px"):
         svg.render()
-    with torch.no_grad():                 # which keeps less
+    with torch.no_grad():                 # needs less memory
         svg.render()
 
 
-def test_skip_unsupported_warns_and_goes_on(load_svg):
+def test_skip_unsupported_drops_elements_with_a_warning(load_svg):
     body = '<filter id="f"><feTile/></filter><text>hi</text><g filter="url(#f)"><rect width="8" height="8"/></g>'
-    told = pytest.warns(UserWarning, match="<feTile> in a filter")
-    with told, pytest.warns(UserWarning, match="<text> is not supported"):
+    skipped = pytest.warns(UserWarning, match="<feTile> in a filter")
+    with skipped, pytest.warns(UserWarning, match="<text> is not supported"):
         svg = load_svg(body, skip_unsupported=True)
     assert darkness(svg) == pytest.approx(64) and svg.document.skipped == ["<text>", "<feTile> in a filter on <g>"]
 
 
-def test_save_fails_without_harm(load_svg, tmp_path):
+def test_a_failed_save_keeps_the_old_file(load_svg, tmp_path):
     svg, path = load_svg('<rect width="5" height="5"/>'), tmp_path / "kept.svg"
     path.write_text("before")
     with torch.no_grad():

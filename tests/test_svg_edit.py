@@ -53,7 +53,7 @@ def test_all_shapes_share_one_field_in_the_picture(load_svg):
     assert svg.fields(4.0)["stroke_widths"](torch.ones(1)) == 1
 
 
-def test_a_shape_without_curves_has_no_smooth_joints(load_svg):
+def test_a_flattened_shape_keeps_the_field_finite(load_svg):
     svg = load_svg('<rect width="9" height="9" transform="scale(1 0)"/><rect x="3" width="9" height="9"/>')
     assert torch.isfinite(svg.fields(4.0)["points"](torch.ones(len(svg.points), 2))).all()
 
