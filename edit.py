@@ -164,7 +164,7 @@ def guidance_of(own, name, wanted=None):
 
 # ---- the loop -----------------------------------------------------------------------------------------
 
-def edit(scene, groups, stages, prior, args, out, config=None):
+def edit(scene, groups, stages, prior, args, out, config=None, view=None):
     """Optimise the scene with Adam, one stage after the other.
 
     A checkpoint is written every args.every steps and at Ctrl-C; a run that is resumed from it takes exactly the steps
@@ -173,6 +173,7 @@ def edit(scene, groups, stages, prior, args, out, config=None):
     Args:
         config: a dict for JSON, kept in the checkpoint: everything that the result depends on. Only a checkpoint with
             an equal one is resumed.
+        view: a viewer, see scene/viewer.py; None: nobody looks.
     Returns:
         The frames of progress.gif, a list of PIL pictures, and whether Ctrl-C ended the loop.
     Raises:
@@ -199,6 +200,8 @@ def edit(scene, groups, stages, prior, args, out, config=None):
             bar.set_postfix(loss=f"{loss.item():.4g}", refresh=False)
             if (step + 1) * sheets.FRAMES // len(plan) > step * sheets.FRAMES // len(plan):
                 frames.append(snapshot(scene))
+            if view and view.between(stage.name, step + 1, len(plan), loss.item(), interrupt):
+                interrupt.seen = True
             stopped = bool(parallel.largest(interrupt.seen, loss.device))
             if (step + 1) % args.every == 0 or step + 1 == len(plan) or stopped:
                 run.keep(step + 1)

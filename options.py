@@ -142,7 +142,12 @@ GROUPS = {
         _setting("opacity"), _setting("refine"),
         _option("--path", "camera path of turntable.gif (default: %(default)s)", SCENES, kept=False, choices=PATHS,
                 default="turntable"),
-        _switch("--export", "write every edited view, its depth and a transforms.json", SCENES, kept=False)],
+        _switch("--export", "write every edited view, its depth and a transforms.json", SCENES, kept=False),
+        _option("--view", "show the scene in the browser, at this port, while it is edited or, without prompts, as it "
+                "is (default: 8080; pip install viser)", SCENES, kept=False, nargs="?", const=8080,
+                type=number(int, 1, 65535), metavar="PORT"),
+        _option("--view-host", "address at which it listens (default: %(default)s, this machine alone)", SCENES,
+                kept=False, default="127.0.0.1", metavar="HOST")],
     "output": [
         _option("--out", "output folder (default: out/FILE-TARGET-LOSS)", kept=False, type=Path, metavar="DIR"),
         _switch("--resume", "go on from the checkpoint in the output folder", kept=False),

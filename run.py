@@ -53,6 +53,7 @@ from prior import InstructPix2Pix, Prior
 from scene.cameras import input_path, sides, turntable
 from scene.reading import load_scene
 from scene.representation import depth_picture, evaluate, export, fit_report
+from scene.viewer import Viewer
 from splat import Splats
 from svg_raster import SVG
 
@@ -188,8 +189,8 @@ def load_prior(args):
 
 # ---- one run ------------------------------------------------------------------------------------------
 
-def run_one(prior, name, args, out):
-    """One edit by a loss or an editor, and its files in the folder `out`.
+def run_one(prior, name, args, out, view=None):
+    """One edit by a loss or an editor, and its files in the folder `out`; view: the Viewer that shows it, or None.
 
     Returns:
         The pictures before and after, two lists of PIL pictures, one per view.
@@ -201,6 +202,8 @@ def run_one(prior, name, args, out):
     args, editor = complete(args, prior, name), editor_of(name, args, prior)
     scene, groups, source = LOAD[args.mode](args, editor if editor and name in LOSSES else prior)
     shown = Shown(scene, args)
+    if view:
+        view.show(scene)
     where = where_of(scene, source, prior, args) if name in LOSSES else None
     stages = stages_of(scene, source, prior, name, args, editor, where)
     config = settings(args, prior, name) | ({"fit": fingerprint(scene)} if args.mode in SCENES else {})
@@ -220,7 +223,7 @@ def run_one(prior, name, args, out):
             scene.put(stages[0].edited(picture, picture, EDITORS[name].strength, generator))
             frames, interrupted = [to_pil(source.render(None, sheets.FRAME_SIZE)), snapshot(scene)], False
         else:
-            frames, interrupted = edit(scene, groups, stages, prior, args, out, config)
+            frames, interrupted = edit(scene, groups, stages, prior, args, out, config, view)
         if first:  # the results before the pictures: torchrun kills its processes soon after Ctrl-C
             with DelayedInterrupt() as late:  # torchrun forwards Ctrl-C a moment later
                 write(out / "config.json", json.dumps(config, indent=1) + "\n")
@@ -288,7 +291,7 @@ def parse(argv=None):
 
 
 def work(args):
-    """Every mode but toy: one edit, the edits that --compare names, or a fit alone."""
+    """Every mode but toy: one edit, the edits that --compare names, or a scene without an edit."""
     args.device = parallel.start(args.device)
     if args.input is None:
         name, source, target = EXAMPLE[args.mode]
@@ -300,12 +303,38 @@ def work(args):
     name = (args.input.stem, slug(args.target or ""), args.loss if args.compare is None else "compare")
     args.out = args.out or Path("out") / "-".join(filter(None, name))
     args.fit = args.out.parent / f"{args.input.stem}-{args.mode}"
+    with viewer(args) as view:
+        if args.fit_only or view and args.source is None and args.target is None:
+            unedited(args, view)
+        else:
+            edits(args, view)
+
+
+def viewer(args):
+    """The Viewer that --view asks for, as a context; without it the context of None."""
+    if args.view is None:
+        return contextlib.nullcontext()
+    if parallel.world() > 1:
+        raise ValueError(f"--view shows the edit of one process, not of {parallel.world()}")
+    view = Viewer(args.view, args.view_host)
+    print(f"view: http://{args.view_host}:{args.view}", flush=True)
+    return view
+
+
+def unedited(args, view):
+    """A fit or an earlier result without an edit: its figures with --fit-only, in the browser with --view."""
+    scene = fit(args)
     if args.fit_only:
-        scene = fit(args)
         psnr, views = evaluate(scene, scene.scene)
         done = "" if args.fitted else ", {steps} steps, {seconds:.1f} s".format(**scene.fitted)
         print("\n".join([f"test PSNR {psnr:.1f} dB, {views} views{done}", *fit_report(scene, scene.scene)]))
-        return
+    if view:
+        view.show(scene, edited=False)
+        view.stay("Drag to turn, scroll to come closer, drag with the right button to shift.", always=True)
+
+
+def edits(args, view):
+    """One edit, or those that --compare names with their common sheet."""
     check_prompts(args)
     check_writable(args.out)
     prior = load_prior(args)
@@ -313,15 +342,17 @@ def work(args):
         complete(args, prior, name)
         editor_of(name, args, prior)
     if args.compare is None:
-        run_one(prior, args.loss, args, args.out)
+        run_one(prior, args.loss, args, args.out, view)
     else:
-        pairs = {name: run_one(prior, name, args, args.out / name) for name in args.losses}
+        pairs = {name: run_one(prior, name, args, args.out / name, view) for name in args.losses}
         rows = [("source", args.source, pairs[args.losses[0]][0])]
         if parallel.rank():
             return
         write(args.out / "sheet.png", sheet(rows + [(TITLES[n], args.target, pairs[n][1]) for n in pairs]))
     if parallel.rank() == 0:
-        print(f"done: {args.out / 'sheet.png'}")
+        print(f"done: {args.out / 'sheet.png'}", flush=True)
+    if view:
+        view.stay(f"The edit is done: see `{args.out}`.")
 
 
 def main(argv=None):
