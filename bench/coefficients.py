@@ -16,7 +16,7 @@ WIDE, HIGH, SCALE, LOW, TOP = 900, 380, 2, 1e-3, 20.0  # pixels, supersampling, 
 
 
 def coefficients(args):
-    """The command: write the chart to args.out and print the values at a few timesteps."""
+    """Write the chart to args.out and print the values at a few timesteps."""
     page = Image.new("RGB", (WIDE * SCALE, HIGH * SCALE), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(14 * SCALE)
 

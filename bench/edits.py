@@ -1,5 +1,4 @@
-"""`python -m bench edits`: every edit of a list by every method, in one table, with one sheet of pictures for each
-mode.
+"""`python -m bench edits`: every edit of a list by every method, in one table, with a sheet of pictures for each mode.
 
     python -m bench edits --list examples/edits.txt --compare sds dds pds --modes svg image [options of run.py]
 
@@ -35,7 +34,7 @@ DECIMALS = {"log-odds": 2, "named": 2, "turn": 3, "PSNR": 1, "SSIM": 3, "IoU": 3
 
 
 def read_edits(path, only=None):
-    """The edits in a list: [(mode, file, source, target, folder)], folder being the place of the results.
+    """The edits in a list: [(mode, file, source, target, folder)], where folder is for the results.
 
     A line reads `mode | file | source prompt | target prompt`, with the path relative to the list; # starts a comment.
     only: keep these modes. Raises ValueError for the first wrong line, with its number, and if no edit is left.
@@ -67,10 +66,10 @@ def names_of(mode, names):
 
 
 def edits(args):
-    """The command: make every edit by every method and write table.csv and a sheet for each mode to the folder --out.
+    """Make every edit by every method and write table.csv and a sheet for each mode to the folder --out.
 
     Several processes of torchrun share the edits, and the first one writes the table. An edit that an earlier run made
-    with the same settings is not made again.
+    with the same settings is reused.
 
     Raises:
         ValueError, OSError: bad input. FloatingPointError: a loss is no longer finite; the message names the edit.
@@ -126,7 +125,7 @@ def edit_row(prior, name, args, out, lpips, clip):
     config = json.loads(json.dumps(options.settings(whole, prior, name)))
     done, row = out / "config.json", {}
     if (out / "row.json").exists() and done.exists():
-        old = read_json(done, hint="; delete it to make the edit anew")
+        old = read_json(done, hint="; delete it to repeat the edit")
         alike = {"versions", "threads", "fit"} | ({"points"} if config["points"] is None else set())  # may differ
         same = all(old.get(k) == config.get(k) for k in old.keys() | config.keys() if k not in alike)
         row = read_row(out / "row.json") if same else {}

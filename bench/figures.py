@@ -17,7 +17,7 @@ from files.pictures import frame_of, to_tensor
 from image.editors import prompts
 from image.figures import psnr
 
-SIDE, THUMB, SCENE_THUMB = 256, 192, 160  # pixels a side: of what is measured, on a sheet, on the sheet of a scene
+SIDE, THUMB, SCENE_THUMB = 256, 192, 160  # side in pixels of measured pictures, on a sheet, on the sheet of a scene
 
 
 def pixels(picture, size=SIDE):
@@ -78,12 +78,12 @@ class Clip:
         try:
             model, info = CLIPModel.from_pretrained(name, output_loading_info=True)
             self.processor = CLIPProcessor.from_pretrained(name)
-        except Exception as e:  # as in prior.py: the libraries below have an error each, all meaning the same
+        except Exception as e:  # each library raises its own kind of error
             where = "damaged, or no CLIP" if Path(name).exists() else "no such directory, and no CLIP on the hub"
             raise ValueError(f"{name}: {where}: {(str(e).strip() or type(e).__name__).splitlines()[0][:200]}") from e
         finally:
             quiet.setLevel(level)
-        if info["missing_keys"]:  # transformers would go on with random weights
+        if info["missing_keys"]:  # transformers would continue with random weights
             raise ValueError(f"{name}: damaged, or no CLIP: {len(info['missing_keys'])} of its weights are missing")
         self.name, self.device, self.model = name, device, model.eval().to(device)
 
@@ -104,13 +104,12 @@ class Clip:
 
 @functools.cache
 def shipped_judge():
-    """The judge beside the shipped prior, which shares no weights with it: see its card for what it cannot judge."""
+    """The judge in the folder of the shipped prior; it shares no weights with it. Its model card states its limits."""
     return load(Path(__file__).resolve().parent.parent / "models" / "emoji")
 
 
 def figures(prior, before, after, args, lpips=None, clip=None):
-    """The figures of an edit, {column: figure}, means over the PIL pictures before and after; args: completed
-    options."""
+    """The figures of an edit, {column: figure}, as means over PIL pictures; args: the completed options."""
     y_src, y_tgt = map(prior.embed, prompts(args))
 
     def odds(picture):

@@ -1,8 +1,7 @@
-"""`python -m bench front`: how well each method aligns a drawing with its prompt against how much of the source it
-keeps.
+"""`python -m bench front`: alignment with the prompt against preservation of the source, for each method.
 
 PDS runs at several weights K of its identity term, with smooth and with free points; SDS, DDS and other coefficients
-run at their own settings. Writes front.png (the chart), front.csv (its numbers) and along.png (one drawing along K).
+run at their own settings. Writes front.png (the chart), front.csv (its numbers) and along.png (one drawing at each K).
 """
 import csv
 import io
@@ -19,7 +18,7 @@ from image.figures import perceptual
 from loop import parallel
 
 IDENTITIES = (1, 0.5, 0.25, 0)
-PAPER = ("--smooth", "0", "--no-steady", "--opacities")  # every point for itself, plain Adam
+PAPER = ("--smooth", "0", "--no-steady", "--opacities")  # free points, plain Adam
 COLOURS = ("#d9480f", "#2f5fd0", "#2b8a3e", "#c2255c", "#0b7285", "#111111")
 
 
@@ -34,8 +33,8 @@ def methods():
 
 
 def front(args):
-    """The command: make every drawing of a list by every method in the folder --out; an edit that an earlier run made
-    with the same settings is not made again."""
+    """Edit every drawing of a list by every method in the folder --out; an edit that an earlier run made with the same
+    settings is reused."""
     first = options.parse(args.run, strict=False)
     first.device = parallel.start(first.device)
     listed, prior, out = read_edits(args.list, ["svg"]), run.load_prior(first), args.out

@@ -35,7 +35,7 @@ SHAPES = ("path", "path", "path", "rect", "circle", "ellipse", "line", "polyline
 
 
 class Maker:
-    """Generates a drawing; wild: the share of extreme numbers."""
+    """A generator of drawings; wild: the share of extreme numbers."""
 
     def __init__(self, seed, number):
         self.random = random.Random(f"{seed} {number}")
@@ -206,7 +206,7 @@ class Maker:
 
 
 def trial(text, path, size, skip):
-    """"drawn" or "refused"; raises an AssertionError or any other error if the drawing does not pass."""
+    """Return "drawn" or "refused"; raise AssertionError, or any other error, if the drawing does not pass."""
     path.write_text(text)
     try:
         svg = SVG.load(path, skip, size)
@@ -227,10 +227,10 @@ def trial(text, path, size, skip):
             moved = svg.render()
             svg.save(path)
             again = SVG.load(path, skip, size).render()
-        except SVGError:                  # moved over a limit, such as that of coordinates
+        except SVGError:                  # the step exceeded a limit, such as that of coordinates
             return "drawn"
         same = psnr(moved, again)
-        assert same >= SAME, f"saved and loaded again, it is another picture: {same:.1f} dB"
+        assert same >= SAME, f"the picture differs after saving and loading: {same:.1f} dB"
     return "drawn"
 
 

@@ -1,8 +1,8 @@
 """Damaged scenes, COLMAP models, files of Gaussians, pictures, checkpoints, settings: read, or refused in one line.
 
-A case is a dict of sound files, of which one or two are spoiled: a value in them is replaced by one of the right kind
-that makes no sense, or their bytes are damaged. A case fails on any other error, a message of two lines or without the
-file's name, a result that is not finite, more than SECONDS or more than MEGABYTES.
+A case is a dict of sound files, one of which is damaged: values in it are replaced by senseless ones of the right kind,
+or its bytes are corrupted. A case fails if it raises any other error, if the message has two lines or lacks the file's
+name, if a result is not finite, or if it takes more than SECONDS or MEGABYTES.
 """
 import copy
 import io
@@ -42,7 +42,7 @@ from splat import Splats
 
 SECONDS, MEGABYTES = 5, 1000
 COUNTS = {"scenes": 500, "colmap": 300, "ply": 300, "pictures": 300, "settings": 200}
-GONE = object()  # takes a value out
+GONE = object()  # removes the value
 EVIL = (None, True, False, "", "x", "12", "/", "..", "a\nb", "y" * 5000, "\0", [], {}, [1], math.nan, math.inf,
         -math.inf, -1, 0, 1, 2, 0.5, -0.5, 1e-308, 1e-9, 1e3, 1e6, 1e10, -1e10, 1e30, -1e30, 1e38, 1e308, -1e308,
         10 ** 400, 2 ** 63, 180, 179.999, 360, 3.2, math.pi, 800.0)
@@ -69,7 +69,7 @@ def scenes(args):
 
 
 def run_case(kind, case, seed, folder):
-    """How a case ended ("read", "refused", or what went wrong), its seconds, and the MB by which memory grew."""
+    """How a case ended ("read", "refused", or the fault), its seconds, and the growth of memory in MB."""
     rng, place = random.Random(f"{kind} {case} {seed}"), Path(folder) / "case"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -101,7 +101,7 @@ def run_case(kind, case, seed, folder):
 
 
 def ending(call, place):
-    """How a call ended; it may return a tensor, which must be finite."""
+    """How a call ended; a tensor that it returns must be finite."""
     try:
         result = call()
         finite = not isinstance(result, torch.Tensor) or torch.isfinite(result).all()
@@ -118,7 +118,7 @@ def ending(call, place):
 # ---- the mutator --------------------------------------------------------------------------------------
 
 def any_value(key, old):
-    """What may replace a value of a JSON file: lists of choices, of which one list is drawn first."""
+    """Replacements for a value of a JSON file: lists of choices; a list is drawn first, then a choice from it."""
     number = isinstance(old, (int, float)) and not isinstance(old, bool)
     return [(GONE, *EVIL)] + ([[old * factor for factor in (-1, 1e-4, 0.1, 0.9, 1.1, 30, 1e5)]] if number else [])
 
@@ -131,8 +131,8 @@ def as_bytes(value):
 class File(NamedTuple):
     """A sound file: bytes, or a value of nested lists and dicts and how it is encoded.
 
-    evil: a function as any_value; weight: how often this file is the spoiled one; damage: how often its bytes are
-    damaged instead of its values.
+    evil: a function like any_value; weight: relative probability that this file is the damaged one; damage: probability
+    that its bytes are damaged instead of its values.
     """
     value: object
     encode: Callable = as_bytes
@@ -142,7 +142,7 @@ class File(NamedTuple):
 
 
 def spoil(rng, files, place):
-    """Write files {path relative to `place`: File}, one of them spoiled."""
+    """Write files {path relative to `place`: File}, one of them damaged."""
     spoiled = rng.choices(list(files), [file.weight for file in files.values()])[0]
     for name, file in files.items():
         bytewise = isinstance(file.value, bytes) or rng.random() < file.damage
@@ -154,8 +154,8 @@ def spoil(rng, files, place):
 
 
 def mutated(rng, value, evil):
-    """A copy with one or two values replaced or taken out. Every level is walked down at random, so that a key beside
-    a long list is hit as often as all of the list."""
+    """A copy with one or two values replaced or removed. The walk descends level by level, so that a key next to a long
+    list is hit as often as the whole list."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 2))):
         inner, at, key = [value], 0, None
@@ -172,7 +172,7 @@ def mutated(rng, value, evil):
 
 
 def damaged(rng, data):
-    """Bytes cut short, partly overwritten, doubled or replaced; None: no file at all."""
+    """Bytes truncated, partly overwritten, doubled or replaced; None: no file."""
     kind, data = rng.random(), bytearray(data or b" ")
     if kind < 0.05:
         return rng.choice((None, b"", b"\xff" * 64, bytes(data) * 2))
@@ -184,7 +184,7 @@ def damaged(rng, data):
 
 
 def rows_of(value):
-    """A value as a list of lists, whatever was put in it."""
+    """A value as a list of lists, whatever it was replaced by."""
     return [row if isinstance(row, list) else [row] for row in value] if isinstance(value, list) else []
 
 
@@ -193,7 +193,7 @@ def as_text(rows, end="\n"):
 
 
 def packed(form, row, order="<"):
-    """Numbers as struct writes them, all bits set where one does not fit; "s": a name that ends with a zero."""
+    """Numbers packed by struct, with all bits set where one does not fit; "s": a zero-terminated name."""
     data = b""
     for kind, value in zip(form, row, strict=False):
         try:
@@ -247,7 +247,7 @@ def scene_case(rng, place):
     if rng.random() < 0.3:
         file["frames"][0]["mask_path"] = "mask.png"
         files["mask.png"] = File(png(Image.linear_gradient("L").resize(rng.choice(((16, 16), (8, 8), (16, 5))))))
-    if rng.random() < 0.1:  # another picture than its neighbours
+    if rng.random() < 0.1:  # a picture that differs from the others
         size = rng.choice(((1, 1), (16, 2000), (9000, 9000), (1, 60000), (3000, 3000), (16, 15)))
         files["0.png"] = File(png(Image.new(rng.choice(("L", "RGB", "RGBA", "P", "1", "I;16")), size)))
     return files, fitting(rng, place)
@@ -275,7 +275,7 @@ def looked_at(representation):
 
 # ---- models of COLMAP ---------------------------------------------------------------------------------
 
-# of every record: the numbers, and what follows them as text and as bytes
+# for every record: the format of its numbers, and what follows them as text and as bytes
 RECORDS = {"cameras": ("IiQQdddd", "", b""),
            "images": ("IdddddddIs", "\n1.5 2.5 -1", packed("Qddq", (1, 1.5, 2.5, -1))),
            "points3D": ("QdddBBBd", "1 2 2 3 3 4", packed("QIIIIII", (3, 1, 2, 2, 3, 3, 4)))}
@@ -360,7 +360,7 @@ def picture_case(rng, place):
     try:
         picture.save(whole, kind)
         data = whole.getvalue()
-    except (OSError, ValueError, KeyError):  # a format that this Pillow does not write, or not in this mode
+    except (OSError, ValueError, KeyError):  # this Pillow cannot write the format, or not in this mode
         data = b"P6 3 3 255\n" + bytes(27)
 
     def sized(sides):
@@ -377,7 +377,7 @@ def picture_case(rng, place):
 # ---- checkpoints and settings -------------------------------------------------------------------------
 
 class Stage:
-    """The smallest stage of an edit: pixels that follow noise."""
+    """A minimal stage of an edit: pixels with random gradients."""
     name, steps, rate, resets_optimiser, checks = "noise", 4, 1, False, {"views": lambda value: value == [None]}
 
     def __init__(self, scene):
@@ -390,7 +390,7 @@ class Stage:
 
 
 def edited(out, resume):
-    """The pixels of the smallest edit, with its checkpoint in `out`."""
+    """The pixels of a minimal edit, with its checkpoint in `out`."""
     scene = Picture(torch.full((1, 3, 8, 8), 0.5), SimpleNamespace(device="cpu", decode=None), in_pixels=True)
     args = SimpleNamespace(seed=0, resume=resume, every=2, smooth=0, rates="settle", batch=1)
     edit(scene, scene.param_groups(0.1), [Stage(scene)], None, args, out, {"seed": 0})
@@ -398,7 +398,7 @@ def edited(out, resume):
 
 
 def tensors(key, old):
-    """What may replace a value of a checkpoint."""
+    """Replacements for a value of a checkpoint."""
     choices = [(GONE, *EVIL, torch.zeros(3), torch.tensor(math.nan))]
     if isinstance(old, torch.Tensor) and old.is_floating_point():
         choices.append((old * math.nan, old[None], old.double(), old.flatten()[:1], -old - 1))
@@ -408,7 +408,7 @@ def tensors(key, old):
 
 
 def checkpoint(rng, path):
-    """The File of a sound checkpoint, or of one that holds something else."""
+    """The File of a sound checkpoint, or of one with other contents."""
     state = read_checkpoint(path, {})
 
     def encode(value):
@@ -464,7 +464,7 @@ def model_case(rng, place):
              "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json")
 
     def small(key, old):
-        return [(GONE, *EVIL[:24])]  # sizes of a billion are for the libraries
+        return [(GONE, *EVIL[:24])]  # sizes of a billion would test the libraries
 
     def call():
         prior = Prior.from_pretrained(place / "model")

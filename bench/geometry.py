@@ -1,4 +1,4 @@
-"""What an edit does to the geometry of drawings: outlines that cross themselves, smooth joints that break."""
+"""Effects of an edit on the geometry of drawings: self-intersections and broken smooth joints."""
 import math
 import subprocess
 import sys
@@ -21,8 +21,7 @@ from prior import Prior
 
 
 def outlines(svg, points):
-    """The subpaths of all shapes: a list of ([n,4,2] float64 control points of cubics, a line as (p, p, q, q);
-    closed)."""
+    """The subpaths of all shapes: [(control points [n,4,2] float64 of cubics, closed)]; a line is (p, p, q, q)."""
     found = []
     for shape in svg.document.shapes:
         if shape.element is not None:
@@ -33,7 +32,7 @@ def outlines(svg, points):
 
 
 def self_intersections(svg, points, chords=8):
-    """How often outlines cross themselves, each curve taken as `chords` chords; neighbours do not count."""
+    """The number of self-intersections, with each curve as `chords` chords; neighbouring chords do not count."""
     t = torch.linspace(0, 1, chords + 1, dtype=torch.float64)[:, None]
     weights = torch.cat([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t ** 3], 1)
     count = 0
@@ -51,7 +50,7 @@ def self_intersections(svg, points, chords=8):
 
 
 def joint_angles(svg, points):
-    """The angle in degrees by which the outline turns at every joint of two curves; NaN where a side has no length."""
+    """The angle in degrees by which the outline turns at each joint of two curves; NaN if a side has no length."""
     angles = []
     for curves, closed in outlines(svg, points):
         ways = (curves[:, None, 3] - curves[:, :3]).flip(1), curves[:, 1:] - curves[:, :1]  # nearest arm first
@@ -64,8 +63,7 @@ def joint_angles(svg, points):
 
 
 def measured(prior, file, source, target, flags):
-    """An edit of a drawing by PDS with these flags: its figures, {"odds", "PSNR", "crossings", "kinks"}, and its
-    picture."""
+    """Edit a drawing by PDS with these flags: figures {"odds", "PSNR", "crossings", "kinks"}, and the picture."""
     options = run.parse(["--mode", "svg", f"--svg={file}", f"--source={source}", f"--target={target}", *flags])
     options = run.complete(options, prior)
     scene, groups, original = run.LOAD["svg"](options, prior)
@@ -81,7 +79,7 @@ def measured(prior, file, source, target, flags):
 
 
 def geometry(args):
-    """The defaults against every point for itself, over the drawings of examples/edits.txt."""
+    """The defaults against free points, over the drawings of examples/edits.txt."""
     prior = Prior.from_pretrained(args.model)
     drawings = [edit[1:4] for edit in read_edits(run.HERE / "examples" / "edits.txt", ["svg"])]
     ways = {"smooth": args.flags, "free": [*args.flags, *PAPER]}
@@ -102,12 +100,12 @@ def geometry(args):
         ("self-intersections gained", count("crossings"), "<= a tenth", smooth["crossings"] <= free["crossings"] / 10),
         ("smooth joints broken", count("kinks"), "<= a tenth", smooth["kinks"] <= free["kinks"] / 10),
         ("mean log-odds", f"{smooth['odds'] / n:.2f}, {free['odds'] / n:.2f}", ">= 65 %", share >= 0.65),
-        ("drawings that read no more", f"{lost}", "0", lost == 0),
+        ("drawings that no longer read", f"{lost}", "0", lost == 0),
         ("mean PSNR gained", f"{gain:+.2f} dB", ">= 0.8 dB", math.isfinite(gain) and gain >= 0.8)])
 
 
 def field(args):
-    """A step of a drawing of many paths, with the smooth field and with every point for itself; a process each."""
+    """A step of a drawing of many paths with the smooth field and with free points, each in its own process."""
     if args.way:
         scene = svg.load(svg.random_drawing(args.paths, 4), size=256)
         adam = SteadyAdam(scene.param_groups(shared=args.way == "smooth"))
@@ -118,7 +116,7 @@ def field(args):
             adam.step()
             scene.project_()
             return time.perf_counter()
-        svg.load(svg.random_drawing(3, 20), size=256).render().sum().backward()  # what is loaded only once
+        svg.load(svg.random_drawing(3, 20), size=256).render().sum().backward()  # loads libraries before measuring
 
         def all_steps():
             if args.way == "smooth":
@@ -136,7 +134,7 @@ def field(args):
         figures[way] = [float(x) for x in out.stdout.split()]
     (free, free_memory), (smooth, smooth_memory) = figures["free"], figures["smooth"]
     return table(f"{args.paths} paths on 256 px: forward, backward and a step", [
-        ("every point for itself", f"{free * 1e3:.0f} ms, {free_memory:.0f} MiB", "", None),
+        ("free points", f"{free * 1e3:.0f} ms, {free_memory:.0f} MiB", "", None),
         ("smooth field", f"{smooth * 1e3:.0f} ms, {smooth_memory:.0f} MiB", "", None),
-        ("time, times", f"{smooth / free:.2f}", "<= 1.5", smooth <= 1.5 * free),
-        ("memory, times", f"{smooth_memory / free_memory:.2f}", "<= 1.5", smooth_memory <= 1.5 * free_memory)])
+        ("ratio of times", f"{smooth / free:.2f}", "<= 1.5", smooth <= 1.5 * free),
+        ("ratio of memory", f"{smooth_memory / free_memory:.2f}", "<= 1.5", smooth_memory <= 1.5 * free_memory)])

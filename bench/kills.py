@@ -1,7 +1,7 @@
 """Runs killed at random moments (SIGKILL): the result of --resume is bit-identical to that of an uninterrupted run.
 
-Scenes are fitted before: a fit ends by a clock, so that no two fits take the same number of steps. Edits, which count
-their steps, are killed. A run is a forked process, which has the program and its libraries already.
+Only edits are killed; scenes are fitted beforehand, because a fit ends by the clock and no two fits take the same
+number of steps. A run is a forked process, in which the program and its libraries are already loaded.
 """
 import contextlib
 import os
@@ -18,7 +18,7 @@ from files import sheets
 from pipelines.loading import quiet
 
 SCENE = ["--source", "red apple", "--target", "green apple", "--fit-seconds", "0.5", "--steps", "6"]
-SMALL = {"FRAMES": 2, "FRAME_SIZE": 24, "SIDE_SIZE": 24, "VIEWS": 4}  # of sheets: few and small pictures in the report
+SMALL = {"FRAMES": 2, "FRAME_SIZE": 24, "SIDE_SIZE": 24, "VIEWS": 4}  # few and small pictures on the sheets
 RUNS = {  # every kind of run with tiny settings
     "svg": ["--mode", "svg", "--steps", "30"],
     "image": ["--mode", "image", "--steps", "40"],
@@ -26,13 +26,13 @@ RUNS = {  # every kind of run with tiny settings
     "in2n": ["--mode", "splat", *SCENE, "--loss", "in2n", "--steps", "12"],
     "refine": ["--mode", "nerf", *SCENE, "--refine", "12"],
     "compare": ["--mode", "image", "--steps", "15", "--compare", "sds", "pds"]}
-SKIPPED = ("checkpoint.pt", "config.json")  # they hold times and paths
+SKIPPED = ("checkpoint.pt", "config.json")  # hold times and paths
 
 
 def kills(args):
     """Kill and resume args.count runs, print how each ended, and return how many were not bit-identical."""
     rng, failed = random.Random(args.seed), 0
-    with tempfile.TemporaryDirectory() as folder, quiet():  # which imports what all runs need
+    with tempfile.TemporaryDirectory() as folder, quiet():  # the first run imports what all need
         whole = {}
         for i in range(args.count):
             kind = list(RUNS)[i % len(RUNS)]

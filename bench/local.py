@@ -1,4 +1,4 @@
-"""What --local keeps: an edit of the shipped ball, alone and on a ground under a sky, with and without it."""
+"""What --local preserves: edits of the shipped ball, alone and on a ground under a sky, with and without it."""
 import contextlib
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ PROMPTS = ["--source", "grinning face", "--target", "smiling face with sunglasse
 
 
 def on_a_ground(source, folder):
-    """Write the pictures of a scene whose object is a ball of radius 1 once more, on a tiled plane, without alpha."""
+    """Write a copy of a scene of a ball of radius 1 in which the ball lies on a tiled plane, without alpha."""
     for split in ("train", "test"):
         name = f"transforms_{split}.json"
         file = json.loads((source / name).read_text())
@@ -45,7 +45,7 @@ def on_a_ground(source, folder):
 
 
 def local(args):
-    """Both scenes, edited everywhere and with --local."""
+    """Edit both scenes everywhere and with --local."""
     out, rows, prior = Path(args.out), [], Prior.from_pretrained(str(run.HERE / "models" / "emoji"))
     ball = run.HERE / "examples" / "ball"
     with contextlib.suppress(FileExistsError):
@@ -60,8 +60,8 @@ def local(args):
             before, after = (pictures_of(place / f"{file}.png", args.mode) for file in ("source", "result"))
             pictures = [to_tensor(p.resize((prior.size,) * 2, Image.LANCZOS)).float() for p in before]
             masks = subject_masks(prior, pictures, PROMPTS[1], PROMPTS[3], 16)
-            told = outside(before, after, masks)
-            kept = float(told.rpartition("PSNR ")[2].split()[0])
+            line = outside(before, after, masks)
+            kept = float(line.rpartition("PSNR ")[2].split()[0])
             options = run.parse(["--mode", args.mode, "--scene", str(scene), *PROMPTS])
             found[name] = kept, figures(prior, before, after, run.complete(options, prior))
         (a, free), (b, own) = found["everywhere"], found["local"]

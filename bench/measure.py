@@ -1,4 +1,4 @@
-"""Measurements behind the figures in the README: what the commands of `python -m bench` share."""
+"""Helpers of the commands of `python -m bench`: tables, CPU time and memory."""
 import time
 from pathlib import Path
 
@@ -12,7 +12,7 @@ def table(title, rows):
 
 
 def cpu_time(call, repeats=9):
-    """Median process CPU seconds of a call, after a first one."""
+    """Median process CPU seconds of a call, after a warm-up call."""
     call()
     times = []
     for _ in range(repeats):
@@ -23,7 +23,7 @@ def cpu_time(call, repeats=9):
 
 
 def peak_memory(call):
-    """MiB by which a call raises the resident memory at most (Linux)."""
+    """The peak of resident memory during a call in MiB above that before (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
     before = memory_status("VmRSS")
     call()
@@ -31,6 +31,6 @@ def peak_memory(call):
 
 
 def memory_status(key):
-    """MiB of this process by a name of Linux's /proc/self/status: VmRSS is the memory now, VmHWM its peak."""
+    """An entry of Linux's /proc/self/status in MiB: VmRSS is the present memory of this process, VmHWM its peak."""
     with open("/proc/self/status") as file:
         return int(next(line for line in file if line.startswith(key)).split()[1]) / 1024

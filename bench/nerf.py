@@ -49,7 +49,7 @@ class EmbeddingGrid(torch.nn.Module):
 
 
 def step(module, x, grad):
-    """Forward and backward pass of a grid; the features."""
+    """Run the forward and backward pass of a grid; returns the features."""
     module.zero_grad()
     out = module(x)
     out.backward(grad)
@@ -73,7 +73,7 @@ def grid(args):
         name = f"T = 2^{size.bit_length() - 1}:"
         rows += [(f"{name} nn.Embedding, forward + backward", f"{t_plain * 1e3:.1f} ms", "", None),
                  (f"{name} HashGrid, forward + backward", f"{t_ours * 1e3:.1f} ms", "", None),
-                 (f"{name} times faster", f"{t_plain / t_ours:.1f}", ">= 4", t_plain >= 4 * t_ours),
+                 (f"{name} speed-up", f"{t_plain / t_ours:.1f}", ">= 4", t_plain >= 4 * t_ours),
                  (f"{name} features differ by (relative)", f"{((a - b.T).norm() / b.norm()).item():.1e}", "<= 1e-6",
                   (a - b.T).norm() <= 1e-6 * b.norm()),
                  (f"{name} gradients differ by (relative)", f"{error:.1e}", "<= 1e-6", error <= 1e-6)]
@@ -155,16 +155,16 @@ def deferred(args):
 
 @contextlib.contextmanager
 def watched(owner, name, note):
-    """Context in which note(arguments, result, CPU seconds) follows each call of owner.name, static or not."""
+    """Context in which note(arguments, result, CPU seconds) is called after each call of owner.name, static or not."""
     call = vars(owner)[name]
     plain = getattr(owner, name)
 
-    def told(*args, **keywords):
+    def timed(*args, **keywords):
         start = time.process_time()
         out = plain(*args, **keywords)
         note(args, out, time.process_time() - start)
         return out
-    setattr(owner, name, staticmethod(told) if isinstance(call, staticmethod) else told)
+    setattr(owner, name, staticmethod(timed) if isinstance(call, staticmethod) else timed)
     try:
         yield
     finally:
@@ -172,7 +172,7 @@ def watched(owner, name, note):
 
 
 def edit(args):
-    """The rendering of an edit's step, as edit.py requests it: samples, forward, backward, the share of each stage."""
+    """Rendering in a step of an edit, as edit.py requests it: samples, forward, backward, the share of each stage."""
     scene = load_scene(args.scene, args.downscale)
     nerf = NeRF.fit(scene, seconds=args.fit_seconds, seed=args.seed, checkpoint=args.kept)
     psnr, _ = evaluate(nerf, scene)
@@ -196,7 +196,7 @@ def edit(args):
     def found(_, samples, __):
         marched.append(samples.marched)
         kept.append(len(samples.t))
-    step(views[0])  # allocates memory once
+    step(views[0])  # warm-up: allocates memory
     with watched(NeRF, "find", found):
         times = [step(view) for view in views]
     rays = sum(camera.width * camera.height for camera in (nerf.camera(view, frame) for view in views))

@@ -25,7 +25,7 @@ def camera_of(size):
 
 
 def cloud(count, degree=1, seed=0):
-    """Random Gaussians that fill a cube of half side 0.9, each about the size of its share."""
+    """Random Gaussians that fill a cube of half side 0.9, each as large as its share of the volume."""
     g = torch.Generator().manual_seed(seed)
     view = View(camera_of(8), torch.zeros(8, 8, 4, dtype=torch.uint8), "none")
     scene = Scene(Path("none"), [view], [], torch.zeros(3), 1.0, True, torch.ones(3), "")
@@ -63,7 +63,7 @@ def blend(uv, conic, opacity, rgb, u, v):
 
 
 def dense(splats, camera, grad, part=1024):
-    """Every Gaussian at every pixel, in parts of pixels with a backward pass each: the whole would not fit a cache.
+    """Every Gaussian at every pixel, in chunks of pixels with a backward pass each, so that a chunk fits the cache.
 
     Returns the picture [4,H,W] and adds to the gradients of the parameters, as the other formulations do.
     """
@@ -82,7 +82,7 @@ def dense(splats, camera, grad, part=1024):
 
 
 def masked(splats, camera, grad, side=64):
-    """A loop over tiles, each with the Gaussians whose square of 3 sigma touches it, as in plain PyTorch ports."""
+    """A loop over tiles and the Gaussians whose 3-sigma squares touch them, as in plain PyTorch ports."""
     uv, xx, xy, yy, conic, opacity, rgb = ordered(splats, camera)
     radius = 3 * ((xx + yy) / 2 + (((xx - yy) / 2) ** 2 + xy * xy).sqrt()).sqrt()
     low, high = uv - radius, uv + radius
@@ -129,9 +129,9 @@ def speed(args):
         rows += [(f"{name} dense, forward + backward", f"{times[dense] * 1e3:.0f} ms", "", None),
                  (f"{name} loop over masked tiles of 64", f"{times[masked] * 1e3:.0f} ms", "", None),
                  (f"{name} splat.py", f"{times[tiled] * 1e3:.1f} ms", "", None),
-                 (f"{name} times faster than dense", f"{times[dense] / times[tiled]:.0f}", f">= {bar}",
+                 (f"{name} speed-up over dense", f"{times[dense] / times[tiled]:.0f}", f">= {bar}",
                   times[dense] >= bar * times[tiled]),
-                 (f"{name} times faster than masked tiles", f"{times[masked] / times[tiled]:.0f}", f">= {bar}",
+                 (f"{name} speed-up over masked tiles", f"{times[masked] / times[tiled]:.0f}", f">= {bar}",
                   times[masked] >= bar * times[tiled])]
         error = (results[tiled][0] - results[dense][0]).abs().max().item()
         rows.append((f"{name} pictures differ by at most", f"{error:.1e}", "<= 5e-3", error <= 5e-3))

@@ -1,4 +1,4 @@
-"""Figures of the rasterizer: against resvg, finite differences and plain autograd; after saving and loading."""
+"""The rasterizer against resvg, finite differences and plain autograd, and after saving and loading."""
 import io
 import json
 import math
@@ -48,7 +48,7 @@ def icons_of(path, count):
 def resvg_render(text, size, finer=1):
     """[size, size, 3] in [0, 1] from resvg, rendered `finer` times larger and averaged.
 
-    A drawing whose viewBox is no square, without a width, is centred in one.
+    A drawing without a width whose viewBox is not square is centred in a square.
     """
     import resvg_py
     side = size * finer
@@ -65,7 +65,7 @@ def resvg_render(text, size, finer=1):
 
 
 def pixels_of(svg):
-    """Own render as 8-bit colours [size, size, 3] in [0, 1]."""
+    """Our own render as 8-bit colours [size, size, 3] in [0, 1]."""
     with torch.no_grad():
         return (svg.render()[0].permute(1, 2, 0) * 255).round().numpy().astype(np.float64) / 255
 
@@ -373,5 +373,5 @@ def roundtrip(args):
             low = f"{np.percentile(db, 5):.1f} {min(db):.1f} dB"
             rows += [(f"{what}, median", f"{np.median(db):.2f} dB", ">= 45", bool(np.median(db) >= 45)),
                      (f"{what}, 5th percentile, worst", low, "", None)]
-        missed += table(f"{path}: saved, resvg against the own render, {len(edited)} icons", rows)
+        missed += table(f"{path}: saved, resvg against our own render, {len(edited)} icons", rows)
     return missed

@@ -13,7 +13,7 @@ PAINTS = {colour: torch.tensor([i % 3, i // 3 % 3, i % 4]) / 4 for i, colour in 
 
 
 class Painter:
-    """A prior that predicts a flat picture, `share` of the way from the colour `start` to that of the first word."""
+    """A prior that predicts a flat picture, `share` of the way from the colour `start` to the prompt's first word."""
     size, guidance, abar = 16, 1.0, torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
 
     def __init__(self, start="red", share=1.0, blind=()):
