@@ -1,4 +1,4 @@
-"""Fits of a small ray-traced capture by number of views: a statuette on a table in a room, as COLMAP leaves it.
+"""Fits of a small ray-traced capture by number of views: a statuette on a table in a room, in COLMAP's format.
 
 As in photographs, poses are off by about a pixel, exposures differ by a tenth, points are noisy and a few are wrong.
 """
@@ -18,14 +18,14 @@ from scene.reading import load_scene
 from scene.representation import depth_picture, mean_psnr
 from splat import Splats
 
-WIDTH, HEIGHT, DISTANCE, ANGLE = 126, 84, 3.2, 44  # pixels, units from the statuette, degrees across the picture
+WIDTH, HEIGHT, DISTANCE, ANGLE = 126, 84, 3.2, 44  # pixels, units from the statuette, degrees of horizontal view
 ROOM = (torch.tensor([-5.0, -4.5, -1.2]), torch.tensor([4.5, 5.0, 2.6]))
 # spheres: centre, radius, colour; the ellipsoid of the body is the second one, stretched upwards
 STATUETTE = [((0.0, 0.0, 0.62), 0.21, (0.85, 0.68, 0.52)), ((0.0, 0.0, 0.18), 0.33, (0.25, 0.42, 0.70)),
              ((0.10, -0.17, 0.67), 0.05, (0.10, 0.10, 0.12)), ((-0.10, -0.17, 0.67), 0.05, (0.10, 0.10, 0.12)),
              ((0.36, -0.05, 0.25), 0.12, (0.80, 0.30, 0.22)), ((-0.36, -0.05, 0.25), 0.12, (0.92, 0.78, 0.25)),
              ((0.0, 0.05, 0.84), 0.10, (0.45, 0.20, 0.12))]
-STRETCH = torch.tensor([1.0, 1.0, 0.75])  # of space for the spheres: they are higher than wide
+STRETCH = torch.tensor([1.0, 1.0, 0.75])  # of space around the spheres, which makes them higher than wide
 TABLE, TOP = 1.3, -0.1  # half side of the square table, height of its top
 
 
@@ -38,7 +38,7 @@ def pattern(x, size):
 
 
 def nearest(rays_o, rays_d):
-    """Rays [3,R] -> distance [R] to what they meet first, its colour [3,R], and whether it is on or under the table."""
+    """Rays [3,R] -> distance [R] to the first hit, its colour [3,R], and whether that is table or statuette."""
     far = torch.maximum((ROOM[0][:, None] - rays_o) / rays_d, (ROOM[1][:, None] - rays_o) / rays_d)
     t, wall = far.min(0)
     x = rays_o + t * rays_d
@@ -70,13 +70,13 @@ def nearest(rays_o, rays_d):
 
 
 def photograph(camera):
-    """The picture [3,H,W] of a Camera, averaged over 3 x 3 rays a pixel."""
+    """The picture [3,H,W] of a Camera, averaged over 3 x 3 rays per pixel."""
     _, colour, _ = nearest(*camera.framed(3 * HEIGHT).rays())
     return torch.nn.functional.avg_pool2d(colour.view(1, 3, 3 * HEIGHT, 3 * WIDTH), 3)[0].clamp(0, 1)
 
 
 def ring(count, seed=0):
-    """`count` Cameras of a hand that walks around the statuette."""
+    """`count` Cameras of a hand-held walk around the statuette."""
     g = torch.Generator().manual_seed(seed)
     focal = WIDTH / 2 / math.tan(math.radians(ANGLE) / 2)
     cameras = []
@@ -165,7 +165,7 @@ def write(folder, count, points=1200):
 
 
 def capture(args):
-    """Fits by number of views and seconds: test and training PSNR; sheets of test photographs, renderings, depth."""
+    """Fit by number of views and seconds: test and training PSNR; sheets of test photographs, renderings, depth."""
     out, rows = Path(args.out), []
     for count in args.views:
         scene = load_scene(write(out / f"capture-{count}", count))
