@@ -1,9 +1,9 @@
 """How well a prior knows colours: `python -m bench colours ICONS` and `python -m bench colours-pull ICONS`.
 
-ICONS is the folder of icon sets that models/emoji/train.py takes; the recolouring of that script paints the drawings of
-its held-out styles. The probe asks the diffusion classifier (Li et al., arXiv 2303.16203) for the colour of a drawing,
-one of eleven. The pull test measures how far one denoising step moves a drawing in a wrong colour to the colour of its
-caption.
+ICONS is the folder of icon sets that models/emoji/train.py takes; the drawings are those of its held-out styles,
+recoloured by its functions. The probe classifies the colour of a drawing, one of eleven, by the diffusion classifier
+(Li et al., arXiv 2303.16203). The pull test measures how far one denoising step moves a drawing in a wrong colour
+towards the colour of its caption.
 """
 import importlib.util
 import random
@@ -29,7 +29,7 @@ MORE = {"turquoise": (64, 192, 176), "slate": (124, 144, 170)}  # colours withou
 
 
 def load_trainer(path):
-    """train.py of the prior as a module: the sets, their captions, the recolouring; raises ValueError."""
+    """The prior's training script as a module; raises ValueError if it is missing."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; it is the training script of the prior")
     spec = importlib.util.spec_from_file_location("trainer", path)
@@ -46,7 +46,7 @@ def drawings(trainer, args):
 
 
 def flat(trainer, rgba):
-    """RGBA uint8 [4,128,128] -> RGB [1,3,64,64] in [0,1] on white, as the prior's training sees a drawing at rest."""
+    """RGBA uint8 [4,128,128] -> RGB [1,3,64,64] in [0,1] on white, as in the prior's training without augmentation."""
     return trainer.augment(rgba[None], torch.Generator(), white=1.0, strength=0.0)
 
 
@@ -65,7 +65,7 @@ def painted(trainer, names, rgba, count, seed=0):
 
 
 def natural(trainer, names, rgba, count, seed=0):
-    """At most `count` drawings of each colour that have it in their set: [(picture [1,3,64,64], noun, colour)]."""
+    """At most `count` drawings of each colour, as their sets draw them: [(picture [1,3,64,64], noun, colour)]."""
     vocab, picker, found, counts = trainer.vocabulary(), random.Random(seed), [], Counter()
     for i in picker.sample(range(len(names)), len(names)):
         nouns = [c[7:] for c in vocab[names[i]] if c.startswith("COLOUR ")]
@@ -88,9 +88,8 @@ def errors(prior, picture, captions, t, noise):
 
 
 def hits(prior, items, noises=8, low=4):
-    """Whether the diffusion classifier finds the colour of each item, [N,2] bool: by `noises` timesteps from 200 to
-    900,
-    and by t = 300 alone with the first `low` noises. The prior has a guidance of 1."""
+    """Whether the diffusion classifier finds the colour of each item, [N,2] bool: at `noises` timesteps from 200 to
+    900, and at t = 300 alone with the first `low` noises. The prior must have guidance 1."""
     shape = prior.encode(items[0][0]).shape[1:]
     noise = torch.randn(max(noises, low), *shape, generator=torch.Generator().manual_seed(5))
     t = torch.cat([torch.linspace(200, 900, noises).long(), torch.full((low,), 300)])
@@ -103,13 +102,13 @@ def hits(prior, items, noises=8, low=4):
 
 
 def colours(args):
-    """The command: the colour probe on painted drawings and on those of the sets; returns the number of bars missed."""
+    """The colour probe on recoloured and on original drawings; returns the number of bars missed."""
     trainer, prior = load_trainer(args.trainer), load_prior(args.model, torch.bfloat16).at(1.0)
     names, rgba = drawings(trainer, args)
     missed = 0
     for title, items, bar in (
-            (f"{args.nouns} nouns painted in {len(COLOURS)} colours", painted(trainer, names, rgba, args.nouns), 0.95),
-            ("drawings in the colours of their sets", natural(trainer, names, rgba, args.natural), None)):
+            (f"{args.nouns} nouns in {len(COLOURS)} colours", painted(trainer, names, rgba, args.nouns), 0.95),
+            ("drawings in their original colours", natural(trainer, names, rgba, args.natural), None)):
         if not items:
             continue
         found = hits(prior, items, args.noises).float()
@@ -125,7 +124,7 @@ def colours(args):
 
 
 def load_prior(model, dtype=None):
-    """The prior without its list of captions: no warnings about those that it was never taught."""
+    """The prior without its list of captions, so that it does not warn of unknown ones."""
     prior = Prior.from_pretrained(model, dtype=dtype)
     prior.captions = []
     return prior
@@ -133,11 +132,10 @@ def load_prior(model, dtype=None):
 
 @torch.no_grad()
 def shares(prior, trainer, rgba, wrong, caption, right, noises, steps=(350, 500)):
-    """The share of the way from a wrong colour to the right one that one denoising step at guidance 8 goes, for each t.
+    """How far one denoising step at guidance 8 moves a wrong colour towards the right one, a share for each t.
 
-    The change of the mean colour of the painted region, in the decoded prediction of x0, is projected on the difference
-    between the right and the wrong colour, and averaged over `noises` noises. 0: the colour stays, 1: it is the right
-    one.
+    The change of the mean colour of the painted region, in the decoded prediction of x0, is projected onto the
+    difference between the right and the wrong colour and averaged over `noises` noises. 0: unchanged, 1: the right one.
     """
     paint = trainer.dominant(rgba)
     mask = torch.nn.functional.interpolate(torch.from_numpy(paint[1] * rgba[3].numpy() / 255)[None, None].float(),
@@ -158,7 +156,7 @@ def shares(prior, trainer, rgba, wrong, caption, right, noises, steps=(350, 500)
 
 
 def pull(args):
-    """The command: the pull test on ten drawings painted wrong; returns the number of bars missed."""
+    """The pull test on ten drawings in wrong colours; returns the number of bars missed."""
     trainer, prior = load_trainer(args.trainer), load_prior(args.model)
     trainer.PAINTED.update({name: trainer.to_lab(np.array([rgb]) / 255) for name, rgb in MORE.items()})
     sets = {style: trainer.render_icons(args.icons, style, args.work) for style in trainer.HELD_OUT}
@@ -169,4 +167,4 @@ def pull(args):
     means = np.mean(found, 0)
     rows += [(f"mean at t = {t}", f"{mean:.3f}", f">= {bar}", bool(mean >= bar))
              for t, mean, bar in zip((350, 500), means, (0.45, 0.6), strict=True)]
-    return table(f"{args.model}: the share of the way back to the captioned colour, t = 350 and 500", rows)
+    return table(f"{args.model}: share of the way back to the captioned colour, t = 350 and 500", rows)

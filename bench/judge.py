@@ -25,14 +25,14 @@ from pipelines.captions import plain
 SIDE, WIDTHS, DEPTHS = 64, (32, 64, 128, 192), (0, 1, 2, 1)  # pixels a side; channels and residual blocks of a stage
 BUCKETS, WORD, EMBEDDING = 4096, 64, 128  # rows and width of the table of words, size of the shared space
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "white", "grey", "black")
-UNSAID = re.compile(r"^((an?|the) )?(emoji|picture|drawing|photo|image) of |\b(an?|the)\b")  # no meaning in a caption
+UNSAID = re.compile(r"^((an?|the) )?(emoji|picture|drawing|photo|image) of |\b(an?|the)\b")  # adds nothing to a caption
 
 
 def features(caption):
     """A caption as its words and the trigrams of their letters: rows of the table [n], and their weights [n].
 
-    Each has two rows (its crc32 with two prefixes), so that hardly any two collide in both. A word has the weight 1,
-    all trigrams together have 1: an unknown word gets its meaning from its spelling, as far as possible.
+    Each has two rows (its crc32 with two prefixes), so that hardly any two collide in both. A word has weight 1,
+    its trigrams share a weight of 1: an unknown word gets its meaning from its spelling, as far as possible.
     """
     words = re.findall("[a-z0-9]+", UNSAID.sub("", caption.lower().replace("gray", "grey")))
     trigrams = [f"<{w}>"[i:i + 3] for w in words for i in range(len(w))]
@@ -45,7 +45,7 @@ def features(caption):
 
 
 class Block(nn.Module):
-    """Two convolutions of 3 x 3 with batch normalisation, beside the identity."""
+    """A residual block: two 3 x 3 convolutions with batch normalisation."""
 
     def __init__(self, width):
         super().__init__()
@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Both towers; names: lists of captions with one meaning, the name first: the rivals of an edit's target."""
+    """Both towers. names: lists of synonymous captions, the name first; they compete with the target of an edit."""
 
     def __init__(self, names=()):
         super().__init__()
@@ -81,7 +81,7 @@ class Judge(nn.Module):
         return self.look(pictures)
 
     def look(self, pictures):
-        """As `see`, at whatever size the pictures have."""
+        """Like `see`, but without resizing the pictures."""
         x = (pictures * 2 - 1).contiguous(memory_format=torch.channels_last)
         return F.normalize(self.head(self.stages(x).mean((2, 3))).float(), dim=1)
 
@@ -90,13 +90,12 @@ class Judge(nn.Module):
         return self.embed(*bags([features(c) for c in captions]))
 
     def embed(self, rows, weights, starts):
-        """What `bags` gives -> unit vectors [N,D]."""
+        """The output of `bags` -> unit vectors [N,D]."""
         return F.normalize(self.words(self.table(rows, starts, per_sample_weights=weights)), dim=1)
 
     @torch.no_grad()
     def reads_as(self, pictures, target, count=5):
-        """Whether `target` is among the `count` best captions of each picture, of all names of the vocabulary; [B]
-        bool.
+        """Whether `target` is among the `count` best names in the vocabulary for each picture, [B] bool.
 
         A synonym counts as its name. A target that names a colour ("red umbrella") must also beat the same words with
         every other one of COLOURS.
@@ -114,7 +113,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def prefers(self, pictures, target, source):
-        """The probability [B] of `target` for pictures that show it or `source`; `scale` is calibrated for this."""
+        """The probability [B] that pictures show `target` rather than `source`; `scale` is calibrated for this."""
         y_tgt, y_src = self.read([target, source])
         return (self.scale.exp() * (self.see(pictures) @ (y_tgt - y_src))).sigmoid()
 
@@ -135,7 +134,7 @@ class Judge(nn.Module):
 
 
 def tensor_of(picture):
-    """PIL picture -> [1,3,SIDE,SIDE] in [0,1], on white where it is transparent."""
+    """PIL picture -> [1,3,SIDE,SIDE] in [0,1] on white."""
     picture = picture.convert("RGBA")
     page = Image.new("RGBA", picture.size, "white")
     page.alpha_composite(picture)
@@ -144,7 +143,7 @@ def tensor_of(picture):
 
 
 def load(folder):
-    """The judge of a folder, its judge.safetensors and captions.txt; raises ValueError in one line."""
+    """Load the judge from judge.safetensors and captions.txt in a folder; raises ValueError in one line."""
     path, listed = Path(folder) / "judge.safetensors", Path(folder) / "captions.txt"
     missing = [str(file) for file in (path, listed) if not file.is_file()]
     if missing:

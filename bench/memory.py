@@ -10,7 +10,7 @@ from pipelines.loading import number_format, quiet
 from pipelines.networks import STABLE_DIFFUSION_BETAS
 from prior import Prior
 
-BARS = {torch.float32: 8.7e9, torch.float16: 6e9, torch.bfloat16: 6e9}  # bytes; of Stable Diffusion 1.5 at 512 px
+BARS = {torch.float32: 8.7e9, torch.float16: 6e9, torch.bfloat16: 6e9}  # bytes, for Stable Diffusion 1.5 at 512 px
 
 
 def memory(args):
@@ -25,7 +25,7 @@ def memory(args):
     prior.unconditional()
     picture = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(prior.device).requires_grad_()
     with torch.no_grad():
-        x0_src = prior.encode(picture)  # which moves the text encoders off the device
+        x0_src = prior.encode(picture)  # moves the text encoders off the device
     weights = {part: sum(p.numel() * p.element_size() for p in [*module.parameters(), *module.buffers()])
                for part, module in prior.pipe.components.items() if isinstance(module, torch.nn.Module)}
     there = sum(count for part, count in weights.items()
@@ -56,9 +56,9 @@ def memory(args):
 
 
 def meter(device):
-    """A function of a call -> (its result, peak bytes, bytes that stay allocated), both on top of those before.
+    """A function that makes a call and returns (result, peak bytes, bytes still allocated), both above those before.
 
-    On CUDA the allocator counts them; on a CPU torch's profiler, which sees every allocation and release of a tensor.
+    On CUDA the allocator counts bytes, on a CPU torch's profiler, which records all allocations and frees of tensors.
     """
     def cuda(call):
         torch.cuda.synchronize(device)
@@ -69,7 +69,7 @@ def meter(device):
         return result, torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
 
     def cpu(call):
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its messages about itself
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's own messages
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
             result = call()
         events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -84,8 +84,8 @@ def meter(device):
 def stable_diffusion_15(dtype):
     """A pipeline with the shapes of Stable Diffusion 1.5 and random weights: 4.3 GB in float32.
 
-    860 M parameters in the UNet, 123 M in CLIP ViT-L/14's text encoder, 84 M in the autoencoder; the tokenizer is from
-    models/emoji.
+    860 M parameters in the UNet, 123 M in CLIP ViT-L/14's text encoder, 84 M in the autoencoder. The tokenizer is the
+    one in models/emoji.
     """
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
