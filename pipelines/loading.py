@@ -10,6 +10,7 @@ import gc
 import logging
 import re
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -119,8 +120,9 @@ def announce(name, index, device, dtype, variant):
 
 @contextlib.contextmanager
 def quiet():
-    """Context in which diffusers, transformers and the hub print no warnings and progress bars.
+    """Context in which diffusers, transformers and the hub print no messages, warnings and progress bars.
 
+    What is wrong with a model is said in our own words, and deprecated settings of its sampler are not used here.
     Garbage collection is off: scanning the million objects that the imports create takes a quarter of the time.
     """
     hub, collected = logging.getLogger("huggingface_hub"), gc.isenabled()
@@ -130,10 +132,12 @@ def quiet():
         import diffusers
         import transformers
         for library in (diffusers, transformers):
-            library.utils.logging.set_verbosity_error()
+            library.utils.logging.set_verbosity(logging.CRITICAL)
             library.utils.logging.disable_progress_bar()
         hub.setLevel(logging.CRITICAL)
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         hub.setLevel(level)
         if collected:

@@ -3,11 +3,13 @@ import gc
 import json
 import re
 import shutil
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import rand
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from pipelines import loading
@@ -499,6 +501,25 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
     monkeypatch.chdir(tmp_path / "elsewhere" if (tmp_path / "elsewhere").mkdir() else tmp_path / "elsewhere")
     return fetched
+
+
+def test_an_old_model_loads_without_a_word(pipelines, tmp_path, capfd):
+    """Pickled weights in a folder of diffusers, which torch reads without running code, and an old scheduler."""
+    folder = shutil.copytree(pipelines["sd"], tmp_path / "old")
+    for part in ("unet", "vae"):
+        weights = folder / part / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(weights), weights.with_suffix(".bin"))
+        weights.unlink()
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    kept = {key: value for key, value in config.items() if key not in ("steps_offset", "clip_sample")}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(kept))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        prior = Prior.from_pretrained(folder)
+    assert capfd.readouterr() == ("", "")
+    x_t, t = torch.ones(1, 4, 8, 8), torch.tensor([500])
+    known = Prior.from_pretrained(pipelines["sd"])
+    assert torch.equal(prior.eps(x_t, t, prior.embed("a cat")), known.eps(x_t, t, known.embed("a cat")))
 
 
 def test_a_hub_model_with_half_precision_files_only_loads(pipelines, tmp_path, hub, capsys):
