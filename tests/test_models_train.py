@@ -137,8 +137,8 @@ def test_dropout_acts_in_the_residual_blocks_alone(train):
     assert {r for name, r in rates.items() if ".attentions." in name} == {0.0}
 
 
-@pytest.mark.parametrize("flags, said", [(["--icons", "nowhere"], "there is no nowhere/noto/icons.json, and 6 more"),
-                                         (["--icons", "x", "--drawings", "0"], "--drawings has to be at least 1")])
+@pytest.mark.parametrize("flags, said", [(["--icons", "nowhere"], "nowhere/noto/icons.json: no such file; 6 more"),
+                                         (["--icons", "x", "--drawings", "0"], "--drawings must be at least 1")])
 def test_bad_input_of_the_training_is_refused(train, flags, said, monkeypatch, capsys, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
