@@ -6,10 +6,10 @@
     pip install resvg_py
     python models/emoji/train.py --icons /tmp/icons/node_modules/@iconify-json
 
-Renders the icons, trains the autoencoder, then the UNet together with its text encoder, writes a
-Stable Diffusion pipeline next to this file, and draws samples.png with it. Every stage resumes from
---work; --start DIR goes on from a pipeline written before; --stage instruct makes an InstructPix2Pix
-of it. The learning rate follows the minutes spent, so the same command suits any machine.
+Renders the icons, trains the autoencoder, then the UNet together with its text encoder, writes a Stable Diffusion
+pipeline next to this file, and draws samples.png with it. Every stage resumes from --work; --start DIR continues from
+an existing pipeline; --stage instruct makes an InstructPix2Pix of it. The learning rate follows the minutes spent, so
+the same command suits any machine.
 """
 import argparse
 import copy
@@ -44,18 +44,18 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 FULL = ["noto", "twemoji", "fluent-emoji-flat", "fluent-emoji"]  # their names are the vocabulary
-SPELLED = ["fxemoji", "streamline-emojis"]  # know a part of it by spellings of their own
-RENDERED = "fluent-emoji-3d"  # pictures, not drawings, named by code points
+SPELLED = ["fxemoji", "streamline-emojis"]  # cover part of it, with their own spellings
+RENDERED = "fluent-emoji-3d"  # raster pictures, named by code points
 TRAIN = [*FULL, *SPELLED, RENDERED]
-HELD_OUT = ["emojione", "noto-v1"]  # never trained on: the styles that the examples are edited in
+HELD_OUT = ["emojione", "noto-v1"]  # never trained on; the styles of the example drawings
 SIZE, RENDER, TOKENS = 64, 128, 20
-# What is meant by a colour in an emoji: its vivid form first, then one other that sets use.
+# The colours of paints in emoji: first the vivid form, then another one that the sets use.
 PAINTS = {"red": ["#e5302d", "#dd2e44"], "orange": ["#f7851b", "#f4900c"], "yellow": ["#ffcd2b", "#fdcb58"],
           "green": ["#3ea63a", "#78b159"], "blue": ["#2c7be0", "#55acee"], "purple": ["#8b42c8", "#aa8ed6"],
           "pink": ["#f88ac0", "#f4a3bb"], "brown": ["#85512e", "#795548"], "white": ["#f2f2f3", "#e6e7e8"],
           "grey": ["#969ca3", "#99aab5"], "black": ["#2f3136", "#3c4043"]}
 COLOURS = {*PAINTS, "gray", "golden", "gold", "silver", "light", "dark", "blond"}
-# The nouns of captions.txt whose natural colour goes without saying: "fox" is an orange one, "umbrella" any.
+# The nouns of captions.txt that imply their natural colour: "fox" implies orange, "umbrella" no colour.
 GROWN = set("""
     ant, apple, avocado, baby chick, badger, banana, bat, bear, beaver, beetle, bell pepper, bird, bison,
     blossom, blowfish, blueberries, bouquet, broccoli, bug, butterfly, cactus, camel, carrot, cat, cat face,
@@ -71,7 +71,7 @@ GROWN = set("""
     tree, tropical fish, tulip, turkey, turtle, two hump camel, unicorn, water buffalo, whale, wolf, worm
     """.strip().replace(",\n   ", ",").split(", "))
 HANDED = re.compile("left|right|clock|thirty|letter|digit|keycap|button|input|symbol|sign|mark|moon|note|music|arrow|"
-                    "[0-9]")  # their mirror images would be wrong
+                    "[0-9]")  # drawings whose mirror images would be wrong
 
 
 # ---- data ---------------------------------------------------------------------------------------------
@@ -80,10 +80,10 @@ NOT_WANTED = re.compile(r"flag-(?!in-hole)|.*skin-tone|.*-tone\d|.*-(medium-)?(l
 
 
 def write_vocabulary(icons):
-    """captions.txt: every name of the training sets but flags and skin tones, with its synonyms.
+    """Write captions.txt: every name of the training sets except flags and skin tones, with its synonyms.
 
-    Synonyms are the sets' own aliases and those keywords of emojilib that at most two emoji share, three of
-    them; what the file holds already stays.
+    Synonyms are the sets' aliases and up to three keywords of emojilib that at most two emoji share; existing
+    entries of the file are kept.
     """
     sheets = [json.loads(source(icons, s).read_text()) for s in FULL]
     counts = Counter(n for sheet in sheets for n in {*sheet["icons"], *sheet.get("aliases", {})})
@@ -102,7 +102,7 @@ def write_vocabulary(icons):
             words = [w.replace("_", " ").replace("-", " ").lower() for w in words
                      if owners[w] <= 2 and re.fullmatch("[A-Za-z][A-Za-z_ -]{3,}", w) and w not in names]
             synonyms.get(name, []).extend(words[:3])
-    lines = ["# The vocabulary of the embedded prior: icon names of the training sets, synonyms behind |.",
+    lines = ["# The vocabulary of the embedded prior: icon names of the training sets, synonyms after |.",
              "# COLOUR is one of " + " ".join(PAINTS)]
     for name in sorted(names):
         own = name.replace("-", " ")
@@ -119,19 +119,19 @@ def vocabulary():
 
 
 def compact(name):
-    """A name without what sets spell differently: "alarm-clock" is "alarmclock"."""
+    """A name without the separators that sets use differently: "alarm-clock" becomes "alarmclock"."""
     return re.sub("[^a-z0-9]", "", name)
 
 
 def hour(name):
-    """ "clock8thirty" -> "eightthirty"; other names stay."""
+    """ "clock8thirty" -> "eightthirty"; other names are unchanged."""
     hours = "one two three four five six seven eight nine ten eleven twelve".split()
     found = re.fullmatch(r"clock(1[0-2]|[1-9])(oclock|thirty)", name)
     return hours[int(found[1]) - 1] + found[2] if found else name
 
 
 def source(icons, name):
-    """Where a package lies that npm installed beside the sets of `icons`: its folder of pictures, or its one file."""
+    """The path in a package that npm installed with the sets of `icons`: its folder of pictures, or its file."""
     modules = Path(icons).parent
     return {RENDERED: modules / "@lobehub" / RENDERED / "assets",
             "emojilib": modules / "emojilib/dist/emoji-en-US.json"}.get(name, Path(icons) / name / "icons.json")
@@ -141,7 +141,7 @@ def open_pictures(icons):
     """The renders of RENDERED that are in the vocabulary: names, RGBA uint8 [4,128,128] each."""
     vocab = vocabulary()
     def bare(code):
-        return code.replace("-fe0f", "")  # which of two forms of a character, sets do not agree on it
+        return code.replace("-fe0f", "")  # a variation selector, which sets use inconsistently
     names = {bare(code): name for style in ("twemoji", "noto")
              for code, name in json.loads((Path(icons) / style / "chars.json").read_text()).items()}
     files = {names.get(bare(f.stem)): f for f in sorted(source(icons, RENDERED).glob("*.webp"))}
@@ -184,8 +184,8 @@ def render_icons(icons, style, work):
 
 
 def restyle(rgb, alpha, rng):
-    """Premultiplied RGB [B,3,H,W] and alpha [B,1,H,W] as another hand might draw them: another tone curve, and for a
-    quarter of them each, details flattened by a median of 5 x 5, dark lines along the edges inside, a dark outline."""
+    """Premultiplied RGB [B,3,H,W] and alpha [B,1,H,W] in another style: a random tone curve and, each with probability
+    1/4, details flattened by a 5 x 5 median, dark lines along inner edges, a dark outline."""
     b, u = len(rgb), lambda *shape: torch.rand(*shape, 1, 1, generator=rng)
     colour = (rgb / alpha.clamp(min=1e-3)).clamp(0, 1) ** ((u(b, 1) - 0.5) * 0.8).exp()
     some = (u(b, 1) < 0.25).view(b)
@@ -200,17 +200,17 @@ def restyle(rgb, alpha, rng):
 
 
 def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3, warp=0.0, mirrored=None):
-    """uint8 [B,4,128,128] -> RGB [B,3,64,64] in [0,1]: moved a little, a part shaded, on a flat background.
+    """uint8 [B,4,128,128] -> RGB [B,3,64,64] in [0,1]: augmented drawings on flat backgrounds.
 
     Rotation by up to 15 degrees, scale, shift, a slight perspective, paler or stronger colours, all times `strength`; a
-    share 1 - `white` of the backgrounds is a light colour. What other styles may look like: with `warp`, what `restyle`
-    does, and proportions that differ by a smooth displacement of about `warp` half sides; a mirror image where
-    `mirrored` [B] is true. Hues stay: a caption without a colour means the natural one.
+    share `shaded` is lit from one side; a share 1 - `white` of the backgrounds is a light colour. To imitate other
+    styles, `warp` adds `restyle` and a smooth displacement of about `warp` half sides, and drawings are mirrored where
+    `mirrored` [B] is true. Hues are kept, because a caption without a colour means the natural one.
     """
     b = len(rgba)
     def u(*shape):
         return torch.rand(*shape, generator=rng)
-    angle = (u(b) + u(b) - 1) * math.radians(15) * strength  # small angles are the more frequent ones
+    angle = (u(b) + u(b) - 1) * math.radians(15) * strength  # triangular: small angles are more frequent
     scale = 1 / (1 + (u(b) * 0.24 - 0.16) * strength)
     shift = (u(b, 2) - 0.5) * 0.16 * strength
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
@@ -224,13 +224,13 @@ def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3, warp=0.0, mirrored=N
     if mirrored is not None:
         grid = grid * torch.stack([1 - 2.0 * mirrored, torch.ones(b)], 1)[:, None, None]
     x = rgba.float() / 255
-    x = torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], 1)  # premultiplied, or transparent pixels bleed into the edges
+    x = torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], 1)  # premultiplied: transparent pixels must not bleed
     x = F.grid_sample(x, grid, align_corners=False)
     rgb, alpha = restyle(x[:, :3], x[:, 3:], rng) if warp else (x[:, :3], x[:, 3:])
     grey = rgb.mean(1, keepdim=True)
     rgb = grey + (rgb - grey) * (1 + (u(b, 1, 1, 1) - 0.6) * 0.5 * strength)
     rgb = (rgb * (1 + (u(b, 1, 1, 1) - 0.6) * 0.25 * strength)).clamp(min=0).minimum(alpha)
-    direction = 2 * math.pi * u(b)  # light from one side, as a render of a 3D scene has it
+    direction = 2 * math.pi * u(b)  # light from one side, as in a render of a 3D scene
     light = (grid * torch.stack([direction.cos(), direction.sin()], 1)[:, None, None]).sum(-1)
     light = 1 - (u(b, 1, 1) * 0.35 * (1 + light) / 2 + u(b, 1, 1) * 0.2 * grid.square().sum(-1)).clamp(0, 0.6)
     light = torch.where(u(b, 1, 1) < shaded * min(strength, 1), light, torch.ones(()))
@@ -239,13 +239,13 @@ def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3, warp=0.0, mirrored=N
 
 
 def to_lab(rgb):
-    """sRGB [...,3] in [0,1] -> OKLab (Ottosson 2020), where equal steps look alike and lightness is one coordinate."""
+    """sRGB [...,3] in [0,1] -> OKLab (Ottosson 2020), a perceptually uniform space with a lightness coordinate."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     return np.cbrt(linear @ LMS.T) @ LAB.T
 
 
 def from_lab(lab):
-    """OKLab -> sRGB; a colour outside of [0,1] loses as much of its chroma as it takes."""
+    """OKLab -> sRGB; the chroma of a colour outside [0,1] is reduced until it fits."""
     def convert(share):
         lms = (lab * np.stack([np.ones_like(share), share, share], -1)) @ LAB_BACK.T
         return lms ** 3 @ LMS_BACK.T
@@ -271,18 +271,18 @@ def step_down(x, start, stop):
 
 
 def dominant(rgba):
-    """What most of a picture [4,H,W] is painted with: its OKLab picture [H,W,3], how much each pixel belongs to that
-    paint [H,W], the mean of the paint, and its share of the opaque area.
+    """The dominant paint of a picture [4,H,W]: the picture in OKLab [H,W,3], the mask of the paint [H,W] in [0,1], its
+    mean colour, and its share of the opaque area.
 
-    A paint is all that has one hue, within about 40 degrees, or what is grey and of one lightness, if there is twice as
-    much of it.
+    A paint is everything of one hue, within about 40 degrees, or everything grey of one lightness if that covers twice
+    the area.
     """
     lab, opaque = to_lab(rgba[:3].permute(1, 2, 0).numpy() / 255.0), rgba[3].numpy() / 255.0
     chroma, hue = np.hypot(lab[..., 1], lab[..., 2]), np.arctan2(lab[..., 2], lab[..., 1])
     vivid = 1 - step_down(chroma, 0.035, 0.075)
 
     def peak(value, weight, bins, low, high, reach, wraps):
-        """The value around which, within reach, most of the weight lies."""
+        """The value with the most weight within `reach` of it."""
         centres = low + (np.arange(bins) + 0.5) * (high - low) / bins
         count = np.histogram(value, bins, (low, high), weights=weight)[0]
         away = np.abs(centres[:, None] - centres)
@@ -297,7 +297,7 @@ def dominant(rgba):
         return max((mask * opaque).sum(), 1e-6)
     def mean_of(mask):
         return (lab * (mask * opaque)[..., None]).sum((0, 1)) / area(mask)
-    strong = np.hypot(*mean_of(coloured)[1:])  # what is pale belongs to a pale paint
+    strong = np.hypot(*mean_of(coloured)[1:])  # pale pixels count if the paint itself is pale
     coloured = step_down(off, 0.6, 0.85) * (1 - step_down(chroma, 0.1 * strong, 0.3 * strong + 1e-6))
     mask = coloured if 2 * area(coloured) > area(neutral) else neutral
     mean = mean_of(mask)
@@ -305,17 +305,18 @@ def dominant(rgba):
 
 
 def rim(alpha, width=4):
-    """The pixels of a picture's alpha, uint8 [H,W], that lie within `width` of what is transparent: [H,W] in [0,1]."""
+    """The opaque pixels within `width` of transparent ones, [H,W] in [0,1], from a picture's alpha, uint8 [H,W]."""
     alpha = alpha[None, None].float() / 255
     inner = -F.max_pool2d(F.pad(-alpha, [width] * 4), 2 * width + 1, 1)
     return (alpha - F.avg_pool2d(inner, 3, 1, 1)).clamp(0, 1)[0, 0].numpy()
 
 
 def recolour(rgba, name, rng=None, found=None):
-    """Paint what `dominant` finds in an RGBA picture [4,H,W] in the colour `name`: its mean becomes that colour,
-    lighter and darker parts stay so in proportion; other colours, outlines and highlights stay.
+    """Recolour the dominant paint of an RGBA picture [4,H,W]: its mean becomes the colour `name`, lighter and darker
+    parts keep their proportion; other colours, outlines and highlights are unchanged.
 
-    rng: numpy's; draws one of the paints, a little changed. Without it: the vivid one. found: what `dominant` gives.
+    rng: a numpy generator that draws one of the colour's paints and jitters it; None: the vivid one. found: the result
+    of `dominant`.
     """
     lab, mask, mean, _ = found or dominant(rgba)
     paint = PAINTED[name][0].copy()
@@ -323,10 +324,10 @@ def recolour(rgba, name, rng=None, found=None):
         paint = PAINTED[name][int(rng.random() < 0.35)] + rng.normal(0, [0.02, 0.008, 0.008])
     paint[0] = min(paint[0], 0.985)
     light, old = lab[..., 0].clip(0, 1), mean[0].clip(0.05, 1)
-    power = 0.7 if paint[0] > old else 1.0  # shades of white are paler than those of red
+    power = 0.7 if paint[0] > old else 1.0  # shades on light paints are paler
     darker = paint[0] * (light / old).clip(0, 1) ** power
     lighter = 1 - (1 - paint[0]) * ((1 - light) / max(1 - old, 1e-3)).clip(0, 1)
-    lighter = lighter if old < 0.9 else np.minimum(paint[0] * light / old, 0.99)  # what is white is no highlight
+    lighter = lighter if old < 0.9 else np.minimum(paint[0] * light / old, 0.99)  # white parts are not highlights
     new_light = np.where(light < old, darker, lighter)
     chroma, hue = np.hypot(lab[..., 1], lab[..., 2]), np.arctan2(lab[..., 2], lab[..., 1])
     old_chroma, old_hue = np.hypot(*mean[1:]), np.arctan2(mean[2], mean[1])
@@ -336,7 +337,7 @@ def recolour(rgba, name, rng=None, found=None):
         turn = 0.5 * np.angle(np.exp(1j * (hue - old_hue)))
     to = np.arctan2(paint[2], paint[1]) + turn
     new_chroma = np.hypot(*paint[1:]) * ratio
-    if name == "white":  # on a white page its rim is a shade, as the sets draw it
+    if name == "white":  # the sets shade the rim of white objects, which would vanish on a white page
         new_light = new_light - 0.13 * rim(rgba[3])
     new = np.stack([new_light, new_chroma * np.cos(to), new_chroma * np.sin(to)], -1)
     rgb = rgba[:3].permute(1, 2, 0).numpy().copy()
@@ -346,7 +347,7 @@ def recolour(rgba, name, rng=None, found=None):
 
 
 def colour_of(found):
-    """The name of the colour of most of a picture, by what `dominant` found; None where no name fits well."""
+    """The name of a picture's dominant colour, from the result of `dominant`; None if no name fits well."""
     _, _, mean, share = found
     if share < (0.45 if np.hypot(*mean[1:]) > 0.05 else 0.65):
         return None
@@ -358,8 +359,8 @@ def colour_of(found):
 
 
 class Drawings(NamedTuple):
-    """Captioned pictures: RGBA uint8 [N,4,128,128]; N lists of captions, empty where none is true of a picture; those
-    of them that its colour follows from; and N numbers, equal for one drawing in several colours."""
+    """Captioned pictures: RGBA uint8 [N,4,128,128]; N lists of captions, empty if none is true; the captions that imply
+    or name the colour; and N numbers, equal for the same drawing in several colours."""
     rgba: torch.Tensor
     captions: list
     telling: list
@@ -367,10 +368,10 @@ class Drawings(NamedTuple):
 
 
 def items(icons, styles, work, recoloured=True):
-    """The captioned pictures of the vocabulary, a Drawings.
+    """The captioned pictures of the vocabulary, as Drawings.
 
-    recoloured: each drawing of a noun that comes in any colour is added in four others, every other drawing in two that
-        no caption is true of; and a drawing whose colour has a name gets that name before its caption, as one more.
+    recoloured: add each drawing of a noun that comes in any colour in four other colours, and every other drawing in
+        two colours without a true caption; add a caption with the colour to a drawing whose colour has a name.
     """
     cache = work / f"coloured-{'-'.join(styles)}.pt"
     if recoloured and cache.exists():
@@ -416,14 +417,13 @@ def items(icons, styles, work, recoloured=True):
 # ---- the two models -----------------------------------------------------------------------------------
 
 def half_precision(device):
-    """bfloat16, but for a CPU that has no instructions for it (AVX2 alone): there it is 15 times slower than
-    float32."""
+    """Autocast to bfloat16, except on a CPU without instructions for it, where it is 15 times slower than float32."""
     return torch.autocast(device.type, torch.bfloat16,
                           enabled=device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def planar_group_norm(model):
-    """Run every GroupNorm on contiguous planes: several times faster than channels-last in bf16 on a CPU."""
+    """Run every GroupNorm on contiguous planes, several times faster than channels-last in bfloat16 on a CPU."""
     for m in model.modules():
         if isinstance(m, torch.nn.GroupNorm):
             m.forward = lambda x, m=m: torch.nn.GroupNorm.forward(m, x.contiguous()).contiguous(
@@ -437,9 +437,9 @@ def schedule(spent, minutes, peak, warmup=0.02):
 
 
 def draw_timesteps(scheduler, batch, rng):
-    """[batch] timesteps drawn as often as min-SNR (Hang et al., arXiv 2303.09556) would weight them, spread evenly.
+    """[batch] stratified timesteps with probabilities proportional to min-SNR weights (Hang et al., arXiv 2303.09556).
 
-    The steps of little noise say little about the caption; drawn less often, they cost less than weighted down.
+    Steps with little noise depend little on the caption; to draw them less often is cheaper than to weight them down.
     """
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     share = (snr.clamp(max=5) / snr).cumsum(0)
@@ -448,21 +448,21 @@ def draw_timesteps(scheduler, batch, rng):
 
 
 class Velocity:
-    """Makes a velocity of a noise prediction: the errors of a student, on the way to the flow of the same pictures.
+    """Distils a diffusion model into a flow: the errors of a student that predicts the velocity.
 
-    Up to the noise that a model of diffusion knows, the student learns the velocity (eps - x) / (1 - sigma) that its
-    teacher means, which is without the noise of a single picture; beyond, that of the picture, eps - x0.
+    At the noise levels of the diffusion model the student learns its teacher's velocity (eps - x) / (1 - sigma), which
+    lacks the variance of single pictures; at higher ones, the velocity of the picture itself, noise - x0.
     """
 
     def __init__(self, unet, text, scheduler):
-        """unet, text: the teacher, which is copied; scheduler: its noise schedule."""
+        """unet, text: the teacher, of which a copy is kept; scheduler: its noise schedule."""
         self.unet, self.text = (copy.deepcopy(m).eval().requires_grad_(False) for m in (unet, text))
         signal, noise = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
         self.sigmas, self.scale = noise / (signal + noise), signal + noise  # x_t is scale times x_sigma
 
     def errors_of(self, unet, text, x0, ids, noise, t, beyond=0.1):
-        """[B] squared errors of the velocity for latents x0 [B,C,h,w] at the teacher's timesteps t [B]; the share
-        `beyond` of them, evenly spread, are noised more than it knows."""
+        """[B] squared errors of the velocity for latents x0 [B,C,h,w] at the teacher's timesteps t [B]; a share
+        `beyond` of the rows gets evenly spaced noise levels above the teacher's."""
         sigma, count = self.sigmas.to(t.device)[t], round(beyond * len(t))
         last = self.sigmas[-1]
         sigma[:count] = last + (1 - last) * (torch.arange(count, device=t.device) + 0.5) / max(count, 1)
@@ -477,14 +477,14 @@ class Velocity:
 
 
 def shares(captions):
-    """[N] how often each picture is drawn: every name as often as any other, however few sets know it; recoloured
-    drawings, many and easy, three tenths as often."""
+    """[N] sampling weights of the pictures: equal for all names, however few sets have them; 0.3 for recoloured
+    drawings, which are many and easy."""
     counts, names = Counter(c[0] for c in captions if c), {n[0] for n in vocabulary().values()}
     return torch.tensor([(1.0 if c[0] in names else 0.3) / counts[c[0]] if c else 0.0 for c in captions])
 
 
 def alike(names):
-    """{name: the other names that share a word with it, or all others}; of "red car" the cars in other colours."""
+    """{name: the other names that share a word with it, or else all others}; for "red car", cars in other colours."""
     owners, nouns = {}, {}
     for name in names:
         for word in name.split():
@@ -499,8 +499,8 @@ def alike(names):
 
 
 def contrast(right, wrong, width=0.015):
-    """[B] from the noise errors with the right captions [B] and with wrong ones [B]: a softplus of the difference,
-    whose slope goes from 0, where the right one is clearly the smaller, to 1, where the wrong one is."""
+    """[B] softplus of the difference between the noise errors with right captions [B] and with wrong ones [B]; its
+    slope rises from 0, where the right error is clearly smaller, to 1, where the wrong one is."""
     return width * F.softplus((right - wrong) / width)
 
 
@@ -512,7 +512,7 @@ def set_dropout(unet, rate):
 
 
 class Run:
-    """One resumable training: models, optimiser, minutes spent; checkpoints are written beside and renamed."""
+    """A resumable training run: models, optimiser, minutes spent; checkpoints are written atomically."""
 
     def __init__(self, path, modules, peak, minutes):
         self.path, self.modules, self.peak, self.minutes = path, modules, peak, minutes
@@ -522,7 +522,7 @@ class Run:
         for m in modules.values():
             planar_group_norm(m)
         self.step, self.spent, self.clock, self.saved = 0, 0.0, time.time(), 0.0
-        self.best = math.inf, None  # least held-out loss so far, and the averages that had it
+        self.best = math.inf, None  # lowest held-out loss so far, and its averages
         if path.exists():
             state = torch.load(path)
             for k, m in modules.items():
@@ -550,11 +550,10 @@ class Run:
         return self.spent < self.minutes
 
     def train(self, batch_loss, held_out_loss, export, log, share=1.0):
-        """Steps on batch_loss() until the minutes are spent; every five of them, and at the end, save and export.
+        """Minimise batch_loss() until the minutes are spent; save and export every five minutes and at the end.
 
-        At the end the averages become `share` of themselves and for the rest those of the least held-out loss, which
-        may
-        be what the run began with: what these knew of other styles stays, and most of what the last ones draw sharper.
+        At the end the averages are mixed: `share` of the last ones and the rest of those with the lowest held-out loss,
+        possibly the initial ones. The mixture generalises to other styles and keeps most of the gained sharpness.
         """
         name, mean = self.path.stem, 0.0
         if not self.step:
@@ -576,7 +575,7 @@ class Run:
 
     @torch.no_grad()
     def consider(self, held_out_loss, log):
-        """Measure the averages; keep a copy where none before had a smaller loss."""
+        """Measure the averages, and keep a copy if their loss is the lowest so far."""
         held_out = held_out_loss(*self.ema.values()).item()
         log(f"{self.path.stem} step {self.step} {self.spent:.1f} min held-out loss {held_out:.4f}")
         if held_out < self.best[0]:
@@ -584,7 +583,7 @@ class Run:
 
     @torch.no_grad()
     def mix(self, share):
-        """Move the averages towards those of the least held-out loss."""
+        """Mix the averages with those of the lowest held-out loss."""
         for k, m in self.ema.items():
             for name, value in m.state_dict().items():
                 if value.is_floating_point():
@@ -600,7 +599,7 @@ class Run:
 
 
 def train_vae(args, device, log):
-    """AutoencoderKL, f = 4, on every drawing of the training styles."""
+    """Train an AutoencoderKL, f = 4, on all drawings of the training styles."""
     vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
                         block_out_channels=[16, 32, 64], layers_per_block=1, norm_num_groups=8, latent_channels=4,
                         sample_size=SIZE, mid_block_add_attention=False).to(device, memory_format=torch.channels_last)
@@ -637,9 +636,9 @@ def train_vae(args, device, log):
 
 
 def make_tokenizer(captions, work):
-    """Byte-level BPE in CLIP's layout, trained on the captions; all 256 byte symbols are in it; kept in work."""
+    """Byte-level BPE in CLIP's layout with all 256 byte symbols, trained on the captions; cached in work."""
     folder = work / "tokenizer"
-    if (folder / "merges.txt").exists():  # a second training would break ties in another order
+    if (folder / "merges.txt").exists():  # training again would break ties in another order
         return CLIPTokenizerFast.from_pretrained(folder, model_max_length=TOKENS)
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix=""))
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"),
@@ -662,15 +661,14 @@ PREFIXES = ["", "", "", "a ", "an ", "an emoji of ", "a picture of ", "a picture
 
 
 def phrase(names, picker):
-    """One way to say a caption: the name seven times of ten, else a synonym; now and then an article or "a picture
-    of"."""
+    """A random phrasing of a caption: the name with probability 0.7, else a synonym; often with a prefix."""
     name = names[0] if len(names) == 1 or picker.random() < 0.7 else picker.choice(names[1:])
     return picker.choice(PREFIXES) + name
 
 
 @torch.no_grad()
 def held_out_batch(args, vae, tokenizer, count=256):
-    """`count` drawings of the held-out styles, always the same: scaled latents, token ids, noises and timesteps."""
+    """A fixed batch of `count` drawings of the held-out styles: scaled latents, token ids, noises, timesteps."""
     rgba, captions, *_ = items(args.icons, HELD_OUT, args.work, recoloured=False)
     rng = torch.Generator().manual_seed(5)
     some = torch.randperm(len(rgba), generator=rng)[:count].tolist()
@@ -683,19 +681,19 @@ def held_out_batch(args, vae, tokenizer, count=256):
 
 
 def train_unet(args, device, vae, log):
-    """UNet and text encoder together: epsilon prediction on Stable Diffusion's schedule, 10 % empty captions.
+    """Train UNet and text encoder together: epsilon prediction on Stable Diffusion's schedule, 10 % empty captions.
 
-    With --flow they begin with the weights of --start and learn the velocity of flow matching instead.
+    With --flow they start from the weights of --start and learn the velocity of flow matching instead.
     """
     rgba, captions, telling, drawing = items(args.icons, TRAIN, args.work)
-    if args.start:  # whatever is new in the captions is spelled with the tokens that its text encoder knows
+    if args.start:  # new captions are spelled with the tokens of its text encoder
         tokenizer = CLIPTokenizerFast.from_pretrained(args.start, subfolder="tokenizer")
     else:
         tokenizer = make_tokenizer([p + c for names in captions for c in names for p in PREFIXES], args.work)
     def ids_of(c):
         return torch.tensor(tokenizer(c, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
     tokens = {c: ids_of(c) for c in {""}.union(p + c for names in captions for c in names for p in PREFIXES)}
-    versions = {}  # the pictures of each drawing, its own colour first
+    versions = {}  # the pictures of each drawing, the original colour first
     for i, k in enumerate(drawing):
         versions.setdefault(k, []).append(i)
     mirrorable = torch.tensor([not HANDED.search(" ".join(captions[versions[k][0]])) for k in drawing])
@@ -703,8 +701,8 @@ def train_unet(args, device, vae, log):
         return vae.encode((x * 2 - 1).to(device, memory_format=torch.channels_last)).latent_dist.mean
     @torch.no_grad()
     def latents_of(rows, plain, seed):
-        """Scaled latents [B,C,h,w] of the augmented pictures `rows` [B]. Those where `plain` [B] change little: they
-        are what a caption means. Equal seeds augment equal positions alike."""
+        """Scaled latents [B,C,h,w] of the augmented pictures `rows` [B]. Where `plain` [B] the augmentation is weak, to
+        keep the look of the sets. Equal seeds augment equal positions alike."""
         x0 = torch.empty(len(rows), 4, SIZE // 4, SIZE // 4)
         mirrored = mirrorable[rows[~plain]] & (torch.arange((~plain).sum()) % 5 < 2)
         for some, change in ((plain, dict(white=0.9, strength=0.3)), (~plain, dict(warp=0.05, mirrored=mirrored))):
@@ -734,9 +732,10 @@ def train_unet(args, device, vae, log):
         down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
         cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
-        # the pooled caption joins the timestep embedding too: in a net this small, cross-attention alone learns slowly
+        # the pooled caption is added to the timestep embedding, because a net this small learns slowly from
+        # cross-attention alone
         addition_embed_type="text", addition_embed_type_num_heads=4).to(device, memory_format=torch.channels_last)
-    unet.set_attn_processor(AttnProcessor())  # the fused kernel is slower than this in bf16 on a CPU
+    unet.set_attn_processor(AttnProcessor())  # the fused kernel is slower in bfloat16 on a CPU
     scheduler = DDIMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
                               beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     if args.start:
@@ -750,8 +749,7 @@ def train_unet(args, device, vae, log):
         f"{sum(p.numel() for p in text.parameters()) / 1e6:.2f} M")
 
     def errors_of(unet, text, x0, ids, noise, t, meant=None):
-        """[B] squared errors; meant: latents that the prediction leads to instead of x0, with the weight min(1, 1 /
-        SNR) where they differ."""
+        """[B] squared errors; meant: the target latents if not x0; where they differ the weight is min(1, 1 / SNR)."""
         if flow:
             return flow.errors_of(unet, text, x0, ids, noise, t)
         with half_precision(device):
@@ -778,7 +776,7 @@ def train_unet(args, device, vae, log):
         half.save_pretrained(args.out, safe_serialization=True)
         readable_by_transformers_4(args.out)
         own = copy.deepcopy(DEFAULTS)
-        if flow:  # which is edited at the noise that the model of diffusion is edited at
+        if flow:  # edited at the noise levels of the diffusion model
             def share(t):
                 return round(flow.sigmas[round(1000 * t)].item(), 3)
             own |= {"t_min": share(0.1), "t_max": share(0.98)}
@@ -792,8 +790,7 @@ def train_unet(args, device, vae, log):
     picker = random.Random(run.step)
 
     def repaint(count):
-        """`count` drawings in a wrong colour, x, the latents y that the prediction has to lead to, captions,
-        timesteps."""
+        """`count` drawings in a wrong colour: latents x, the target latents of the prediction, captions, timesteps."""
         right = torch.tensor([picker.choice([i for i in v if telling[i]]) for v in picker.choices(painted, k=count)])
         wrong = torch.tensor([picker.choice([i for i in versions[drawing[k]] if i != k]) for k in right.tolist()])
         now = torch.stack([tokens[picker.choice(PREFIXES) + picker.choice(telling[k])] for k in right.tolist()]).to(
@@ -809,25 +806,25 @@ def train_unet(args, device, vae, log):
 
     def batch_loss():
         done, size, others = run.spent / args.minutes, args.batch, 0 if flow else args.repaint
-        # falls to 0 at three quarters; until then captions are told apart
+        # falls to 0 at three quarters of the run; until then the contrastive term acts
         early = 0 if flow else max(0, 1 - done / 0.75)
         set_dropout(unet, 0.1 * early)
         rows = torch.multinomial(weights, size, replacement=True, generator=rng)
-        plain = torch.rand(size, generator=rng) < 0.6 + 0.3 * done  # ever more as they are
+        plain = torch.rand(size, generator=rng) < 0.6 + 0.3 * done  # weaker augmentation towards the end
         x0 = latents_of(rows, plain, picker.randrange(1 << 30))
         words = ["" if picker.random() < 0.1 else phrase(captions[i], picker) for i in rows.tolist()]
         ids = torch.stack([tokens[w] for w in words]).to(device)
         t = draw_timesteps(scheduler, size, rng).to(device)
-        x, meant = x0, x0  # what is noised, and what the prediction leads to
+        x, meant = x0, x0  # the noised latents, and the targets of the prediction
         if early:
-            # every fourth picture again with another caption, half of them (with a colour: four of five) with one alike
+            # repeat every fourth picture with another caption, a similar one with probability 0.5 (0.8 with a colour)
             def near(name):
                 return picker.random() < (0.8 if name.split()[0] in PAINTS else 0.5)
 
             foreign = [
                 picker.choice(like[c] if near(c) else names) for c in (captions[i][0] for i in rows[::4].tolist())
             ]
-            # none is wrong for the empty caption, nor another name of the same picture
+            # not wrong: any caption beside the empty one, and another name of the same picture
             really = torch.tensor([w != "" and o not in captions[i]
                                    for w, o, i in zip(words[::4], foreign, rows[::4].tolist(), strict=False)])
             x, meant, t = (torch.cat([v, v[::4]]) for v in (x, meant, t))
@@ -858,10 +855,9 @@ TUNED = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block
 
 
 def readable_by_transformers_4(folder):
-    """Rename in a saved pipeline what transformers 5 writes differently: the text encoder's keys, the tokenizer's
-    class.
+    """Restore the names in a saved pipeline that transformers 5 changed: text encoder's keys, tokenizer's class.
 
-    transformers 4 would otherwise draw the text encoder at random, without a word; both versions read the old names.
+    transformers 4 would otherwise silently initialise the text encoder at random; both versions read the old names.
     """
     path, index = folder / "text_encoder" / "model.safetensors", folder / "model_index.json"
     state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(path).items()}
@@ -870,7 +866,7 @@ def readable_by_transformers_4(folder):
 
 
 def widen(unet):
-    """Give conv_in as many channels again, with weights of zero: the latent of the picture that is edited."""
+    """Double the channels of conv_in, with zero weights, for the latent of the picture that is edited."""
     old = unet.conv_in
     new = torch.nn.Conv2d(2 * old.in_channels, old.out_channels, old.kernel_size, padding=old.padding)
     with torch.no_grad():
@@ -883,7 +879,7 @@ def widen(unet):
 
 @torch.no_grad()
 def add_editor(folder, unet, text):
-    """What the editor in `folder` learned beyond the prior there, added to the weights of another prior."""
+    """Add to the weights of another prior what the editor in `folder` learned beyond the prior there."""
     before, tuned = StableDiffusionPipeline.from_pretrained(folder), load_file(folder / "instruct.safetensors")
     for part, module, old in (("unet", unet, widen(before.unet)), ("text_encoder", text, before.text_encoder)):
         old, new = old.state_dict(), module.state_dict()
@@ -893,7 +889,7 @@ def add_editor(folder, unet, text):
 
 
 def pair_sets(icons, styles, work, recoloured=True):
-    """For each style: its pictures, their captions, the pictures of each word, and what can be recoloured."""
+    """For each style: its pictures, their captions, the pictures of each word, and the recolourable ones."""
     sets, vocab = [], vocabulary()
     for style in styles:
         rgba, captions, *_ = items(icons, [style], work, recoloured=False)
@@ -907,10 +903,10 @@ def pair_sets(icons, styles, work, recoloured=True):
 
 
 def draw_pairs(sets, count, rng):
-    """`count` pairs of drawings of one style: RGBA source and target [N,4,128,128], and instructions, a list.
+    """`count` pairs of drawings of the same style: RGBA source and target [N,4,128,128], and a list of instructions.
 
-    Half of the sources share a word with the target (face, cat, heart, ...), a quarter are any other drawing, a
-    quarter the same drawing in its own or another colour: what stays is the style, the place, the background.
+    Half of the sources share a word with the target (face, cat, heart, ...), a quarter are arbitrary drawings, a
+    quarter are the same drawing in its own or another colour. Style, position and background are preserved.
     """
     picker, source, target, instructions = random.Random(int(torch.randint(1 << 30, (), generator=rng))), [], [], []
     for _ in range(count):
@@ -933,9 +929,9 @@ def draw_pairs(sets, count, rng):
 
 
 def train_instruct(args, device, log):
-    """InstructPix2Pix (Brooks et al., arXiv 2211.09800) from the pipeline in --out: its encoder half is tuned, and
-    the text encoder. Writes instruct.safetensors beside it, the tensors that differ, and instruct.png: pairs of
-    held-out drawings, each source, its edit, and the drawing that the instruction means."""
+    """Tune the pipeline in --out to an InstructPix2Pix (Brooks et al., arXiv 2211.09800): the UNet's encoder half and
+    the text encoder. Writes the tensors that differ to instruct.safetensors, and instruct.png: held-out pairs, each as
+    source, edit and target."""
     pipe = StableDiffusionPipeline.from_pretrained(args.out).to(dtype=torch.float32)
     vae, tokenizer, scheduler = pipe.vae.to(device).eval(), pipe.tokenizer, pipe.scheduler
     unet = widen(pipe.unet).to(device, memory_format=torch.channels_last)
@@ -950,7 +946,7 @@ def train_instruct(args, device, log):
         return torch.tensor(tokenizer(w, padding="max_length", max_length=TOKENS, truncation=True).input_ids)
 
     @torch.no_grad()
-    def encode(source, target, seed):  # one seed, one augmentation for both
+    def encode(source, target, seed):  # the same augmentation for both
         pairs = []
         for x in (source, target):
             x = augment(x, torch.Generator().manual_seed(seed)) * 2 - 1
@@ -978,7 +974,7 @@ def train_instruct(args, device, log):
     run.ema["unet"].set_attn_processor(AttnProcessor())
 
     def loss_of(unet, text, pairs, ids, noise, t):
-        image, x0 = pairs[:, 0], pairs[:, 1] * scaling  # the image's latent comes unscaled, as in the paper's code
+        image, x0 = pairs[:, 0], pairs[:, 1] * scaling  # the image's latent is not scaled, as in the paper's code
         with half_precision(device):
             x = torch.cat([scheduler.add_noise(x0, noise, t), image], 1).contiguous(memory_format=torch.channels_last)
             return (unet(x, t, text(ids)[0]).sample.float() - noise).square().mean()
@@ -1028,14 +1024,13 @@ def train_instruct(args, device, log):
     labelled(pictures, said[:len(pictures)], args.out / "instruct.png", 4)
 
 
-# ---- what came of it ----------------------------------------------------------------------------------
+# ---- samples and figures ----------------------------------------------------------------------------------
 
 def sample_sheet(pipe, captions, path, guidance=5.0, perturbed=1.5, seed=0, columns=8):
-    """DDIM samples with their captions under them, one seed, none picked.
+    """DDIM samples with their captions below, from one seed and without selection.
 
-    Beside the guidance away from the empty caption there is one away from what the network predicts when its
-    self-attention is the identity, of strength `perturbed` (perturbed-attention guidance, arXiv 2403.17377): cleaner
-    outlines.
+    In addition to classifier-free guidance, perturbed-attention guidance (arXiv 2403.17377) of strength `perturbed`,
+    away from the prediction with self-attention replaced by the identity, gives cleaner outlines.
     """
     pipe = StableDiffusionPAGPipeline.from_pipe(pipe, pag_applied_layers=["down", "up"])
     pipe.set_progress_bar_config(disable=True)
@@ -1047,7 +1042,7 @@ def sample_sheet(pipe, captions, path, guidance=5.0, perturbed=1.5, seed=0, colu
 
 
 def labelled(pictures, captions, path, columns):
-    """Pictures of one size in rows, their captions under them."""
+    """Lay out pictures of equal size in rows, with their captions below."""
     wide, high = pictures[0].width + 12, pictures[0].height + 24
     sheet = Image.new("RGB", (columns * wide, -(-len(captions) // columns) * high), "white")
     draw = ImageDraw.Draw(sheet)
@@ -1060,7 +1055,7 @@ def labelled(pictures, captions, path, columns):
 
 @torch.no_grad()
 def classify(pipe, pictures, captions, count=200, others=15, noises=8):
-    """Share of pictures [N,3,64,64] whose own caption, of `others` + 1, leaves the smallest noise error.
+    """The share of pictures [N,3,64,64] whose own caption, among `others` + 1, has the smallest noise error.
 
     A diffusion classifier (Li et al., arXiv 2303.16203): the same `noises` noises, at timesteps from 200 to 900, for
     every caption; the other captions are drawn at random, once for each picture.
@@ -1084,7 +1079,7 @@ def classify(pipe, pictures, captions, count=200, others=15, noises=8):
 
 
 def measure(args, log):
-    """The figures of the model card, of the pipeline in --out, and samples.png."""
+    """Log the model card's figures of the pipeline in --out, and draw samples.png."""
     pipe = StableDiffusionPipeline.from_pretrained(args.out).to(dtype=torch.float32)
     pictures, captions, *_ = items(args.icons, HELD_OUT, args.work, recoloured=False)
     pictures = torch.cat([augment(p, torch.Generator(), white=1.0, strength=0.0) for p in pictures.split(64)])
@@ -1107,8 +1102,8 @@ def measure(args, log):
     sample_sheet(pipe, random.Random(args.seed).sample(names, 64), args.out / "samples.png")
 
 
-# what suits this model, for prior.py and run.py: guidance by loss, optimiser steps, rate of an SVG's points in pixels,
-# steps of a DDPM inversion; of a mode what is different there
+# The model's settings, written to pds.json: guidance by loss, optimiser steps, rate of an SVG's points in pixels, steps
+# of a DDPM inversion; then those of a mode that differ.
 EDITORS = {"sdedit": 5, "inv2n": 6, "in2n": 7.5, "drfs": 3}
 DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, **EDITORS}, "steps": 300, "points": 0.08, "inversion_steps": 25,
             "svg": {"identity": 0.5, "smooth": 6,
@@ -1129,7 +1124,7 @@ def main():
     p.add_argument(
         "--start",
         type=Path,
-        help="go on from this pipeline; its autoencoder stays as it is; instruct: begin with what its editor learned",
+        help="start from this pipeline and keep its autoencoder; instruct: start from what its editor learned",
     )
     p.add_argument("--flow", action="store_true", help="tune the UNet of --start to the velocity of flow matching")
     p.add_argument("--vae-minutes", type=float, default=17, help="training time of the autoencoder")
@@ -1138,40 +1133,40 @@ def main():
     p.add_argument("--batch", type=int, default=96, help="pictures in a UNet step")
     p.add_argument("--threads", type=int, default=2, help="CPU threads")
     p.add_argument("--drawings", type=int, default=200, help="measure: held-out drawings for the classifier")
-    p.add_argument("--seed", type=int, default=0, help="measure: of the 64 captions that are drawn")
+    p.add_argument("--seed", type=int, default=0, help="measure: seed of the choice of 64 captions")
     p.add_argument(
         "--repaint",
         type=int,
         default=32,
-        help="pictures of a UNet step in a wrong colour, besides --batch, which are led to the colour of their caption",
+        help="additional pictures in a UNet step that are led from a wrong colour to that of their caption",
     )
-    p.add_argument("--repaint-weight", type=float, default=0.5, help="of their loss")
+    p.add_argument("--repaint-weight", type=float, default=0.5, help="weight of their loss")
     p.add_argument(
         "--keep",
         type=float,
         default=0.6,
-        help="share of the last averages in the result; the rest are those "
-        "of the least held-out loss, with --start most often its own",
+        help="share of the last averages in the result; the rest are those with the lowest held-out loss, with "
+        "--start usually its own",
     )
     p.add_argument("--pairs", type=int, default=60000, help="instruct: pairs of drawings")
     p.add_argument(
         "--stage",
         choices=["vocabulary", "vae", "all", "instruct", "measure"],
         default="all",
-        help="`vae` stops after it; only: `vocabulary` writes captions.txt, `instruct` tunes the pipeline in "
-        "--out to edit pictures, `measure` prints its figures",
+        help="`vae` stops after the autoencoder; `vocabulary` only writes captions.txt, `instruct` only tunes the "
+        "pipeline in --out to edit pictures, `measure` only prints its figures",
     )
     args = p.parse_args()
     if args.drawings < 1:
-        p.error("--drawings has to be at least 1")
+        p.error("--drawings must be at least 1")
     needed = [source(args.icons, s) for s in [*TRAIN, *HELD_OUT] if not (args.work / f"{s}.npz").exists()]
     needed += [args.start / "model_index.json"] if args.start else []
     needed += [source(args.icons, "emojilib")] if args.stage == "vocabulary" else []
     missing = [str(path) for path in needed if not path.exists()]
     if args.flow and not args.start:
-        p.error("--flow needs --start, the pipeline that is tuned")
+        p.error("--flow needs --start, the pipeline to tune")
     if missing:
-        p.error(f"there is no {missing[0]}" + (f", and {len(missing) - 1} more are missing" if missing[1:] else ""))
+        p.error(f"{missing[0]}: no such file" + (f"; {len(missing) - 1} more are missing" if missing[1:] else ""))
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.stage == "vocabulary":
@@ -1192,7 +1187,7 @@ def main():
     if args.stage == "vae":
         return
     train_unet(args, device, vae, log)
-    if not args.flow:  # diffusers samples a UNet of flow matching with no pipeline of its own
+    if not args.flow:  # diffusers has no pipeline to sample a flow matching UNet
         measure(args, log)
 
 
