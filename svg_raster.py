@@ -26,10 +26,10 @@ from PIL import Image
 from files.messages import Parser
 from files.pictures import frame_of
 from loop.optimiser import SmoothField
+from svg.carrier import Carrier
 from svg.compositing import EMPTY, MANY_STOPS, Composite, Plan, common, gradient_paint, united
 from svg.constraints import Constraints, places
 from svg.document import Document
-from svg.markers import Carrier
 from svg.outline import SVGError, affine
 from svg.segments import BEVEL, BUTT, MITER, ROUND, SQUARE, TOLERANCE, dash, expand, flatten, scatter_sum, stroke, take
 from svg.source import write_file
@@ -216,8 +216,10 @@ class SVG(torch.nn.Module):
         self.add_filters()
         self.loaded = {name: p.detach().clone() for name, p in self.named_parameters()}
         self.constraints = None           # see restrict
-        self.markers = Carrier(document.places, self.layers, self.loaded["points"], self.loaded["stroke_widths"]) \
-            if document.places else None
+        self.carrier = None
+        if any(layer.place is not None for layer in self.layers):
+            with torch.no_grad():
+                self.carrier = Carrier(self.layers, self.points, self.stroke_widths, *self.segments(1.0)[2:])
 
     def add_buffers(self, dtype=torch.float32, **buffers):
         for name, values in buffers.items():
@@ -376,9 +378,11 @@ class SVG(torch.nn.Module):
 
         local, layer, lines, lines_layer = self.segments(zoom)
         shift = self.points.new_tensor([[0, 0, dx], [0, 0, dy]])
-        frames = self.frames if self.markers is None else self.markers(self.frames, self.points, self.stroke_widths)
+        frames = self.frames
+        if self.carrier is not None:
+            frames = self.carrier(frames, self.points, self.stroke_widths, lines, lines_layer)
         rows = ((frames + shift) * zoom).view(-1, 6)
-        a, c, e, b, d, f = rows.T[:, layer] if self.markers is None else take(rows, layer).T
+        a, c, e, b, d, f = rows.T[:, layer] if self.carrier is None else take(rows, layer).T
         x0, y0, x1, y1 = local.unbind(1)
         segments = torch.stack([a * x0 + c * y0 + e, b * x0 + d * y0 + f,
                                 a * x1 + c * y1 + e, b * x1 + d * y1 + f], 1)
@@ -496,7 +500,7 @@ class SVG(torch.nn.Module):
                 to_box = torch.cat([torch.diag(scale), (-low * scale)[:, None]], 1)
                 unit = unit @ torch.cat([to_box, to_box.new_tensor([[0, 0, 1]])])
             into = self.paint_in[i]
-            if self.layers[n].place is not None:      # it moves with its marker
+            if self.layers[n].place is not None:      # it moves with others
                 into = torch.linalg.inv(torch.cat([frames[n], frames.new_tensor([[0, 0, 1]])]))
             matrix = unit @ into @ back
             stops = torch.tensor(gradient.stops, device=lines.device)

@@ -35,16 +35,15 @@ from svg.outline import (
     transform,
 )
 from svg.paint import FAR, MAX_COORDINATE, MAX_REFERENCES, Layer, Paints, Shape, share
+from svg.patterns import NOTHING, pattern_ops
 from svg.source import Source, write_file
 from svg.style import INHERITED, MASK_FRAME, REFUSED, URL, colour, path_data
 
 MAX_SHAPES = 30_000
 MAX_VISITS = 150_000                  # visits of elements, those of `use` counted as often as they are used
 MAX_MEASURED = 30_000                 # shapes measured for the boxes of clip paths and masks
-MAX_TILES = 1000                      # of a pattern on one shape
 LENGTHS = set(GEOMETRY) - {"d", "points"}
 RELATIVE = re.compile("%|e[mx]|ch", re.I)  # units that depend on the context of a length
-NOTHING = 1e-9                        # pixels per unit of a shape too small to be seen
 
 
 def size_of(matrix):
@@ -91,7 +90,7 @@ class Document:
         self.boxes = {}                   # (clipPath or mask in box units, its user) -> (matrix of the box, its shapes)
         self.drawn, self.measured, self.nested, self.filters = [], 0, set(), []
         self.contexts, self.relative = {}, {}     # see context and outline
-        self.places, self.carried = [], None      # of markers, and the one that is being visited
+        self.carried = None               # the marker or tile that is being visited, if it moves
         self.active, self.followed, self.visited = [], 0, 0       # references being followed; counts of all so far
         root, width, height = source.root, source.width, source.height
         self.sides = (size, size) if isinstance(size, int) else size.sides(width, height)
@@ -196,7 +195,7 @@ class Document:
             self.source.not_understood("filter", value)
             return ops
         if self.carried is not None:
-            self.source.unsupported(f"filter on <{self.source.tag(element)}> in a marker")
+            self.source.unsupported(f"filter on <{self.source.tag(element)}> in a marker or a pattern")
             return ops
         if abs(np.linalg.det(matrix)) < 1e-30:
             return []
@@ -387,65 +386,6 @@ class Document:
         weights = ALPHA if props.get("mask-type", "luminance").lower() == "alpha" else LUMINANCE
         return [("push", 4), *ops, ("mask", weights)]
 
-    # -- patterns
-
-    def tiled(self, layer, element, name, pattern, style):
-        """ops of a fill or stroke with a pattern: its tiles, drawn one by one, under the shape as a mask."""
-        what, chain = f"pattern {name} on <{self.source.tag(element)}>", [pattern]
-        while (parent := self.source.reference(chain[-1])) is not None and parent not in chain:
-            chain.append(parent)
-
-        def get(attribute, default=None):
-            return next((e.get(attribute) for e in chain if e.get(attribute) is not None), default)
-        if get("patternUnits") != "userSpaceOnUse" or get("patternContentUnits") == "objectBoundingBox":
-            self.source.unsupported(f"{what} in units of its box")
-            return []
-        x, y, width, height = (self.source.units(get(k), k, style) for k in ("x", "y", "width", "height"))
-        content = next((e for e in chain if any(self.source.tag(child) for child in e)), None)
-        matrix = layer.matrix @ transform(get("patternTransform"))
-        if width <= 0 or height <= 0 or content is None or size_of(matrix) <= NOTHING or \
-                name == "stroke" and not self.paints.stroke(layer, element, style):
-            return []
-        view, inner = numbers(get("viewBox")), affine()
-        if len(view) == 4 and min(view[2:]) > 0:
-            inner = fit(view, get("preserveAspectRatio"), x, y, width, height)
-        self.follow(pattern)
-        style_inside, ops = self.context(content, style), []
-        for i, j in self.tiles(layer, matrix, (x, y, width, height), what):
-            end, step = len(self.drawn), matrix @ affine(e=i * width, f=j * height)
-            drawn = [op for child in content for op in self.visit(child, step @ inner, style_inside, False)]
-            del self.drawn[end:]
-            frame = Shape(None, box_outline(x, y, width, height), size_of(matrix), self.fixed)
-            if drawn:
-                self.shapes.append(frame)
-                self.fixed += len(frame.outline.points)
-                ops += self.isolate(drawn, None, [[("push", 1), self.add(Layer(frame, step)), ("mask", None)]], False)
-        self.active.pop()
-        key = name + "-opacity"
-        owner = element if element not in self.paints.shared else style[key][1]
-        layer.opacities.append(self.paints.slot("opacities", owner, key, share(style[key][0])))
-        return self.isolate(ops, None, [[("push", 1), self.add(layer), ("mask", None)]], False)
-
-    def tiles(self, layer, matrix, tile, what):
-        """(column, row) of the tiles that a layer may show, with half of its size around it to move in."""
-        back, (x, y, width, height) = np.linalg.inv(matrix), tile
-        low, high = layer.shape.outline.bounds(back @ layer.matrix)
-        around = (high - low) / 2
-        if layer.stroke is not None:
-            around = around + self.paints.tables["widths"][layer.stroke["width"]][0]
-        x0, y0, x1, y1 = self.frame
-        seen = np.array([[x0, x1, x0, x1], [y0, y0, y1, y1], [1, 1, 1, 1]])
-        seen = (back @ seen)[:2]
-        low, high = low - around, high + around
-        if self.carried is None:          # a marker may come into the picture
-            low, high = np.maximum(low, seen.min(1)), np.minimum(high, seen.max(1))
-        first = np.floor((low - (x, y)) / (width, height))
-        count = np.maximum(np.ceil((high - (x, y)) / (width, height)) - first, 0)
-        if not count.prod() <= MAX_TILES:
-            self.source.unsupported(f"{what} of more than {MAX_TILES} tiles")
-            return []
-        return [(first[0] + i, first[1] + j) for j in range(int(count[1])) for i in range(int(count[0]))]
-
     # -- shapes
 
     def outline(self, element, style):
@@ -515,8 +455,10 @@ class Document:
             layer = Layer(shape, matrix, style["fill-rule"][0].lower() if name == "fill" else "nonzero")
             pattern = self.source.link(style[name][0])
             if pattern is not None and self.source.tag(pattern) == "pattern":
-                ops += self.tiled(layer, element, name, pattern, style)
-                continue
+                found = pattern_ops(self, layer, element, name, pattern, style)
+                ops += found or []
+                if found is not None:
+                    continue
             if self.paints.paint(layer, element, name, style) and (
                     name == "fill" or self.paints.stroke(layer, element, style)):
                 effect, turn = self.styles.of(element).get("vector-effect", "none").lower(), matrix[:2, :2] / self.unit

@@ -95,6 +95,8 @@ BLEND = {
 def blended(mode, back, top):
     """Premultiplied `top` [4, h, w] over `back` [4, h, w], or [3, h, w] where it is opaque, by a blend mode."""
     opaque = len(back) == 3
+    if mode == "plus":                    # what does not overlap, such as tiles, without seams
+        return back + top
     if mode == "normal":
         return back * (1 - top[3:]) + top[:len(back)]
     backdrop, alpha = (back, 1.0) if opaque else unpremultiplied(back)

@@ -1,7 +1,7 @@
 """Markers: the vertices of a path, and the moving matrices that carry a marker's content to them.
 
     ops = marker_ops(document, element, shape, matrix, style)        # at loading; see svg.document.Document
-    frames = Carrier(places, layers)(frames, points, widths)         # at every render, differentiable
+    matrices = Standing(places)(points, widths)                      # at every render, differentiable
 
 Position and direction follow SVG 2, section 13.7, as in browsers: a vertex between two segments, the one that closes a
 subpath included, is turned to the bisector of their directions.
@@ -25,7 +25,7 @@ SEGMENTS = 3                          # how many segments to look back and ahead
 KEYWORDS = {"left": "0%", "top": "0%", "center": "50%", "right": "100%", "bottom": "100%"}        # of refX and refY
 
 
-@dataclass
+@dataclass(eq=False)
 class Place:
     """One marker at one vertex of a shape."""
     shape: Shape
@@ -68,7 +68,7 @@ def marker_ops(document, element, shape, matrix, style):
             continue                      # a marker that inherits itself ends there
         if document.carried is not None or name == "marker-mid" and shape.outline.inside:
             # an edited arc is saved as curves, between which any viewer would see vertices
-            source.unsupported(f"{what} in a marker" if document.carried is not None else f"{what} with arcs")
+            source.unsupported(what + (" with arcs" if document.carried is None else " in a marker or a pattern"))
             continue
         shape.marked = True
         if not part:
@@ -115,13 +115,12 @@ def standing(document, marker, element, name, places, matrix, style):
     inside = {**inside, "viewport": (tuple(size), marker), "context": (style, element)}
     points = (np.array(shape.outline.points) - shape.origin) * shape.scale
     widths = [w * scale for w, scale in document.paints.tables["widths"]]
-    steps = Tables(places, 0)(*(torch.tensor(np.array(x)) for x in (np.stack([points.real, points.imag], 1), widths)))
+    steps = Standing(places, 0)(*(torch.tensor(np.array(x)) for x in (np.stack([points.real, points.imag], 1), widths)))
     document.follow(marker)
     ops = []
     for place, step in zip(places, steps.numpy(), strict=True):
         step = np.vstack([step, (0, 0, 1)]) @ start
-        first, end, document.carried = len(document.layers), len(document.drawn), len(document.places)
-        document.places.append(place)
+        first, end, document.carried = len(document.layers), len(document.drawn), place
         drawn = [op for child in marker for op in document.visit(child, step @ fitted, inside, False)]
         del document.drawn[end:]
         masks = []
@@ -130,7 +129,7 @@ def standing(document, marker, element, name, places, matrix, style):
             masks = [[("push", 1), document.add(Layer(frame, step)), ("mask", None)]] if frame else []
         ops += document.isolate(drawn, None, masks, False)
         for layer in document.layers[first:]:
-            layer.place = document.carried
+            layer.place = place
     document.carried = None
     document.active.pop()
     return ops
@@ -138,7 +137,7 @@ def standing(document, marker, element, name, places, matrix, style):
 
 # ------------------------------------------------------------------ rendering
 
-class Tables(torch.nn.Module):
+class Standing(torch.nn.Module):
     """The places of markers as tables; the matrices that carry their content follow points and stroke widths."""
 
     def __init__(self, places, first=None):
@@ -172,26 +171,3 @@ class Tables(torch.nn.Module):
         found = long.any(1)
         way = torch.where(found[:, None], ways.gather(1, first)[:, 0], ways.new_tensor([1.0, 0.0]))
         return torch.atan2(way[:, 1], way[:, 0]), found
-
-
-class Carrier(Tables):
-    """Carries the layers of markers to where they stand now."""
-
-    def __init__(self, places, layers, points, widths):
-        """points [N, 2], widths [W]: as in the file, where the layers' own frames hold."""
-        super().__init__(places)
-        start = super().forward(points.double(), widths.double()).numpy()
-        carried = [n for n, layer in enumerate(layers) if layer.place is not None]
-        place = [layers[n].place for n in carried]
-        inner = [np.linalg.inv(np.vstack([start[k], (0, 0, 1)])) @ layers[n].frame
-                 for n, k in zip(carried, place, strict=True)]
-        for name, values in dict(carried=carried, place=place).items():
-            self.register_buffer(name, torch.tensor(values, dtype=torch.long), persistent=False)
-        self.register_buffer("inner", torch.tensor(np.reshape(inner, (-1, 3, 3))), persistent=False)
-        self.float()
-
-    def forward(self, frames, points, widths):
-        """Frames [L, 2, 3] of all layers with those of markers replaced."""
-        places = super().forward(points, widths)
-        moved = take(places.view(-1, 6), self.place).view(-1, 2, 3) @ self.inner
-        return frames.index_copy(0, self.carried, moved)

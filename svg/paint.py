@@ -66,7 +66,7 @@ class Layer:
     gradient: Gradient | None = None
     opacities: list = field(default_factory=list)
     stroke: dict | None = None
-    place: int | None = None              # of the marker that it is part of, which moves
+    place: object = None                  # a marker or a pattern's tile that it is part of and moves with
 
     @property
     def frame(self):
@@ -91,6 +91,7 @@ class Paints:
         self.source, self.styles = source, source.styles
         self.tables = {kind: [] for kind in ("colours", "opacities", "widths", "stops")}
         self.slots, self.gradients = {}, {}
+        self.flat = {}                    # (element, fill or stroke) -> what it is where its box has no area
         # elements that `use` may draw several times: inherited properties belong to the element that sets them
         targets = (source.reference(e) for e in source.elements if source.tag(e) == "use")
         self.shared = {part for target in set(targets) - {None} for part in target.iter()}
@@ -121,6 +122,8 @@ class Paints:
             points = np.array(layer.shape.outline.points)
             if layer.gradient.on_box and min(np.ptp(points.real), np.ptp(points.imag)) == 0:
                 layer.gradient = None     # a box without area has no units: use the fallback
+        if tag == "pattern" or tag in GRADIENTS and layer.gradient is None:
+            self.flat[element, name] = fallback[2] or "none"
         elif tag.lower() in ("meshgradient", "mesh", "hatch"):
             self.source.unsupported(f"a {tag} as {name} on <{self.source.tag(element)}>")
             return False

@@ -554,8 +554,6 @@ BAD_FILES = {
     "vector-effect on <rect>": svg_text('<rect width="9" height="9" stroke="red" vector-effect="fixed-position"/>'),
     "clip-path 'circle(9px)' on <rect>": svg_text('<rect width="9" height="9" style="clip-path:circle(9px)"/>'),
     "mix-blend-mode plus-lighter on <g>": svg_text('<g style="mix-blend-mode:plus-lighter"/>'),
-    "pattern fill on <rect> in units of its box": svg_text('<pattern id="p"/><rect width="9" height="9" '
-                                                           'fill="url(#p)"/>'),
     "pattern stroke on <rect> of more than 1000 tiles": svg_text(
         '<pattern id="p" patternUnits="userSpaceOnUse" width=".1" height=".1"><path d="M0 0H9"/></pattern>'
         '<rect width="9" height="9" fill="none" stroke="url(#p)"/>'),
