@@ -1,4 +1,4 @@
-"""Train the embedded prior: a small text-to-image latent diffusion model on openly licensed emoji.
+r"""Train the embedded prior: a small text-to-image latent diffusion model on openly licensed emoji.
 
     npm install --prefix /tmp/icons @iconify-json/noto @iconify-json/twemoji @iconify-json/fluent-emoji \
         @iconify-json/fluent-emoji-flat @iconify-json/fxemoji @iconify-json/streamline-emojis \
