@@ -2,9 +2,9 @@
 
     python models/emoji/judge.py --icons /tmp/icons/node_modules/@iconify-json --minutes 68
 
---icons is the folder that train.py takes. Writes judge.safetensors beside this file, resumes from --work, and logs how
-many drawings of the held-out styles the judge names. It starts from random weights, and its augmentations differ from
-those of the prior: blur, posterisation, noise, hidden parts, backgrounds of any colour.
+--icons is the folder that train.py takes. Writes judge.safetensors to this folder, resumes from --work, and logs how
+many drawings of the held-out styles the judge names. Training starts from random weights, and its augmentations differ
+from those of the prior: blur, posterisation, noise, hidden parts, backgrounds of any colour.
 """
 import argparse
 import copy
@@ -25,11 +25,11 @@ sys.path.insert(0, str(HERE.parents[1]))
 from bench.judge import COLOURS, SIDE, Judge, bags, features  # noqa: E402  (the path comes first)
 
 CACHED = 72  # pixels a side of the drawings kept in memory
-SIDES = {0.0: SIDE // 2, 0.25: 3 * SIDE // 4, 0.42: SIDE}  # pixels a side from this share of the time on: small is fast
+SIDES = {0.0: SIDE // 2, 0.25: 3 * SIDE // 4, 0.42: SIDE}  # {share of the time: pixels a side}; small is fast
 
 
 def load_trainer(path):
-    """train.py of the prior as a module: the sets, their captions, the recolouring."""
+    """The prior's training script as a module: the sets, their captions, the recolouring."""
     spec = importlib.util.spec_from_file_location("train", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -49,7 +49,7 @@ def small(rgba):
 
 
 def load_items(trainer, args, held_out=False):
-    """Small drawings [N,4,h,w] and the lists of their true captions; drawings without any are left out."""
+    """Small drawings [N,4,h,w] and the lists of their true captions, without drawings that have none."""
     cache = args.work / ("judge-held-out.pt" if held_out else "judge-train.pt")
     if not cache.exists():
         styles = trainer.HELD_OUT if held_out else trainer.TRAIN
@@ -60,7 +60,7 @@ def load_items(trainer, args, held_out=False):
 
 
 def painted(trainer, args, count=600):
-    """Held-out drawings in other colours: small drawings, and (noun, colour) for each."""
+    """Recoloured held-out drawings: small drawings, and (noun, colour) for each."""
     cache = args.work / "judge-painted.pt"
     if not cache.exists():
         rgba, captions, *_ = trainer.items(args.icons, trainer.HELD_OUT, args.sets, recoloured=False)
@@ -77,12 +77,12 @@ def painted(trainer, args, count=600):
 
 
 def chance(rng, share, count):
-    """[count,1,1,1] of 0 and 1; the probability of 1 is `share`."""
+    """[count,1,1,1] of zeros and ones; `share` is the probability of a one."""
     return (torch.rand(count, 1, 1, 1, generator=rng) < share).float()
 
 
 def place(drawings, mirrored, rng, strength, side):
-    """Premultiplied RGBA uint8 [B,4,h,w] -> float [B,4,side,side]: turned, stretched, sheared, in perspective, bent."""
+    """Premultiplied RGBA uint8 [B,4,h,w] -> float [B,4,side,side]: rotated, stretched, sheared, tilted and bent."""
     b, u = len(drawings), lambda *shape: torch.rand(*shape, generator=rng) * 2 - 1
     angle = (u(b) + u(b)) / 2 * math.radians(35) * strength
     scale = torch.exp(-(u(b) * 0.22 - 0.06) * strength)
@@ -102,7 +102,7 @@ def place(drawings, mirrored, rng, strength, side):
 
 
 def tone(x, rng, strength):
-    """RGBA in the colours of another set: contrast, saturation, a cast, thicker outlines, details smoothed away."""
+    """Vary the style of RGBA drawings: contrast, saturation, colour cast, thicker outlines, smoothed details."""
     b, u = len(x), lambda *shape: (torch.rand(*shape, 1, 1, generator=rng) * 2 - 1) * strength.view(-1, 1, 1, 1)
     rgb, alpha = x[:, :3], x[:, 3:]
     rgb = (rgb / alpha.clamp(min=1e-3)).clamp(0, 1) ** (0.6 * u(b, 1) + 0.15 * u(b, 3)).exp()
@@ -121,7 +121,7 @@ def tone(x, rng, strength):
 
 
 def spoil(x, rng):
-    """Pictures [B,3,side,side] blurred, posterised, noisy, with a part hidden, some of each."""
+    """Blur, posterise, add noise to or hide a part of some of the pictures [B,3,side,side]."""
     b, side, u = len(x), x.shape[-1], lambda *shape: torch.rand(*shape, generator=rng)
     some = u(b) < 0.2
     blurred = F.pad(x[some], (1, 1, 1, 1), "replicate")
@@ -139,7 +139,7 @@ def spoil(x, rng):
 
 
 def distort(drawings, mirrored, rng, side=SIDE):
-    """Premultiplied RGBA uint8 [B,4,h,w] -> RGB [B,3,side,side] in [0,1]; each as strongly changed as chance has it."""
+    """Premultiplied RGBA uint8 [B,4,h,w] -> RGB [B,3,side,side] in [0,1]: all augmentations at random strengths."""
     b = len(drawings)
     strength = torch.rand(b, generator=rng).sqrt()
     rgb, alpha = tone(place(drawings, mirrored, rng, strength, side), rng, strength)
@@ -149,7 +149,7 @@ def distort(drawings, mirrored, rng, side=SIDE):
 
 
 def plain(drawings, side=SIDE):
-    """Small drawings as they are, on white: [B,3,side,side]."""
+    """Small drawings on white without augmentation: [B,3,side,side]."""
     x = F.interpolate(drawings.float() / 255, (side, side), mode="bilinear", antialias=True)
     return (x[:, :3] + 1 - x[:, 3:]).clamp(0, 1)
 
@@ -157,7 +157,7 @@ def plain(drawings, side=SIDE):
 # ---- captions -----------------------------------------------------------------------------------------
 
 class Captions:
-    """All captions, and for each drawing the rows of those that are true of it and of those that may be."""
+    """All captions, and for each drawing the rows of captions that are true of it and of those that may be."""
 
     def __init__(self, vocab, captions):
         nouns = {names[0]: [c.replace("COLOUR ", "") for c in names if "COLOUR" in c] for names in vocab.values()}
@@ -166,7 +166,7 @@ class Captions:
         self.texts = sorted(said.union(*captions))
         self.row = {c: i for i, c in enumerate(self.texts)}
         self.true = [[self.row[c] for c in names] for names in captions]
-        self.open = []  # captions that may be true: "red car" for a car whose colour is not named
+        self.open = []  # possibly true captions, such as "red car" for a car whose colour is not named
         for names in captions:
             some = [] if any(c.split()[0] in COLOURS for c in names) else nouns.get(names[0], [])
             self.open.append([self.row[f"{colour} {n}"] for n in some for colour in COLOURS])
@@ -177,8 +177,8 @@ class Captions:
         self.shares = torch.tensor([(1.0 if names[0] in nouns else 0.1) / counts[names[0]] for names in captions])
 
     def targets(self, drawings, picker, rng, others=1200):
-        """The captions of a batch: rows [N] of all names, of those wanted and of some `others`; the place [B] among
-        them of a true caption of each drawing, with probability 0.6 its name; [B,N] where a caption does not count."""
+        """The captions of a batch: rows [N] of all names, of the targets and of some `others`; the position [B] of each
+        drawing's target among them, its name with probability 0.6; a mask [B,N] of captions that do not count."""
         wanted = [self.true[i][0] if picker.random() < 0.6 else picker.choice(self.true[i]) for i in drawings]
         alike = [self.row[f"{colour} {self.texts[w].partition(' ')[2]}"] for w in wanted for colour in COLOURS
                  if self.texts[w].split()[0] in COLOURS and f"{colour} {self.texts[w].partition(' ')[2]}" in self.row]
@@ -199,8 +199,8 @@ def groups(vocab):
 # ---- training -----------------------------------------------------------------------------------------
 
 def mix_styles(x, rng):
-    """Feature maps [B,C,h,w], half of them with means and deviations moved towards those of another picture (MixStyle,
-    Zhou et al., arXiv 2104.02008): the same drawing in another style."""
+    """Feature maps [B,C,h,w], half of them with means and deviations mixed with those of another picture, which changes
+    the style of a drawing (MixStyle, Zhou et al., arXiv 2104.02008)."""
     mean, std = (f.detach() for f in (x.mean((2, 3), keepdim=True), (x.var((2, 3), keepdim=True) + 1e-5).sqrt()))
     other = torch.randperm(len(x), generator=rng)
     share = (chance(rng, 0.5, len(x)) * torch.rand(len(x), 1, 1, 1, generator=rng) * 0.5).to(x.dtype)
@@ -208,7 +208,7 @@ def mix_styles(x, rng):
 
 
 class Run:
-    """The training: judge, its moving average, optimiser, minutes spent; checkpoints are written beside and renamed."""
+    """The training run: judge, its moving average, optimiser, minutes spent; checkpoints are written atomically."""
 
     def __init__(self, path, minutes, peak):
         torch.manual_seed(0)
@@ -315,13 +315,13 @@ def settle(judge, drawings, said, log, steps=1500, rate=1e-3):
 
 @torch.no_grad()
 def see_all(judge, drawings, side=SIDE):
-    """Small drawings as they are, at `side` pixels -> unit vectors [N,D]."""
+    """Small drawings without augmentation, at `side` pixels -> unit vectors [N,D]."""
     return torch.cat([judge.look(plain(x, side)) for x in drawings.split(128)])
 
 
 @torch.no_grad()
 def measure(trainer, args, judge, log, side=SIDE):
-    """Log top-1 and top-5 among all names and the accuracy of colours, both on the held-out styles."""
+    """Log top-1 and top-5 among all names and the accuracy of colours on the held-out styles."""
     drawings, captions = load_items(trainer, args, held_out=True)
     names = [group[0] for group in groups(trainer.vocabulary())]
     own = torch.tensor([[names.index(c[0])] for c in captions])
@@ -337,13 +337,13 @@ def measure(trainer, args, judge, log, side=SIDE):
     right = cosines.argmax(1) == torch.tensor([COLOURS.index(colour) for _, colour in said])
     each = sorted((right[i::len(COLOURS)].float().mean().item(), name) for i, name in enumerate(COLOURS))
     least = ", ".join(f"{name} {share:.0%}" for share, name in each[:3])
-    log(f"  colours: {right.float().mean():.1%} of {len(said)}, the least of {least}")
+    log(f"  colours: {right.float().mean():.1%} of {len(said)}, lowest for {least}")
 
 
 @torch.no_grad()
 def margins(trainer, args, judge):
-    """Cosine of each held-out drawing with its own name minus that with another one: [N,2], for a name at random and
-    for one that shares a word."""
+    """The cosine of each held-out drawing with its own name minus that with another name: [N,2], for a random name and
+    for a name that shares a word."""
     drawings, captions = load_items(trainer, args, held_out=True)
     names, picker = sorted({c[0] for c in captions}), random.Random(0)
     like = trainer.alike(names)
@@ -354,14 +354,15 @@ def margins(trainer, args, judge):
 
 
 def fit_scale(margins):
-    """The factor of margins [N] at which their logistic function, the probability of the right name, is most likely."""
+    """The scale of margins [N] with the greatest likelihood, where sigmoid(scale * margin) is the probability of the
+    right name."""
     scales = torch.logspace(0, 2, 200)
     return scales[F.softplus(-margins.view(-1, 1) * scales).mean(0).argmin()].item()
 
 
 def calibration(margins, scale):
-    """Of margins [N]: the share above 0, the mean probability of the preferred name, and the expected calibration error
-    over ten bins of that probability from 0.5 to 1."""
+    """For margins [N]: the share above 0, the mean probability of the preferred name, and the expected calibration
+    error over ten bins of that probability from 0.5 to 1."""
     sure, right = (scale * margins.abs()).sigmoid(), (margins > 0).float()
     bins = ((sure - 0.5) * 20).long().clamp(max=9)
     error = sum((right[bins == k].mean() - sure[bins == k].mean()).abs() * (bins == k).float().mean()
@@ -383,7 +384,7 @@ def calibrate(trainer, args, judge, log):
 
 
 def export(judge, path):
-    """Write the averages in float16."""
+    """Write the judge in float16."""
     state = {k: v.half().contiguous() for k, v in judge.state_dict().items() if v.is_floating_point()}
     save_file(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
