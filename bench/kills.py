@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import run
-from bench.fuzz_scenes import write_scene
+from bench.ball import write_scene
 from files import sheets
 from pipelines.loading import quiet
 
