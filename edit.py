@@ -19,6 +19,7 @@ from files.sheets import snapshot
 from files.writing import write
 from image.editors import EDITORS, instruction, prompts
 from image.picture import Picture
+from image.rivals import ids_loss, ssd_loss
 from image.updates import DatasetUpdate, PictureRefinement
 from loop import parallel
 from loop.interrupt import DelayedInterrupt
@@ -28,7 +29,8 @@ from loop.progress import progress as progress_bar
 MODES = ("svg", "image", "nerf", "splat")
 SCENES = ("nerf", "splat")  # modes with many views
 EDITABLE = ("image", *SCENES)  # modes with pictures, which EDITORS need
-LOSSES = {"sds": pds.sds_loss, "dds": pds.dds_loss, "pds": pds.pds_loss}
+LOSSES = {"sds": pds.sds_loss, "dds": pds.dds_loss, "pds": pds.pds_loss, "ids": ids_loss, "ssd": ssd_loss}
+COMPARED = ("sds", "dds", "pds")  # by --compare without names
 COEFFICIENTS = {"official": "official", "consistent": "consistent", "dreamcatalyst": pds.dreamcatalyst}
 HOLD = {"svg": 1, "image": 1, "nerf": 10, "splat": 10}  # steps for which a view is kept, in the paper's code
 LEVELS, FINEST = 12, 0.25  # the width of the smooth field falls to this share in so many levels
@@ -41,7 +43,7 @@ RATES = {"settle": settling_share, "released": released_share}  # learning-rate 
 # with as many each.
 
 class Distillation:
-    """The edit itself: one of the three losses, at views that are kept for args.hold steps, or HOLD."""
+    """The edit itself: one of LOSSES, at views that are kept for args.hold steps, or HOLD."""
     resets_optimiser = False
     SURROUNDINGS = 0.3  # weight of what lies outside of the masks of a scene, see `surroundings`
     PIXELS = 2 ** 16  # the most that are rendered and encoded at once

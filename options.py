@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import pds
-from edit import COEFFICIENTS, EDITABLE, LOSSES, MODES, SCENES, guidance_of
+from edit import COEFFICIENTS, COMPARED, EDITABLE, LOSSES, MODES, SCENES, guidance_of
 from files.messages import Parser, device, number
 from files.pictures import Frame
 from files.reading import digest
@@ -55,7 +55,7 @@ def _setting(name):
     """The option of a setting that a model may bring, from pipelines/settings.py."""
     _, kind, least, _, modes, text = SETTINGS[name]
     types = {int: number(int, least, 10 ** 6), float: SHARE if name in ("t_min", "t_max", "decay") else RATE, str: str}
-    metavar = {"identity": "K", "smooth": "PX"}.get(name, name.split("_")[-1].upper())
+    metavar = {"identity": "K", "smooth": "WIDTH"}.get(name, name.split("_")[-1].upper())
     more = ({"action": argparse.BooleanOptionalAction} if kind is bool else
             {"choices": kind} if isinstance(kind, tuple) else {"type": types[kind], "metavar": metavar})
     return Option("--" + name.replace("_", "-"), text, () if modes == MODES else modes, True, more)
@@ -93,8 +93,8 @@ GROUPS = {
         _option("--device", "torch device (default: cuda if available, else cpu)", kept=False, type=device,
                 default="cuda" if torch.cuda.is_available() else "cpu")],
     "the edit": [
-        _option("--loss", "the method; the last four edit pictures, those of a scene one after another (default: "
-                "%(default)s)", choices=METHODS, default="pds"),
+        _option("--loss", "the method; ids and ssd are other losses, of 2025; the last four edit pictures, those of a "
+                "scene one after another (default: %(default)s)", choices=METHODS, default="pds"),
         _option("--compare", "run these methods from one seed, side by side on one sheet (without names: sds dds pds)",
                 kept=False, nargs="*", choices=METHODS, metavar="LOSS"),
         _setting("steps"), _setting("batch"),
@@ -185,7 +185,7 @@ def parse(argv=None, about=None, strict=True):
             parser.error(f"{args.fitted}: also give --scene DIR, the photographs that it was fitted to")
         args.fitted = args.fitted or args.input
         args.input = args.input or args.fitted
-    args.losses = [args.loss] if args.compare is None else list(dict.fromkeys(args.compare or LOSSES))
+    args.losses = [args.loss] if args.compare is None else list(dict.fromkeys(args.compare or COMPARED))
     editors = [name for name in args.losses if name in EDITORS]
     if editors and args.mode not in EDITABLE:
         parser.error(f"{editors[0]} edits pictures: only with --mode image, nerf and splat")
@@ -250,7 +250,7 @@ def complete(args, prior, name=None):
         ValueError: timesteps outside of the model's schedule.
     """
     args, name = copy.copy(args), name or args.losses[0]
-    own = settings_for(prior.defaults, args.mode, name, prior.size, args.smooth if args.mode == "svg" else 0,
+    own = settings_for(prior.defaults, args.mode, name, prior.size, args.smooth,
                        args.coefficients, local=bool(args.local or args.mask))
     for key in SETTINGS:
         if getattr(args, key, None) is None:

@@ -204,9 +204,10 @@ class Prior:
         y = self.embed("")
         return tuple(torch.zeros_like(part) for part in y) if self.network.zeros else y
 
-    @torch.no_grad()
     def eps(self, x_t, t, y):
         """Noise prediction with classifier-free guidance (arXiv 2207.12598): uncond + s (cond - uncond).
+
+        Differentiable by x_t; the losses of pds.py call it under no_grad, and no weight requires a gradient.
 
         Args:
             x_t: [B,C,h,w] noisy latent; t: [B] timesteps; y: from `embed`, each part [1,...] or [B,...].
@@ -278,7 +279,6 @@ class InstructPix2Pix(Prior):
         """The captions most similar to the object of an instruction such as "make it a green apple"."""
         return super().nearest(re.sub(r"^ *(make|turn) +(it|him|her|them) +(into +)?", "", prompt.lower()), count)
 
-    @torch.no_grad()
     def eps(self, x_t, t, y):
         """Noise prediction [B,C,h,w] with guidance by picture and text (eq. 3); ValueError if no picture is set."""
         if self.image is None:

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 import options
 import run
 from bench.figures import SCENE_THUMB, THUMB, Clip, figures, peak, restart_peak
-from edit import EDITABLE, LOSSES, MODES, SCENES
+from edit import COMPARED, EDITABLE, MODES, SCENES
 from files.pictures import read_picture
 from files.reading import is_number, read_json
 from files.sheets import beside, sheet
@@ -81,7 +81,7 @@ def edits(args):
     for mode, file, source, target, folder in listed[parallel.rank()::parallel.world()]:
         own = options_of(mode, file, source, target, (out / folder).parent / f"{file.stem}-{mode}", args.run)
         own.device = first.device
-        for name in names_of(mode, dict.fromkeys(args.compare or LOSSES)):
+        for name in names_of(mode, dict.fromkeys(args.compare or COMPARED)):
             try:
                 with parallel.alone():
                     row = edit_row(prior, name, own, out / folder / name, lpips, clip)

@@ -17,7 +17,8 @@ from pds import add_noise, posterior, stochastic_latent
 Editor = namedtuple("Editor", "title guidance strength")  # strength: of a single edit, see DatasetUpdate.edited
 EDITORS = {"sdedit": Editor("SDEdit", 15.0, 0.4), "inv2n": Editor("Inv2N", 15.0, 0.36),
            "in2n": Editor("IN2N", 7.5, 1.0), "drfs": Editor("DRFS", 16.5, 0.0)}
-TITLES = {"sds": "SDS", "dds": "DDS", "pds": "PDS"} | {name: editor.title for name, editor in EDITORS.items()}
+TITLES = {name: name.upper() for name in ("sds", "dds", "pds", "ids", "ssd")} | {
+    name: editor.title for name, editor in EDITORS.items()}
 
 
 def prompts(args):

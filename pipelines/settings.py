@@ -41,9 +41,9 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("suffix", str, 0, "", EVERY, "words appended to both prompts"),
     Setting("points", float, 0, None, ("svg",), "rate of the points in pixels of the model"),
     Setting("canvas_points", float, 0, None, ("svg",), None),  # the same in units of the canvas, as in the paper's code
-    Setting("smooth", float, 0, None, ("svg",), "width in pixels of the field that moves all points together; it "
-            "falls to "
-            "a quarter; 0: every point moves on its own, as in the paper"),
+    Setting("smooth", float, 0, None, ("svg", "splat"), "width of the field in which all points of a drawing move "
+            "together, in pixels, or all colours of Gaussians change, in half sides of the scene's box; it falls to a "
+            "quarter; 0: each on its own, as in the paper"),
     Setting("spring", float, 0, 0.0, ("svg",), "share of the way back to the source that points and stroke widths go "
             "after each step; 0: none, as in the paper"),
     Setting("colours", float, 0, 0.01, ("svg", "image", "splat"), "rate of colours and pixels"),
@@ -64,11 +64,11 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("warm", int, 0, None, MANY, None),  # steps of warm-up of the released rates; None: the paper's
     Setting("freeu", bool, 0, None, EVERY, None),  # whether the UNet runs with FreeU, see Prior.with_freeu
     Setting("inversion_steps", int, 1, None, EVERY, None))}
-GUIDED = ("pds", "dds", "sds", "sdedit", "inv2n", "in2n", "drfs")  # methods with a guidance of their own
-PARTS = (*EVERY, "in2n", "dreamcatalyst", "smooth_points")  # what a pds.json may hold settings under
+GUIDED = ("pds", "dds", "sds", "ids", "sdedit", "inv2n", "in2n", "drfs")  # methods with a guidance of their own
+PARTS = (*EVERY, "in2n", "ids", "ssd", "dreamcatalyst", "smooth_points")  # what a pds.json may hold settings under
 
-# The guidance of the paper's code for PDS, DreamFusion's for SDS, and DDS's own.
-GUIDANCE = {"pds": 100.0, "dds": 7.5, "sds": 100.0}
+# The guidance of the paper's code for PDS, DreamFusion's for SDS, and the others' own; in SSD it is a weight.
+GUIDANCE = {"pds": 100.0, "dds": 7.5, "sds": 100.0, "ids": 7.5, "ssd": 7.5}
 # The released settings of the paper's code by mode (its 2D experiment is a notebook in the history), for every model
 # without a pds.json beside its model_index.json.
 RELEASED = {"identity": 1.0, "t_min": 0.02, "t_max": 0.98, "schedule": "uniform", "rates": "released"}
@@ -96,6 +96,8 @@ PAPER = {
     "splat": RELEASED
     | {"steps": 30000, "means": 1.6e-4, "scales": 5e-3, "rotations": 1e-3, "opacity": 5e-2, "colours": 2.5e-3},
     "in2n": {"steps": 15000},
+    "ids": {"t_min": 0.05, "t_max": 0.95},
+    "ssd": {"t_min": 0.02, "t_max": 0.98, "schedule": "decreasing", "freeu": True},
     "dreamcatalyst": DREAMCATALYST,
 }
 
@@ -107,15 +109,18 @@ def settings_for(defaults, mode, method, size=64, width=None, coefficients="offi
     DreamCatalyst's coefficients, which are the released ones for a model that brings none.
 
     Args:
-        size: side in pixels of the model's pictures; width: of the smooth field of a drawing in pixels, 0: none, None:
-            the model's own, else an eighth of `size`.
+        size: side in pixels of the model's pictures; width: of the smooth field, see SETTINGS, 0: none, None: the
+            model's own, else an eighth of `size` for a drawing and none for Gaussians.
         local: the edit is confined to a mask; weights that all of a NeRF shares would carry it out of place.
     """
     own = {name: setting.usual for name, setting in SETTINGS.items() if setting.usual is not None} | defaults
+    if mode == "splat":  # a width outside of the part of a mode is one in pixels
+        own.pop("smooth", None)
     for part in (mode, method):
         own = _overlaid(own, own.get(part, {}))
-    own["smooth"] = 0.0 if mode != "svg" else width if width is not None else own.get("smooth", size / 8)
-    if own["smooth"]:
+    usual = own.get("smooth", size / 8 if mode == "svg" else 0.0) if width is None else width
+    own["smooth"] = usual if mode in SETTINGS["smooth"].modes else 0.0
+    if own["smooth"] and mode == "svg":
         own = _overlaid(own, own.get("smooth_points", {}))
     if coefficients == "dreamcatalyst" and method == "pds":
         part = own.get("dreamcatalyst", DREAMCATALYST)
@@ -141,7 +146,7 @@ def for_flow(defaults, network):
 
     def change(key, value):
         if key == "guidance":
-            return scales if network.one_scale else value
+            return value | scales if network.one_scale else value
         if key in ("t_min", "t_max"):
             return (network.abar - usual[round(value * 1000)]).abs().argmin().item() / len(network.abar)
         return {k: change(k, v) for k, v in value.items()} if isinstance(value, dict) else value
