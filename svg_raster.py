@@ -311,15 +311,17 @@ class SVG(torch.nn.Module):
 
     def add_gradients(self):
         """Matrices of the layers with a gradient: pixels -> the layer's (on_box: the points') units -> gradient."""
-        self.painted = [n for n, layer in enumerate(self.layers) if layer.gradient is not None]
+        self.painted = [n for n, layer in enumerate(self.layers) if layer.gradient or layer.picture]
         layers = [self.layers[n] for n in self.painted]
-        into = [layer.frame if layer.gradient.on_box or layer.place is not None else layer.matrix for layer in layers]
+        on_box = [layer.gradient is not None and layer.gradient.on_box for layer in layers]
+        into = [layer.frame if box or layer.place is not None else layer.matrix
+                for layer, box in zip(layers, on_box, strict=True)]
         into = np.linalg.pinv(np.reshape(into, (-1, 3, 3)))
-        units = np.array([layer.gradient.unit for layer in layers]).reshape(-1, 3, 3)
+        units = np.array([(layer.gradient or layer.picture).unit for layer in layers]).reshape(-1, 3, 3)
         for n, layer in enumerate(layers):
-            if layer.place is not None and not layer.gradient.on_box:
+            if layer.place is not None and not on_box[n]:
                 units[n] = units[n] @ np.linalg.inv(layer.matrix) @ layer.frame
-            elif layer.shape.origin and not layer.gradient.on_box:    # both are far away: combine them in float64
+            elif layer.shape.origin and not on_box[n]:                # both are far away: combine them in float64
                 units[n], into[n] = units[n] @ into[n], np.eye(3)
         self.add_buffers(paint_in=into, paint_unit=units)
 
@@ -452,7 +454,8 @@ class SVG(torch.nn.Module):
         def area(box):
             return (box[2] - box[0] + 1) * (box[3] - box[1])
         keep = torch.is_grad_enabled()
-        stops = {n: min(len(self.layers[n].gradient.stops), MANY_STOPS) for n in self.painted}
+        stops = {n: min(len(self.layers[n].gradient.stops), MANY_STOPS) if self.layers[n].gradient else MANY_STOPS
+                 for n in self.painted}
         return (sum(map(area, boxes)) * (7 if keep else 3)
                 + sum(area(boxes[n]) * (20 + 4 * k if keep else 4) for n, k in stops.items())
                 + sum(area(box) * 8 for box, (op, _) in zip(op_boxes, self.ops, strict=True)
@@ -493,7 +496,7 @@ class SVG(torch.nn.Module):
         parts = dict(zip(numbers.tolist(), lines.split(counts.tolist()), strict=True))
         for i, n in enumerate(self.painted):
             gradient, unit = self.layers[n].gradient, self.paint_unit[i]
-            if gradient.on_box:
+            if gradient is not None and gradient.on_box:
                 own = parts[n].reshape(-1, 2)
                 low, high = own.amin(0), own.amax(0)
                 scale = 1 / (high - low).clamp_min(1e-6)
@@ -503,8 +506,11 @@ class SVG(torch.nn.Module):
             if self.layers[n].place is not None:      # it moves with others
                 into = torch.linalg.inv(torch.cat([frames[n], frames.new_tensor([[0, 0, 1]])]))
             matrix = unit @ into @ back
-            stops = torch.tensor(gradient.stops, device=lines.device)
             x0, y0, x1, y1 = boxes[n]
+            if gradient is None:
+                result.append(self.layers[n].picture.paint(matrix, (x0, y0, x1 - x0, y1 - y0)))
+                continue
+            stops = torch.tensor(gradient.stops, device=lines.device)
             result.append(gradient_paint(matrix, gradient, self.stop_offsets[stops], self.stop_colours[stops],
                                          (x0, y0, x1 - x0, y1 - y0)))
         return result

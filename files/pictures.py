@@ -52,14 +52,18 @@ def frame_of(size):
     return size if isinstance(size, Frame) else Frame(size)
 
 
-def open_picture(path):
-    """The PIL picture of a file, not decoded yet; raises PictureError."""
+def open_picture(path, data=None):
+    """The PIL picture of a file, not decoded yet; raises PictureError.
+
+    data: the bytes of a picture within another file; then path is its name in messages.
+    """
     try:
-        refuse_pointer(path)
+        if data is None:
+            refuse_pointer(path)
     except ValueError as e:
         raise PictureError(one_line(e)) from e
     Image.init()
-    if _is_heic(path):
+    if data is None and _is_heic(path):
         try:
             importlib.import_module("pillow_heif").register_heif_opener()
         except ImportError as e:
@@ -67,7 +71,7 @@ def open_picture(path):
     # a PostScript file is a program, which Pillow would run in an interpreter
     formats = [name for name in Image.OPEN if name != "EPS"]
     with _told(path):
-        return Image.open(path, formats=formats)
+        return Image.open(path if data is None else io.BytesIO(data), formats=formats)
 
 
 def _is_heic(path):
@@ -82,7 +86,7 @@ def picture_size(path):
         return image.size, _orientation(image)
 
 
-def read_picture(path, downscale=None, upright=True):
+def read_picture(path, downscale=None, upright=True, data=None):
     """A file as a PIL picture of mode RGB, or RGBA if its format has transparency; the first frame of an animation.
 
     16-bit and float greys are scaled to 8 bits. Colours are converted to sRGB from the file's colour profile.
@@ -90,10 +94,11 @@ def read_picture(path, downscale=None, upright=True):
     Args:
         downscale: averages the picture to 1 / downscale of its size; None: to at most LONGEST pixels a side.
         upright: turn it according to its EXIF orientation.
+        data: see open_picture.
     Raises:
         PictureError: no picture, a damaged one, more than MAX_PIXELS pixels, greys of an unknown range.
     """
-    with open_picture(path) as image, _told(path):
+    with open_picture(path, data) as image, _told(path):
         wanted = image.size
         shrink = max(1, max(wanted) / LONGEST) if downscale is None else downscale
         if shrink != 1:

@@ -16,6 +16,7 @@ import numpy as np
 
 from svg.edition import Edition
 from svg.filters import BLEND, Reader, parts_of
+from svg.images import picture_op
 from svg.markers import MARKED, marker_ops
 from svg.outline import (
     GEOMETRY,
@@ -90,6 +91,7 @@ class Document:
         self.boxes = {}                   # (clipPath or mask in box units, its user) -> (matrix of the box, its shapes)
         self.drawn, self.measured, self.nested, self.filters = [], 0, set(), []
         self.contexts, self.relative = {}, {}     # see context and outline
+        self.pictures, self.decoded = {}, 0       # {<image>: its picture}, and the pixels of all
         self.carried = None               # the marker or tile that is being visited, if it moves
         self.active, self.followed, self.visited = [], 0, 0       # references being followed; counts of all so far
         root, width, height = source.root, source.width, source.height
@@ -120,9 +122,11 @@ class Document:
         if not known or self.styles.of(element).get("display", "").lower() == "none" or not source.holds(element):
             return []                     # defs, gradients, titles, foreign elements: nothing to draw
         if tag in ("text", "image", "foreignObject"):
-            if self.shows(element, tag, style):
+            shown = self.shows(element, tag, style)
+            if shown and tag != "image":
                 source.unsupported(f"<{tag}>")
-            return []
+            if not shown or tag != "image":
+                return []
         if clip and tag not in SHAPES and tag != "use":
             return []                     # a clip path contains shapes only
         if tag in SHAPES:
@@ -131,6 +135,9 @@ class Document:
         elif tag == "use":
             def content(*state):
                 return self.use(element, *state, clip)
+        elif tag == "image":
+            def content(*state):
+                return picture_op(self, element, *state)
         elif tag == "svg":
             def content(*state):
                 return self.viewport(element, element, *state, clip)

@@ -45,8 +45,8 @@ def vertices(outline):
     found = []
     for first, stop, start, closed in outline.drawn():
         own = outline.curves[first:stop]
-        back = [[i for p, a, b, _ in own[:k][::-1][:SEGMENTS] for i in (b, a, p)] for k in range(len(own) + 1)]
-        ahead = [[i for _, a, b, q in own[k:][:SEGMENTS] for i in (a, b, q)] for k in range(len(own) + 1)]
+        back = [[i for p, a, b, _ in own[max(k - SEGMENTS, 0):k][::-1] for i in (b, a, p)] for k in range(len(own) + 1)]
+        ahead = [[i for _, a, b, q in own[k:k + SEGMENTS] for i in (a, b, q)] for k in range(len(own) + 1)]
         corners = [start, *(curve[3] for curve in own)]
         if closed:
             back[0], ahead[-1] = back[-1], ahead[0]

@@ -66,6 +66,7 @@ class Layer:
     gradient: Gradient | None = None
     opacities: list = field(default_factory=list)
     stroke: dict | None = None
+    picture: object = None                # an embedded one, see svg.images
     place: object = None                  # a marker or a pattern's tile that it is part of and moves with
 
     @property

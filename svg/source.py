@@ -186,12 +186,17 @@ class Source:
             text = text if len(text) <= 60 else text[:57] + "..."
             warnings.warn(f"{self.name}: {kind} '{text}' {what}", stacklevel=2)
 
-    def reference(self, element):
-        """The element that href refers to; None if it is not in this document."""
+    @staticmethod
+    def href(element):
+        """The text of an element's href."""
         href = element.get("href")        # takes precedence over xlink:href
         if href is None:
             href = next((v for k, v in element.attrib.items() if k.rpartition(":")[2] == "href"), "")
-        href = href.strip()
+        return href.strip()
+
+    def reference(self, element):
+        """The element that href refers to; None if it is not in this document."""
+        href = self.href(element)
         if href and href[0] != "#":
             raise SVGError(f"the external reference '{href[:80]}' is refused")
         return self.ids.get(href[1:]) if href else None

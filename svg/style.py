@@ -27,7 +27,8 @@ INHERITED = {                         # inherited properties, with their initial
     "stroke-opacity": "1", "stroke-linecap": "butt", "stroke-linejoin": "miter", "stroke-miterlimit": "4",
     "stroke-dasharray": "none", "stroke-dashoffset": "0", "clip-rule": "nonzero", "color": "black",
     "visibility": "visible", "paint-order": "normal", "font-size": "16", "marker-start": "none", "marker-mid": "none",
-    "marker-end": "none", "color-interpolation": "srgb", "color-interpolation-filters": "linearrgb"}
+    "marker-end": "none", "color-interpolation": "srgb", "color-interpolation-filters": "linearrgb",
+    "image-rendering": "auto"}
 OWN = {                               # properties that are not inherited, with their initial values
     "opacity": "1", "clip-path": "none", "display": "inline", "mask": "none", "filter": "none",
     "mix-blend-mode": "normal", "isolation": "auto", "flood-color": "black", "flood-opacity": "1",

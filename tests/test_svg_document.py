@@ -524,7 +524,6 @@ BAD_FILES = {
     "external reference 'http://evil/x.svg#a'": svg_text('<use href="http://evil/x.svg#a"/>'),
     "external reference 'file:///etc/x#a'": svg_text('<circle r="9" fill="url(file:///etc/x#a)"/>'),
     "<text> is not supported": svg_text("<text>hi</text>"),
-    "<image> is not supported": svg_text('<image href="a.png"/>'),
     "<feTile> in a filter on <g> is not supported": svg_text('<filter id="f"><feTile/></filter><g filter="url(#f)">'
                                                              '<rect width="9" height="9"/></g>'),
     "mask 'url(#a), url(#b)' on <rect>": svg_text('<rect style="mask:url(#a), url(#b)" width="5" height="5"/>'),
