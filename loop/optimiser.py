@@ -72,9 +72,9 @@ class SteadyAdam(torch.optim.Adam):
 
     A group with a field moves by K times Adam's step on the free displacements u, where points = rest + K u; u is never
     stored, so K may change from step to step. All other groups take exactly the steps of torch.optim.Adam; with a
-    `decay`, those of torch.optim.AdamW with that weight decay. A `spring` is a weight decay towards the first values:
-    after each step it takes back that share, times the group's `share` of its rate, of how far a number has moved. Noise
-    is held, while a push that lasts still carries a shape away.
+    `decay`, those of torch.optim.AdamW with that weight decay. A `spring` is a weight decay towards the initial values:
+    after each step it takes back that share, times the group's `share` of its rate, of every displacement. This damps
+    noise, while a consistent gradient still moves a shape.
     """
 
     def __init__(self, groups, fields=None):
