@@ -4,7 +4,7 @@
     python run.py --svg cat.svg --source "cat face" --target "dog face" --compare                # SDS, DDS and PDS
     python run.py --image apple.png --source "red apple" --target "green apple" --loss in2n      # an editor of pictures
     python run.py --scene DIR --source "red apple" --target "green apple" --refine 200           # a NeRF, both stages
-    python run.py --scene DIR --fit-only --fit-seconds 60                                        # PSNR of the test views
+    python run.py --scene DIR --fit-only --fit-seconds 60                                        # PSNR of test views
     python run.py --mode splat --scene DIR --source "red apple" --target "green apple"           # 3D Gaussians
     python run.py --splats trained.ply --source "chair" --target "throne"                        # trained Gaussians
     python run.py --mode nerf --compare in2n inv2n sds dds pds                                   # the paper's Figure 1
@@ -67,8 +67,7 @@ EXAMPLE = {"svg": ("smiling-face.svg", "slightly smiling face", "smiling face wi
 # render(view) is the picture before.
 
 def load_svg(args, prior):
-    """An SVG file; its points may move as one smooth field, and opaque shapes stay opaque (see --smooth,
-    --opacities)."""
+    """An SVG file; its points may move as one smooth field, and opaque shapes stay opaque: --smooth, --opacities."""
     scene = SVG.load(args.input, skip_unsupported=args.skip_unsupported, size=args.frame, ss=args.ss).to(prior.device)
     scene.jitter = args.jitter
     if args.points is None:  # the model gives the rate in units of the canvas
@@ -147,8 +146,7 @@ AROUND = {"turntable": turntable, "input": input_path}  # camera paths of turnta
 
 
 def where_of(scene, source, prior, args):
-    """Where the edit may act, a masks.Where: the user's masks, or with --local those of the prompts; None:
-    everywhere."""
+    """Where the edit may act: the user's masks, or with --local those of the prompts; None: everywhere."""
     if not (args.local or args.mask):
         return None
     around, size = args.mode in SCENES, args.frame
@@ -259,7 +257,7 @@ class Shown:
         """Write all pictures of a run to the folder `out`; returns those of the edited scene."""
         args, after = self.args, self.look(scene)
         write(out / "source.png", beside(self.before))
-        if args.mode != "image":  # there result.png is what the picture itself has saved, with its alpha
+        if args.mode != "image":  # for a picture, save() has written result.png with its alpha
             write(out / "result.png", beside(after))
         write(out / "sheet.png", sheet([("source", args.source, self.before), (title, args.target, after)]))
         write(out / "progress.gif", frames)
