@@ -236,8 +236,7 @@ class Run:
             self.optimiser.fields = self.scene.fields(self.args.smooth * FINEST ** (level / (LEVELS - 1)))
 
     def resumed(self, steps):
-        """Restore the checkpoint, if there is one, of a run of `steps` steps: the step to go on from, and the
-        frames."""
+        """Restore the checkpoint of a run of `steps` steps, if there is one: the step to continue from, the frames."""
         saved = checkpoint.read_run(self.path, self.config)
         if saved is None:
             return 0, self.frames

@@ -63,19 +63,16 @@ def _setting(name):
 
 GROUPS = {
     "what is edited": [
-        _option("--mode", "what is edited, or toy: the method in the plane (default: what the next options imply, "
-                "else svg)",
-                choices=[*MODES, "toy"]),
+        _option("--mode", "what is edited, or toy: the method in the plane (default: as the next options imply, else "
+                "svg)", choices=[*MODES, "toy"]),
         _option("--svg", "an SVG file (default: a shipped example of the mode)", ("svg",), type=Path, metavar="FILE"),
         _option("--image", "a picture", ("image",), type=Path, metavar="FILE"),
         _option("--scene", "posed photographs, fitted before the edit: a folder with a transforms.json or a COLMAP "
-                "model",
-                SCENES, type=Path, metavar="DIR"),
+                "model", SCENES, type=Path, metavar="DIR"),
         _option("--splats", "edit trained Gaussians without a fit: a .ply or .splat file, with the cameras of --scene "
                 "or with some around it", ("splat",), type=Path, metavar="FILE"),
         _option("--fitted", "the same for the result of an earlier run: result.safetensors with its --scene, or "
-                "result.ply",
-                SCENES, type=Path, metavar="FILE"),
+                "result.ply", SCENES, type=Path, metavar="FILE"),
         _option("--source", "prompt that describes it now", metavar="PROMPT"),
         _option("--target", "prompt that describes it after the edit", metavar="PROMPT"),
         _setting("suffix")],
@@ -84,38 +81,35 @@ GROUPS = {
                 "models/emoji)", default=str(SHIPPED)),
         _option("--lora", "LoRA that is fused into the model: .safetensors file, folder or hub id"),
         _option("--lora-scale", "its strength (default: %(default)g)", type=number(float, -100, 100), default=1.0),
-        _option("--embedding", "textual inversion, a .safetensors file; its word is "
-                "printed", type=Path, metavar="FILE"),
+        _option("--embedding", "textual inversion, a .safetensors file; its word is printed", type=Path,
+                metavar="FILE"),
         _option("--instruct", "InstructPix2Pix folder or hub id for in2n (default: --model, if it is one too)"),
         _option("--dtype", "number format of the networks (default: float32 on a CPU, elsewhere float16, bfloat16 for "
-                "FLUX)",
-                choices=["float32", "float16", "bfloat16"]),
+                "FLUX)", choices=["float32", "float16", "bfloat16"]),
         _option("--device", "torch device (default: cuda if available, else cpu)", kept=False, type=device,
                 default="cuda" if torch.cuda.is_available() else "cpu")],
     "the edit": [
-        _option("--loss", "the method; ids and ssd are other losses, of 2025; the last four edit pictures, those of a "
+        _option("--loss", "the method; ids and ssd are other losses from 2025; the last four edit pictures, those of a "
                 "scene one after another (default: %(default)s)", choices=METHODS, default="pds"),
         _option("--compare", "run these methods from one seed, side by side on one sheet (without names: sds dds pds)",
                 kept=False, nargs="*", choices=METHODS, metavar="LOSS"),
         _setting("steps"), _setting("batch"),
         _option("--guidance", "classifier-free guidance scale", type=RATE),
-        _option("--image-guidance", "in2n: guidance towards the photograph (default: "
-                "%(default)g)", type=RATE, default=1.5),
+        _option("--image-guidance", "in2n: guidance towards the photograph (default: %(default)g)", type=RATE,
+                default=1.5),
         _option("--instruction", 'in2n: the instruction (default: "make it a TARGET")'),
         _setting("identity"),
         _option("--coefficients", "psi and chi of PDS; dreamcatalyst brings the settings of its released code "
                 "(guidance 7.5, falling timesteps, FreeU; for scenes 3,000 steps, each with a new view; the shipped "
-                "model has settings of its own) and, with --instruct, its InstructPix2Pix prior (default: "
-                "%(default)s)", choices=COEFFICIENTS, default="official"),
+                "model has its own settings) and, with --instruct, its InstructPix2Pix prior (default: %(default)s)",
+                choices=COEFFICIENTS, default="official"),
         _option("--stride", "t - s of the PDS posterior (default: %(default)s)", type=POSITIVE, default=2),
         _setting("t_min"), _setting("t_max"), _setting("schedule"), _setting("rates"),
         _switch("--local", "edit only where the two prompts disagree about the source (DiffEdit's mask)", MODES),
         _option("--mask", "edit only where this picture is white; for scenes a folder of masks named like the "
-                "photographs",
-                MODES, type=Path, metavar="FILE"),
+                "photographs", MODES, type=Path, metavar="FILE"),
         _switch("--square", "show the model square crops: the centre of a photograph, a drawing or picture between "
-                "white bars "
-                "(default: whole frames, the shorter side at the model's size)"),
+                "white bars (default: whole frames, the shorter side at the model's size)"),
         _option("--seed", "seed of views, timesteps and noise (default: %(default)s)", type=number(int, 0, 2 ** 62),
                 default=0)],
     "drawings and pictures": [
@@ -135,8 +129,7 @@ GROUPS = {
                 type=number(int, 1, 1000), default=1),
         _option("--images", "folder of the photographs inside the scene's, such as images_4 (default: the one that the "
                 "scene's file names)", SCENES, metavar="FOLDER"),
-        _option("--up", "direction that is up in --splats without a --scene, written --up=-y (default: what the file "
-                "says, else "
+        _option("--up", "upward axis of --splats without a --scene, written --up=-y (default: that in the file, else "
                 "-y as in COLMAP)", ("splat",), choices=UP),
         _setting("table"), _setting("mlps"), _setting("means"), _setting("scales"), _setting("rotations"),
         _setting("opacity"), _setting("refine"),
@@ -150,7 +143,7 @@ GROUPS = {
                 kept=False, default="127.0.0.1", metavar="HOST")],
     "output": [
         _option("--out", "output folder (default: out/FILE-TARGET-LOSS)", kept=False, type=Path, metavar="DIR"),
-        _switch("--resume", "go on from the checkpoint in the output folder", kept=False),
+        _switch("--resume", "continue from the checkpoint in the output folder", kept=False),
         _option("--every", "steps between checkpoints (default: %(default)s)", kept=False, type=POSITIVE, default=50)]}
 OPTIONS = {option.flag[2:].replace("-", "_"): option for group in GROUPS.values() for option in group}
 

@@ -26,7 +26,7 @@ from pipelines.lora import add_embedding, add_lora, find_lora, read_embedding
 from pipelines.networks import FREEU, FlowUNet, Texts, UNet, network_of, spare_memory
 from pipelines.settings import DREAMCATALYST, PAPER, for_flow, read_defaults
 
-LETTERS = 200  # of a prompt that are compared with captions: the time grows with their square
+LETTERS = 200  # letters of a prompt that are compared with captions: the time is quadratic in them
 
 
 class Prior:
@@ -94,7 +94,7 @@ class Prior:
         Raises:
             PriorError: a model that is missing, damaged, or of an unsupported kind; one line.
         """
-        found = find_lora(lora) if lora else None  # their errors come before gigabytes are read
+        found = find_lora(lora) if lora else None  # fail before gigabytes are read
         word, vectors = read_embedding(embedding) if embedding else (None, None)
         pipe, folder = load_pipeline(name, device, dtype, cls.LATENTS)
         if lora:

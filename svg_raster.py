@@ -190,8 +190,7 @@ class SVG(torch.nn.Module):
 
         Args:
             skip_unsupported: leave out unsupported features with a warning instead of refusing the file.
-            size: pixels of the square picture's side, or a Frame (files/pictures.py) for a picture of the drawing's
-                own shape.
+            size: side of the square picture in pixels, or a Frame (files/pictures.py) to keep the drawing's shape.
             ss: 1, 2 or 4 samples per pixel and axis; more of them hide the seams between shapes that share an edge.
         Raises SVGError for a file that cannot be read or drawn.
         """
@@ -533,14 +532,13 @@ class SVG(torch.nn.Module):
                 for name in names if getattr(self, name).numel()]
 
     def colour_parameters(self):
-        """The parameters that say what is seen, not where: solid colours, colours of stops, opacities."""
+        """The parameters of appearance, not of geometry: solid colours, colours of stops, opacities."""
         return [getattr(self, name) for name in self.COLOURS]
 
     def fields(self, sigma):
         """{name: SmoothField} of the points and the stroke widths; sigma: width in pixels at the drawing's size.
 
-        All shapes share one field in the picture, whatever their transforms; a stroke's width lies in the centre of
-        its points.
+        All shapes share one field in the picture, whatever their transforms; a stroke's width lies amid its points.
         """
         rest, frames, middle = (x.to(self.points.device) for x in places(
             self.layers, self.frames.cpu(), self.loaded["points"], len(self.stroke_widths)))

@@ -75,8 +75,7 @@ def locked(path, wait=False):
         except BlockingIOError as e:
             if not wait:
                 handle.close()
-                raise OSError(f"{path.parent}: another run is writing there, wait for it or choose another "
-                              "--out") from e
+                raise OSError(f"{path.parent}: another run is writing there; wait or choose another --out") from e
             warnings.warn(f"{path}: another run is writing it, this one waits", stacklevel=3)
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:  # a file system without locks

@@ -20,11 +20,10 @@ from scene.box import contract
 
 @torch.no_grad()
 def diffedit_map(prior, x0, y_tgt, y_src, noises=16, level=0.5, generator=None):
-    """How much the two prompts disagree about a latent x0 [B,C,h,w]: [B,1,h,w] >= 0, step 1 of DiffEdit (arXiv
-    2210.11427).
+    """How much two prompts disagree about a latent x0 [B,C,h,w]: [B,1,h,w] >= 0, step 1 of DiffEdit (arXiv 2210.11427).
 
     The difference of the two noise predictions at timestep `level` T, averaged over noises and channels and scaled so
-    that its 98th percentile is 1, which a single extreme does not move. y_tgt, y_src: one row each.
+    that its 98th percentile is 1, which is robust against outliers. y_tgt, y_src: one row each.
     """
     total, together = 0, 4  # noises per network call
     for noise in torch.cat([draw_noise(x0, generator) for _ in range(noises)]).split(together * len(x0)):
@@ -52,8 +51,7 @@ def _widened(prior, pictures, source, target, noises):
 
 
 def local_masks(prior, pictures, source, target):
-    """Soft masks of pictures [1,3,S,S] for --local: DiffEdit's, dilated and blurred by one latent pixel, [1,1,h,w]
-    each."""
+    """Soft masks [1,1,h,w] of pictures [1,3,S,S] for --local: DiffEdit's, dilated and blurred by one latent pixel."""
     return [avg_pool2d(mask, 3, 1, 1, count_include_pad=False)
             for mask in _widened(prior, pictures, source, target, noises=16)]
 
@@ -91,8 +89,7 @@ def read_masks(folder, names, sides):
 
 @torch.no_grad()
 def agree(representation, masks, size, cells=32):
-    """Make the masks of all training views consistent: [1,1,h,w] each -> [1,1,H,W], sides of
-    representation.camera(view, size).
+    """Make the masks of all training views consistent: [1,1,h,w] each -> [1,1,H,W], the sides of camera(view, size).
 
     Each pixel votes for the scene point that it shows, and a view's new mask is the mean vote of its points, so that
     one bad view does not leak. Where the scene is empty, a view keeps its own mask close to what the others agree on.
@@ -124,8 +121,7 @@ class Where:
         self.masks, self.sides = masks, sides
 
     def __call__(self, view, like):
-        """[1,1,h,w] for a latent `like` [B,C,h,w]. view: a number, the shift (dx, dy) of a drawing in pixels, or
-        None."""
+        """[1,1,h,w] for a latent `like` [B,C,h,w]; view: a number, a drawing's shift (dx, dy) in pixels, or None."""
         mask = self.masks[view if isinstance(view, int) else 0].to(like)
         if isinstance(view, tuple):
             dx, dy = view

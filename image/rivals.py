@@ -1,4 +1,4 @@
-"""Two losses of 2025 that also keep what is there, with the signature of those in pds.py: IDS and SSD.
+"""Two losses from 2025 that also preserve the source, with the signature of those in pds.py: IDS and SSD.
 
     loss = ids_loss(prior, x0_tgt, x0_src, y_tgt, y_src)       # Kim et al., CVPR 2025, arXiv 2502.19930
     loss = ssd_loss(prior, x0_tgt, x0_src, y_tgt, y_src)       # Zhu et al., ICCV 2025, arXiv 2507.09168

@@ -27,7 +27,7 @@ def released_skip(generator):
 
 class DatasetUpdate:
     """Iterative dataset update (Instruct-NeRF2NeRF, arXiv 2303.12789): every EVERY steps one picture of the dataset is
-    replaced by its edit, while the scene goes on being fitted to all of them.
+    replaced by its edit, while the scene is still fitted to all of them.
 
     name: the editor. "sdedit" (the paper's second stage, --refine) edits what the scene showed when the stage began;
     "inv2n", "in2n" and "drfs" edit what it shows now, guided by the photograph, and their dataset begins with the
@@ -148,8 +148,7 @@ class DatasetUpdate:
 
 
 class PictureRefinement:
-    """The paper's second stage for a single picture: AdamW moves its latent towards SDEdit's edit of its present
-    state."""
+    """The paper's second stage for a single picture: AdamW moves the latent towards SDEdit's edit of it."""
     resets_optimiser = True
 
     def __init__(self, scene, prior, steps, guidance, args):

@@ -59,8 +59,7 @@ class Course:
             device: seconds are process CPU time on a CPU, wall time elsewhere.
         Raises:
             CheckpointError: the checkpoint is damaged.
-            ValueError: the checkpoint is of another scene or of other sizes; seconds are not positive; the device has
-                no float64.
+            ValueError: a checkpoint of another scene or of other sizes; non-positive seconds; a device without float64.
             OSError: the checkpoint could not be written.
         """
         if torch.device(device).type == "mps":  # volume rendering sums in it, and splats are moved to their tiles in it
@@ -73,7 +72,7 @@ class Course:
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.step, self.spent, self.saved = 0, 0.0, None
         if self.checkpoint:
-            check_writable(self.checkpoint.parent)  # before the minutes of the fit, not after them
+            check_writable(self.checkpoint.parent)  # fail before the fit, not after it
             if self.checkpoint.exists():
                 self.saved = self._read(checks, device)
                 self.step, self.spent = self.saved["step"], self.saved["spent"]
@@ -99,8 +98,7 @@ class Course:
     def run(self, optimiser, generator, state, progress=True):
         """Yield the numbers of the remaining steps, which the caller takes. The clock starts now.
 
-        A checkpoint is written every 15 seconds and at the end. A finished fit takes no step and leaves its checkpoint
-        unchanged.
+        A checkpoint is written every 15 seconds and at the end. For a finished fit there are no steps and no writes.
 
         Args:
             optimiser, generator: restored from the resumed checkpoint, and stored in the next ones.

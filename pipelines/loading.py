@@ -24,10 +24,10 @@ NEEDED = {"StableDiffusion3Pipeline": ["transformer", "vae", "scheduler"],  # pa
           "FluxPipeline": ["transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer",
                            "tokenizer_2"]}
 LONG = 5e8  # bytes of weights from which loading is announced
-# What pipelines do that cannot be priors; the first row with a word of the name of the class applies.
+# What pipelines that cannot be priors do; the first row with a word that occurs in the name of the class applies.
 OTHERS = {
     "takes a control picture as a further input": ("ControlNet", "Adapter", "Control"),
-    "paints into a hole, with the picture and the mask as further inputs": ("Inpaint", "Fill"),
+    "inpaints, with the picture and a mask as further inputs": ("Inpaint", "Fill"),
     "takes a depth map as a further input": ("Depth2Img",),
     "enlarges pictures": ("Upscale",),
     "makes videos": ("Video", "Wan", "LTX", "Mochi", "Allegro", "AnimateDiff", "Latte", "Cosmos", "SkyReels",
@@ -63,8 +63,7 @@ def load_pipeline(name, device="cpu", dtype=None, latents=1):
         dtype: number format; None: float32 on a CPU, elsewhere float16, for FLUX bfloat16, in which it was trained.
         latents: number of latents that its network must take, concatenated.
     Returns:
-        The pipeline, without a safety checker, and the folder of its files; for a file, the folder beside it that has
-        its name.
+        The pipeline, without a safety checker, and the folder of its files; for a file, the folder of the same name.
     Raises:
         PriorError: a model that is missing, damaged or of another kind; no network connection.
     """

@@ -47,8 +47,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("spring", float, 0, 0.0, ("svg",), "share of the way back to the source that points and stroke widths go "
             "after each step; 0: none, as in the paper"),
     Setting("colours", float, 0, 0.01, ("svg", "image", "splat"), "rate of colours and pixels"),
-    Setting("steady", bool, 0, True, ("svg",), "share one second moment of Adam among all points, one among all "
-            "colours"),
+    Setting("steady", bool, 0, True, ("svg",), "one second moment of Adam for all points, and one for all colours"),
     Setting("opacities", bool, 0, False, ("svg",), "let opaque shapes become transparent"),
     Setting("jitter", float, 0, 3.0, ("svg",), "random shift of the drawing in each step, in pixels"),
     Setting("latent", float, 0, 0.02, ("image",), "rate of the latent"),

@@ -182,7 +182,7 @@ def note_missing(path, missing, there, notes, folder, name):
                and (beside := folder.with_name(f"{folder.name}_{n}")).joinpath(name).is_file()]
     hint = f"; they are in {reduced[0]}: use --images {reduced[0]}" if reduced else (
         "" if folder.is_dir() else "; --images names the folder of the pictures")
-    raise SceneError(f"{path}: none of its {len(missing)} pictures is there, e.g. {missing[0]}{hint}")
+    raise SceneError(f"{path}: none of its {len(missing)} pictures exists, e.g. {missing[0]}{hint}")
 
 
 def _path(path, name, what, kind="picture"):
@@ -255,8 +255,7 @@ def _splits(path, file, notes):
     if not train:
         raise SceneError(f"{path}: its train_filenames, or the others, leave no frame to fit")
     if held_out & train:
-        notes.append(f"{path}: {len(held_out & train)} frames are both in train_filenames and held out: they are "
-                     "fitted")
+        notes.append(f"{path}: {len(held_out & train)} frames in train_filenames are also held out: they are fitted")
     return lambda name: "train" if _plain(name) in train else "test" if _plain(name) in held_out else "none"
 
 

@@ -43,8 +43,7 @@ def load_scene(path, downscale=1, background=(1.0, 1.0, 1.0), images=None):
         sorted by name for COLMAP. Masked pixels (mask_path) are ignored. A cloud of points (COLMAP's points3D, or
         ply_file_path) limits the box of interest.
     Raises:
-        SceneError: a missing or corrupt file, no frames, an invalid pose, an unreadable picture, or pictures of
-            different sizes.
+        SceneError: a missing or corrupt file, no frames, an invalid pose, unreadable or differently sized pictures.
     """
     if not (math.isfinite(downscale) and downscale >= 1):
         raise SceneError(f"{path}: downscale must be at least 1, got {downscale}")
@@ -62,9 +61,9 @@ def load_scene(path, downscale=1, background=(1.0, 1.0, 1.0), images=None):
         test = train[::8] if len(train) > 2 else []
         train = [v for i, v in enumerate(train) if i % 8] if test else train
     if not train:
-        raise SceneError(f"{first.path}: none of the pictures that are there is to be fitted")
+        raise SceneError(f"{first.path}: none of the existing pictures is a training view")
     if not any(v.pixels.shape[-1] == 4 and v.pixels[..., 3].min() < OPAQUE for v in train + test):
-        # an opaque alpha channel is only a way to store photographs, which show more than one object
+        # an opaque alpha channel only stores photographs; they show more than an isolated object
         train, test = [[replace(v, pixels=v.pixels[..., :3].contiguous()) for v in views] for views in (train, test)]
     bounded = all(v.pixels.shape[-1] == 4 for v in train)
     background = torch.tensor(background, dtype=torch.float32)
@@ -155,13 +154,13 @@ def _read_views(capture, downscale, origin):
     except PictureError as e:
         raise SceneError(e) from e
     if not views:
-        raise SceneError(f"{path}: its masks leave no pixel, e.g. {hidden[0]}: black is what is not used")
+        raise SceneError(f"{path}: its masks leave no pixel, e.g. {hidden[0]}: black pixels are not used")
     if hidden:
         warnings.warn(one_line(f"{path}: {len(hidden)} of its masks leave no pixel, e.g. {hidden[0]}: their pictures "
-                               "are left out"), stacklevel=3)
+                               "are dropped"), stacklevel=3)
     if sideways:
-        warnings.warn(one_line(f"{path}: {sideways} of its pictures say that they are to be turned (EXIF); they are "
-                               "taken as they are stored, as no w and h in the file say otherwise"), stacklevel=3)
+        warnings.warn(one_line(f"{path}: {sideways} of its pictures have an EXIF rotation, which is ignored, "
+                               "as no w and h in the file confirm it"), stacklevel=3)
     if reduced > 1:
         warnings.warn(one_line(f"{path}: its pictures have {sum(counts) / 1e6:.0f} million pixels, the largest one "
                                f"{max(counts) / 1e6:.0f}: reduced by {downscale:.3g}, as by --downscale"), stacklevel=3)
@@ -236,9 +235,9 @@ NGP_UNIT = 0.33  # instant-ngp's unit cube holds 1 / 0.33 of the file's units, c
 def _bounds(views, bounded, points, capture):
     """Centre [3] and half side of the box of interest.
 
-    The centre is the point nearest to all optical axes. The box of an object is what the cameras can see around it.
-    The box of a capture reaches to the median camera, but not beyond nearly all points of its cloud or instant-ngp's
-    aabb_scale.
+    The centre is the point nearest to all optical axes. The box of an object is the space around it that the cameras
+    see. The box of a capture reaches to the median camera, but not beyond nearly all points of its cloud or
+    instant-ngp's aabb_scale.
     """
     path = capture.path
     position = torch.stack([v.camera.pose[:, 3] for v in views]).double()  # [V,3]
@@ -262,11 +261,11 @@ def _bounds(views, bounded, points, capture):
             half = min(half, 1.05 * (points.double() - centre).abs().amax(1).quantile(0.98).item())
         if scale is not None:
             if not is_number(scale, 1e-3, 1e6):
-                raise SceneError(f"{path}: aabb_scale is no number between 0.001 and a million")
+                raise SceneError(f"{path}: aabb_scale is not a number between 0.001 and a million")
             half = min(half, scale / 2 / NGP_UNIT)
     half = max(half, 1e-3)
     if not (math.isfinite(half) and centre.isfinite().all()):
-        raise SceneError(f"{path}: its cameras look at no common place")
+        raise SceneError(f"{path}: its cameras do not look at a common point")
     if position.abs().max() > 1e4 * half:
         raise SceneError(f"{path}: its cameras are up to {position.abs().max():g} units from zero, but look at "
                          f"something {half:.3g} units large: move the origin of the poses there")

@@ -1,7 +1,6 @@
 """Paint and compositing: layers blended back to front by a program of operations, with a hand-written backward.
 
-Colours are blended in sRGB without linearization, as browsers do. Boxes are (x0, y0, x1, y1) in pixels unless stated
-otherwise.
+Colours are blended in sRGB without linearization, as browsers do. Boxes are (x0, y0, x1, y1) in pixels by default.
 """
 from dataclasses import dataclass
 

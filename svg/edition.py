@@ -1,4 +1,4 @@
-"""The changed document: new values of the parameters written into a copy of its elements, all else as it was."""
+"""The changed document: new values of the parameters written into a copy of its elements, all else unchanged."""
 import copy
 import re
 import xml.etree.ElementTree as ET

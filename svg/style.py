@@ -62,7 +62,7 @@ FONT_SIZES = {"xx-small": 9, "x-small": 10, "small": 13, "medium": 16, "large": 
               "xxx-large": 48}
 MARKERS = ("marker-start", "marker-mid", "marker-end")
 MASK_FRAME = {"x": "-10%", "y": "-10%", "width": "120%", "height": "120%"}        # the default region of a mask
-STILL = "is left out: what is drawn is a still picture"
+STILL = "is ignored: drawings are rendered as still pictures"
 NO_NUMBER = float("nan")              # the default of `length` for unreadable text
 # media queries that hold for a still picture on a light sRGB screen, and some that do not
 MEDIA = {"", "all", "screen", "only all", "only screen", "not print", "(prefers-color-scheme: light)",
@@ -441,7 +441,7 @@ class Styles:
         """Count CSS that takes time to parse."""
         self.involved.add(text)
         if len(self.involved) > MAX_INVOLVED:
-            raise SVGError(f"more than {MAX_INVOLVED} different values of style that are no plain words or numbers")
+            raise SVGError(f"more than {MAX_INVOLVED} different values of style that are not plain words or numbers")
 
     def inline(self, element):
         """The declarations in style=""."""
@@ -489,7 +489,7 @@ class Styles:
                     if (text := self.understood(name, value, authored)) is None:
                         continue
                     if WIDE.search(text) and name in given and name in COLOURS:
-                        self.source.not_understood(name, text, "is left for the sRGB colour before it")
+                        self.source.not_understood(name, text, "is ignored in favour of the sRGB colour before it")
                         continue
                     found.update(dict.fromkeys(MARKERS, text) if name == "marker" else {name: text})
                     if name in COLOURS:

@@ -329,8 +329,7 @@ def test_the_2d_stage_matches_the_released_notebook(tmp_path):
 
 
 def test_the_2d_refining_stage_matches_the_released_notebook(tmp_path):
-    """A new AdamW moves the latent towards SDEdit's edit of its present state; guidance 15, 16 to 18 of 20 steps
-    skipped."""
+    """A new AdamW moves the latent towards SDEdit's edit of it; guidance 15, 16 to 18 of 20 steps skipped."""
     prior, start, ours = picture_run(tmp_path, 1, 5)
     x, generator = start.clone().requires_grad_(), torch.Generator().manual_seed(0)
     adam, y = torch.optim.AdamW([x], lr=0.1), prior.embed("a cat")

@@ -416,8 +416,8 @@ def test_unusable_embeddings_are_refused(pipelines, tmp_path):
 # ---- models that are refused by name --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("index, message", [
-    ({"_class_name": "StableDiffusionInpaintPipeline"}, "a StableDiffusionInpaintPipeline paints into a hole"),
-    ({"_class_name": "FluxFillPipeline"}, "paints into a hole"),
+    ({"_class_name": "StableDiffusionInpaintPipeline"}, "a StableDiffusionInpaintPipeline inpaints, with"),
+    ({"_class_name": "FluxFillPipeline"}, "inpaints, with"),
     ({"_class_name": "FluxKontextPipeline"}, "edits a given picture"),
     ({"_class_name": "StableDiffusionDepth2ImgPipeline"}, "takes a depth map"),
     ({"_class_name": "StableDiffusionUpscalePipeline"}, "enlarges pictures"),

@@ -140,7 +140,7 @@ def test_names_with_folders_blanks_and_capitals_are_sorted(tmp_path):
 
 def test_separate_cameras_and_reduced_pictures_are_read(tmp_path):
     folder = colmap_scene(tmp_path, "bin", pictures="photos")
-    with pytest.raises(SceneError, match="none of its 10 pictures is there, e.g. .*images/0.png; --images names"):
+    with pytest.raises(SceneError, match="none of its 10 pictures exists, e.g. .*images/0.png; --images names"):
         load_scene(folder)
     (folder / "images_2").mkdir()
     for i in range(10):
@@ -338,7 +338,7 @@ def test_a_nan_in_a_binary_model_is_refused(tmp_path):
 def test_further_models_warn_and_a_folder_without_one_is_refused(tmp_path):
     folder = colmap_scene(tmp_path, "bin")
     write_model(folder / "sparse" / "1", "bin", [], [])
-    with pytest.warns(UserWarning, match="sparse/0: is used; 1 other models are beside it: 1"):
+    with pytest.warns(UserWarning, match="sparse/0: this model is used, not the 1 others in its folder: 1"):
         load_scene(folder)
     (folder / "transforms.json").write_text("{}")  # a transforms.json takes precedence
     with pytest.raises(SceneError, match="transforms.json: no frames in it"):
@@ -360,7 +360,7 @@ def test_the_command_line_fits_a_model(tmp_path, monkeypatch, capsys, mode):
     assert "test PSNR" in capsys.readouterr().out
     assert run.main([*flags[:4], *flags[6:], "--fit-seconds", "0.2"]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("run.py: error")]
-    assert len(error) == 1 and "none of its 10 pictures is there" in error[0]
+    assert len(error) == 1 and "none of its 10 pictures exists" in error[0]
 
 
 def test_an_export_keeps_the_axes_of_the_model(tmp_path):

@@ -147,8 +147,8 @@ def opencv(rows):
     (nerf_broken(lambda f: f.update(fl_x=-3)), "not finite and positive"),
     (nerf_broken(lambda f: f.update(w=10, h=90)), "frame 0 is 24 x 24 pixels, the file says 10 x 90"),
     (nerf_broken(lambda f: f.update(camera_model="OPENCV_FISHEYE")), "camera model OPENCV_FISHEYE is not supported"),
-    (nerf_broken(lambda f: f.update(aabb_scale="big")), "aabb_scale is no number"),
-    (nerf_broken(lambda f: [x.update(file_path="gone.png") for x in f["frames"]]), "none of its 4 pictures is there"),
+    (nerf_broken(lambda f: f.update(aabb_scale="big")), "aabb_scale is not a number"),
+    (nerf_broken(lambda f: [x.update(file_path="gone.png") for x in f["frames"]]), "none of its 4 pictures exists"),
     (nerf_broken(lambda f: nerf_matrix(f, nerf_pose(1e10))), "frame 1 is not finite, or larger than 1e+07"),
     (nerf_broken(lambda f: nerf_matrix(f, nerf_pose(10 ** 400))), "frame 1 is not finite, or larger"),
     (nerf_broken(lambda f: nerf_matrix(f, nerf_pose(True))), "frame 1 has no 4 x 4 transform_matrix"),
@@ -256,7 +256,7 @@ def test_scaled_rotations_and_exif_rotations_are_normalised(tmp_path):
     assert turned.train[0].pixels.shape == (20, 24, 4)
     assert torch.equal(turned.train[0].pixels, whole.train[0].pixels[:20])
     (folder / "transforms.json").write_text(json.dumps(file))  # without a size in the file, as it is stored
-    with pytest.warns(UserWarning, match="4 of its pictures say that they are to be turned"):
+    with pytest.warns(UserWarning, match="4 of its pictures have an EXIF rotation, which is ignored"):
         assert load_scene(folder).train[0].pixels.shape == (24, 20, 4)
 
 
@@ -345,7 +345,7 @@ def test_views_with_a_black_mask_are_dropped(tmp_path):
     folder = nerf_scene(tmp_path, views=4, split=False)
     Image.new("L", (24, 24)).save(folder / "mask.png")
     nerf_broken(lambda f: f["frames"][1].update(mask_path="mask.png"), black=True)(folder)
-    with pytest.warns(UserWarning, match="1 of its masks leave no pixel, e.g. .*mask.png: their pictures are left out"):
+    with pytest.warns(UserWarning, match="1 of its masks leave no pixel, e.g. .*mask.png: their pictures are dropped"):
         scene = load_scene(folder)
     assert [v.name for v in scene.train + scene.test] == ["train/2.png", "train/3.png", "train/0.png"]
 
@@ -363,7 +363,7 @@ def test_frames_are_split_by_name(tmp_path, lists, train, test):
 def test_a_view_that_is_fitted_is_not_held_out(tmp_path):
     names = [f"train/{i}.png" for i in range(5)]
     folder = nerf_scene(tmp_path, views=5, split=False, train_filenames=names[:4], test_filenames=names[3:])
-    with pytest.warns(UserWarning, match="1 frames are both in train_filenames and held out: they are fitted"):
+    with pytest.warns(UserWarning, match="1 frames in train_filenames are also held out: they are fitted"):
         scene = load_scene(folder)
     assert [v.name for v in scene.test] == names[4:]
 
@@ -389,7 +389,7 @@ def test_reduced_pictures_scale_the_cameras(tmp_path):
     (folder / "train").rename(folder / "train_4")
     for i in range(4):
         Image.open(folder / "train_4" / f"{i}.png").reduce(4).save(folder / "train_4" / f"{i}.png")
-    with pytest.raises(SceneError, match="none of its 4 pictures is there.*they are in train_4: use --images train_4"):
+    with pytest.raises(SceneError, match="none of its 4 pictures exists.*they are in train_4: use --images train_4"):
         load_scene(folder)
     scene = load_scene(folder, images="train_4")
     assert scene.train[0].camera.lens[:4] == (7.5, 7.5, 3, 3) and scene.train[0].pixels.shape == (6, 6, 4)

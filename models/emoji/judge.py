@@ -354,8 +354,7 @@ def margins(trainer, args, judge):
 
 
 def fit_scale(margins):
-    """The scale of margins [N] with the greatest likelihood, where sigmoid(scale * margin) is the probability of the
-    right name."""
+    """The maximum-likelihood scale of margins [N]: sigmoid(scale * margin) is the probability of the right name."""
     scales = torch.logspace(0, 2, 200)
     return scales[F.softplus(-margins.view(-1, 1) * scales).mean(0).argmin()].item()
 
