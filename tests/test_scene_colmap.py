@@ -338,7 +338,7 @@ def test_a_nan_in_a_binary_model_is_refused(tmp_path):
 def test_further_models_warn_and_a_folder_without_one_is_refused(tmp_path):
     folder = colmap_scene(tmp_path, "bin")
     write_model(folder / "sparse" / "1", "bin", [], [])
-    with pytest.warns(UserWarning, match="sparse/0: this model is used, not the 1 others in its folder: 1"):
+    with pytest.warns(UserWarning, match="sparse/0: this model is used, not those beside it: 1"):
         load_scene(folder)
     (folder / "transforms.json").write_text("{}")  # a transforms.json takes precedence
     with pytest.raises(SceneError, match="transforms.json: no frames in it"):

@@ -153,10 +153,10 @@ def said(caught):
     ("@media print, (prefers-color-scheme: dark){rect{fill:red}}", None),
     ("@font-face{} @keyframes a{} @charset 'x'; @page{} @-webkit-keyframes b{}", None),
     ("rect{animation:a 2s;animation-name:none}",
-     "animation 'a 2s' is left out: what is drawn is a still picture"),
-    ("</style><set/><set/><style>", "the element '<set>' is left out: what is drawn is a still picture"),
+     "animation 'a 2s' is ignored: drawings are rendered as still pictures"),
+    ("</style><set/><set/><style>", "the element '<set>' is ignored: drawings are rendered as still pictures"),
     ("rect{fill:lime;fill:color(display-p3 0 1 0)}",
-     "fill 'color(display-p3 0 1 0)' is left for the sRGB colour before it")])
+     "fill 'color(display-p3 0 1 0)' is ignored in favour of the sRGB colour before it")])
 def test_ignored_rules_of_a_sheet_warn(load_svg, sheet, warned):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -427,7 +427,7 @@ def test_too_many_involved_values_are_refused(load_svg, monkeypatch):
     plain = "".join(f'<g fill="#{k:06}" style="stroke:rgb({k}, 2,3);stroke-width:{k}.5px" clip-path="url(#a{k})"/>'
                     for k in range(50))
     load_svg(plain + "".join(f'<g fill="hsl({k % 20} 1% 1%)"/>' for k in range(50)))
-    with pytest.raises(SVGError, match="more than 20 different values of style that are no plain words or numbers"):
+    with pytest.raises(SVGError, match="more than 20 different values of style that are not plain words or numbers"):
         load_svg("".join(f'<g fill="hsl({k} 1% 1%)"/>' for k in range(21)))
 
 
