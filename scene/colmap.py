@@ -44,8 +44,7 @@ def read_model(folder, images=None):
     """Read the COLMAP model in the folder of a scene, as a Capture with photographs sorted by name.
 
     images: folder of its pictures, relative to the scene's; "images" if None. They may be reduced.
-    Raises SceneError, naming the file: a missing, truncated or damaged part, an unsupported camera model, no image, no
-    picture.
+    Raises SceneError, naming the file: a missing, truncated or damaged part, an unsupported camera model, no pictures.
     """
     model, folder = find_model(folder), Path(folder)
     pair = ("cameras", "images")
@@ -74,7 +73,7 @@ def read_model(folder, images=None):
         else:
             missing.append(picture)
     others = [other.name for other in sorted(model.parent.glob("[1-9]*")) if find_model(other) == other]
-    notes = [f"{model}: is used; {len(others)} other models are beside it: {', '.join(others)}"] if others else []
+    notes = [f"{model}: this model is used, not those beside it: {', '.join(others)}"] if others else []
     if missing:
         note_missing(model, missing, len(shots), notes, pictures, found[0][1])
     cloud = next((file for e in (end, *ENDS, "ply") if (file := model / f"points3D.{e}").is_file()), None)
