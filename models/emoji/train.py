@@ -274,8 +274,7 @@ def dominant(rgba):
     """The dominant paint of a picture [4,H,W]: the picture in OKLab [H,W,3], the mask of the paint [H,W] in [0,1], its
     mean colour, and its share of the opaque area.
 
-    A paint is everything of one hue, within about 40 degrees, or everything grey of one lightness if that covers twice
-    the area.
+    A paint is everything of one hue, within about 40 degrees, or all grey of one lightness if that is twice as large.
     """
     lab, opaque = to_lab(rgba[:3].permute(1, 2, 0).numpy() / 255.0), rgba[3].numpy() / 255.0
     chroma, hue = np.hypot(lab[..., 1], lab[..., 2]), np.arctan2(lab[..., 2], lab[..., 1])
@@ -315,8 +314,7 @@ def recolour(rgba, name, rng=None, found=None):
     """Recolour the dominant paint of an RGBA picture [4,H,W]: its mean becomes the colour `name`, lighter and darker
     parts keep their proportion; other colours, outlines and highlights are unchanged.
 
-    rng: a numpy generator that draws one of the colour's paints and jitters it; None: the vivid one. found: the result
-    of `dominant`.
+    rng: a numpy generator that draws and jitters one of the colour's paints; None: the vivid one. found: of `dominant`.
     """
     lab, mask, mean, _ = found or dominant(rgba)
     paint = PAINTED[name][0].copy()
