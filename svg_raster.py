@@ -586,7 +586,7 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=256, help="side of the picture in pixels (default 256)")
     parser.add_argument("--ss", type=int, choices=(1, 2, 4), default=1, help="samples per pixel and axis (default 1)")
     parser.add_argument("--skip-unsupported", action="store_true",
-                        help="leave out text, images, markers and the like instead of refusing the file")
+                        help="leave out text, meshes and the like instead of refusing the file")
     args = parser.parse_args(argv)
     if not 1 <= args.size <= 8192:
         parser.error("--size must lie between 1 and 8192")
