@@ -20,6 +20,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 COUNT, HIDDEN = number(int, 1), argparse.SUPPRESS
 MODEL = ("--model", dict(default="models/emoji", help="diffusers folder or hub id (default: models/emoji)"))
 SEED = ("--seed", dict(type=int, default=0))
+SEEDS = ("--seeds", dict(type=COUNT, default=1, help="number of seeds of each edit, from --seed on (default: 1)"))
 ICONS = [("icons", dict(nargs="+", help="icons.json of an iconify set")),
          ("--count", dict(type=COUNT, default=200, help="icons of each set (default: 200)"))]
 FITS = [("scene", {}), ("--downscale", dict(type=int, default=1)), SEED, ("--device", dict(default="cpu")),
@@ -34,10 +35,11 @@ COMMANDS = {  # name: (module and function of this folder, help, arguments)
         ("--list", dict(type=Path, default=EXAMPLES / "edits.txt", help="the edits (default: examples/edits.txt)")),
         ("--modes", dict(nargs="+", choices=MODES, help="only edits of these modes")),
         ("--compare", dict(nargs="+", choices=[*LOSSES, *EDITORS], help="the methods (default: sds dds pds)")),
-        ("--clip", dict(help="CLIP folder or hub id, for its score and its directional score")),
+        SEEDS, ("--clip", dict(help="CLIP folder or hub id, for its score and its directional score")),
         ("--out", dict(type=Path, default=Path("out/edits"), help="folder of the results (default: out/edits)"))]),
     "front": ("front.front", "drawings by PDS at several --identity K and by its rivals: a chart", [
         ("--list", dict(type=Path, default=EXAMPLES / "edits.txt", help="the edits (default: examples/edits.txt)")),
+        SEEDS,
         ("--out", dict(type=Path, default=Path("out/front"), help="folder of the results (default: out/front)"))]),
     "coefficients": ("coefficients.coefficients", "psi and chi against t, Stable Diffusion and flows: a chart", [
         ("--out", dict(type=Path, default=Path("out/coefficients.png"), help="default: out/coefficients.png"))]),
@@ -109,7 +111,7 @@ def main(argv=None):
     parser = Parser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text, arguments) in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
+        command = commands.add_parser(name, help=text, allow_abbrev=False)  # --seed is no short --seeds
         for flag, more in arguments:
             command.add_argument(flag, **more)
     args, args.run = parser.parse_known_args(argv)

@@ -6,11 +6,13 @@ An edit is measured by how well it reads as the target and how close it stays to
 memory. Reading: the log-odds of the prior that made it; by the judge, which shares no weights with it, whether the
 target is among its top 5 (`named`) and the cosine between the changes of pictures and captions (`turn`); with --clip,
 CLIP's scores. Identity: PSNR, SSIM, the IoU of the silhouettes, and LPIPS if it is installed. Each mode runs with the
-model's own settings unless an option says otherwise.
+model's own settings unless an option says otherwise. --seeds N makes every edit from N seeds and prints, below each
+mean, the standard deviation of the means of the seeds.
 """
 import csv
 import io
 import json
+import math
 import re
 import time
 
@@ -82,18 +84,30 @@ def edits(args):
         own = options_of(mode, file, source, target, (out / folder).parent / f"{file.stem}-{mode}", args.run)
         own.device = first.device
         for name in names_of(mode, dict.fromkeys(args.compare or COMPARED)):
-            try:
-                with parallel.alone():
-                    row = edit_row(prior, name, own, out / folder / name, lpips, clip)
-            except FloatingPointError as e:
-                raise FloatingPointError(f"{folder}: {e}") from e
-            rows.append({"mode": mode, "file": file.name, "source": source, "target": target, "loss": name,
-                         "folder": folder} | row)
+            for own.seed in range(first.seed, first.seed + args.seeds):
+                try:
+                    with parallel.alone():
+                        row = edit_row(prior, name, own, place_of(out / folder / name, own.seed, first), lpips, clip)
+                except FloatingPointError as e:
+                    raise FloatingPointError(f"{folder}: {e}") from e
+                rows.append({"mode": mode, "file": file.name, "source": source, "target": target, "loss": name,
+                             "folder": folder, "seed": own.seed} | row)
     folders = [folder for *_, folder in listed]
     rows = sorted(parallel.gathered(rows), key=lambda row: folders.index(row["folder"]))
     if parallel.rank() == 0:
         columns = [c for c in DECIMALS if c not in ("LPIPS", "CLIP", "dir") or (lpips if c == "LPIPS" else clip)]
         write_table(rows, columns, out)
+
+
+def place_of(folder, seed, first):
+    """The folder of an edit: that of the method for the seed of the options `first`, beside it for further seeds."""
+    return folder if seed == first.seed else folder.with_name(f"{folder.name}-seed{seed}")
+
+
+def spread(rows, column):
+    """The standard deviation over the seeds of the mean of a column of rows; NaN for a single seed."""
+    means = [np.mean([row[column] for row in rows if row["seed"] == seed]) for seed in {row["seed"] for row in rows}]
+    return float(np.std(means, ddof=1)) if len(means) > 1 else math.nan
 
 
 def options_of(mode, file, source, target, fit, flags):
@@ -109,13 +123,15 @@ def write_table(rows, columns, out):
     """Print the means, and write table.csv and the sheets of all modes to the folder `out`."""
     print_edits(rows, columns)
     with io.StringIO(newline="") as text:
-        header = ["mode", "file", "source", "target", "loss", "before", *columns]
+        several = len({row["seed"] for row in rows}) > 1
+        header = ["mode", "file", "source", "target", "loss", *["seed"] * several, "before", *columns]
         writer = csv.DictWriter(text, header, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
         write(out / "table.csv", text.getvalue())
     for mode in dict.fromkeys(row["mode"] for row in rows):
-        write(out / f"{mode}.png", edits_sheet([row for row in rows if row["mode"] == mode], out))
+        shown = [row for row in rows if (row["mode"], row["seed"]) == (mode, rows[0]["seed"])]
+        write(out / f"{mode}.png", edits_sheet(shown, out))
         print(f"done: {out / f'{mode}.png'}")
 
 
@@ -179,6 +195,9 @@ def print_edits(rows, columns):
                 f" {np.mean([row[c] for row in group]):>7.{DECIMALS[c]}f}" for c in columns[1:])
             read = f"{sum(x > 0 for x in odds)}/{len(odds)}"
             print(f"{mode:<6} {loss:<7} {len(group):>5} {np.mean(odds):>9.2f} {read:>6}{rest}")
+            if loss != "source" and len({row["seed"] for row in group}) > 1:
+                rest = "".join(f" {spread(group, c):>7.{DECIMALS[c]}f}" for c in columns[1:])
+                print(f"{'':<6} {'+-':<7} {'':>5} {spread(group, 'log-odds'):>9.2f} {'':>6}{rest}")
 
 
 def edits_sheet(rows, out):

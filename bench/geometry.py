@@ -19,6 +19,8 @@ from files.sheets import snapshot
 from loop.optimiser import SteadyAdam
 from prior import Prior
 
+JUDGED = ("PSNR", "IoU", "named", "turn")  # figures of an edit, see bench/edits.py
+
 
 def outlines(svg, points):
     """The subpaths of all shapes: [(control points [n,4,2] float64 of cubics, closed)]; a line is (p, p, q, q)."""
@@ -61,7 +63,7 @@ def joint_angles(svg, points):
         angles.append(torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))[:len(curves) if closed else len(curves) - 1])
     return torch.cat(angles) if angles else torch.zeros(0)
 
-
+    """Edit a drawing by PDS with these flags: figures {"odds", *JUDGED, "crossings", "kinks"}, and the picture."""
 def measured(prior, file, source, target, flags):
     """Edit a drawing by PDS with these flags: figures {"odds", "PSNR", "crossings", "kinks"}, and the picture."""
     options = run.parse(["--mode", "svg", f"--svg={file}", f"--source={source}", f"--target={target}", *flags])
@@ -74,7 +76,7 @@ def measured(prior, file, source, target, flags):
     before, after = snapshot(original, 512), snapshot(scene, 512)
     row = figures(prior, [before], [after], options)
     broken = (joint_angles(scene, rest) < 5) & (joint_angles(scene, now) > 30)
-    return dict(odds=row["log-odds"], PSNR=row["PSNR"], kinks=int(broken.sum()),
+    return dict(odds=row["log-odds"], **{key: row[key] for key in JUDGED}, kinks=int(broken.sum()),
                 crossings=self_intersections(scene, now) - self_intersections(scene, rest)), after
 
 
@@ -89,7 +91,8 @@ def geometry(args):
             row, _ = measured(prior, file, source, target, flags)
             found[way].append(row)
             print(f"{file.stem:14} {way:7} log-odds {row['odds']:6.2f}  PSNR {row['PSNR']:5.2f} dB  "
-                  f"crossings {row['crossings']:+4d}  kinks {row['kinks']:3d}", flush=True)
+                  f"crossings {row['crossings']:+4d}  kinks {row['kinks']:3d}  IoU {row['IoU']:.3f}  "
+                  f"named {row['named']:.0f}  turn {row['turn']:+.3f}", flush=True)
     total = {way: {k: sum(row[k] for row in rows) for k in rows[0]} for way, rows in found.items()}
     smooth, free, n = total["smooth"], total["free"], len(drawings)
     lost = sum(a["odds"] < 0 <= b["odds"] for a, b in zip(found["smooth"], found["free"], strict=False))
@@ -101,7 +104,10 @@ def geometry(args):
         ("smooth joints broken", count("kinks"), "<= a tenth", smooth["kinks"] <= free["kinks"] / 10),
         ("mean log-odds", f"{smooth['odds'] / n:.2f}, {free['odds'] / n:.2f}", ">= 65 %", share >= 0.65),
         ("drawings that no longer read", f"{lost}", "0", lost == 0),
-        ("mean PSNR gained", f"{gain:+.2f} dB", ">= 0.8 dB", math.isfinite(gain) and gain >= 0.8)])
+        ("mean PSNR gained", f"{gain:+.2f} dB", ">= 0.8 dB", math.isfinite(gain) and gain >= 0.8),
+        ("named by the judge", f"{smooth['named']:.0f}, {free['named']:.0f}", "", None),
+        ("mean turn, by the judge", f"{smooth['turn'] / n:.3f}, {free['turn'] / n:.3f}", "", None),
+        ("mean IoU of the silhouettes", f"{smooth['IoU'] / n:.3f}, {free['IoU'] / n:.3f}", "", None)])
 
 
 def field(args):

@@ -159,6 +159,27 @@ def test_the_table_holds_the_means_and_finished_rows_are_reused(edits, tmp_path,
     assert edits("--seed", 1)[0] == 1  # with other settings nothing is reused
 
 
+def test_several_seeds_print_a_mean_and_its_spread(edits, tmp_path):
+    code, lines = edits("--modes", "svg", "--seeds", 3, "--seed", 5)
+    assert code == 0
+    rows = csv_rows(tmp_path / "out" / "table.csv")
+    assert [(row["loss"], row["seed"]) for row in rows] == [(loss, s) for loss in ("sds", "pds") for s in "567"]
+    table = [line.split() for line in lines if line.startswith(("svg", "      "))]
+    assert [words[:3] for words in table] == [
+        ["svg", "source", "3"], ["svg", "sds", "3"], ["+-", table[2][1], table[2][2]], ["svg", "pds", "3"],
+        ["+-", table[4][1], table[4][2]]]
+    odds = [float(row["log-odds"]) for row in rows[3:]]
+    assert float(table[3][3]) == pytest.approx(np.mean(odds), abs=0.006)
+    assert float(table[4][1]) == pytest.approx(np.std(odds, ddof=1), abs=0.006)
+    # the folder of the first seed is that of a single one, whose table is as it ever was
+    made = {path.name: json.loads((path / "config.json").read_text())["seed"]
+            for path in (tmp_path / "out" / "svg" / "face-a-cat").iterdir()}
+    assert made == {"sds": 5, "sds-seed6": 6, "sds-seed7": 7, "pds": 5, "pds-seed6": 6, "pds-seed7": 7}
+    code, lines = edits("--modes", "svg", "--seed", 5)
+    assert code == 0 and not any("+-" in line for line in lines)
+    assert "seed" not in csv_rows(tmp_path / "out" / "table.csv")[0]
+
+
 def test_the_seconds_exclude_the_fit_and_scenes_are_measured_from_all_sides(fake_edits, tmp_path):
     assert fake_edits()[0] == 0
     fits = [("fit", tmp_path / "out" / mode / f"scene-{mode}") for mode in ("nerf", "splat")]
