@@ -132,7 +132,8 @@ def load_nerf(args, prior):
 def load_splat(args, prior):
     """A scene as 3D Gaussians, fitted before."""
     splats = fit(args, max(256, args.frame.short))
-    groups = splats.param_groups(args.means, args.scales, args.rotations, args.opacity, args.colours)
+    groups = splats.param_groups(args.means, args.scales, args.rotations, args.opacity, args.colours,
+                                 shared=args.smooth > 0)
     if args.rates == "released":
         groups = [group | {"warm": args.warm or 0} | ({"fall": (0.01, 30000)} if group["name"] == "means" else {})
                   for group in groups]

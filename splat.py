@@ -22,10 +22,12 @@ from files.pictures import to_uint8
 from files.writing import replacing
 from loop import parallel
 from loop.fit import Course
-from scene.box import cell_points, uncontract, visual_hull
+from loop.optimiser import SmoothField
+from scene.box import cell_points, contract, in_sight, uncontract, visual_hull
 from scene.cameras import around
 from scene.captures import SceneError
 from scene.gaussians import ATTRIBUTES, FILES, FITTED, PARSED, in_parsed, origin_of, suffix_of, up_of, usable
+from scene.guide import Exposure
 from scene.photographs import Scene, View, over, undistorted
 from scene.representation import SH_DC, Representation, spherical_harmonics
 
@@ -309,11 +311,24 @@ class Splats(Representation):
         view = int(torch.randint(len(dataset.cameras), (), generator=generator))
         return (self.render(dataset.cameras[view]) - dataset.picture(view)).abs().mean()
 
-    def param_groups(self, means=1.6e-4, log_scales=5e-3, quaternions=1e-3, opacities=5e-2, sh_dc=2.5e-3):
-        """Groups for Adam with the rates of the paper's code; means: in extents of the cameras; sh_rest: sh_dc / 20."""
+    def param_groups(self, means=1.6e-4, log_scales=5e-3, quaternions=1e-3, opacities=5e-2, sh_dc=2.5e-3, shared=False):
+        """Groups for Adam with the rates of the paper's code.
+
+        means: in extents of the cameras; sh_rest: sh_dc / 20; shared: one second moment for each group of colours.
+        """
         rates = (means * self.extent, log_scales, quaternions, opacities, sh_dc, sh_dc / 20)
         return [{"name": name, "params": [getattr(self, name)], "lr": rate, "eps": 1e-15}
+                | ({"shared": True} if shared and name.startswith("sh_") else {})
                 for name, rate in zip(ATTRIBUTES, rates, strict=True)]
+
+    def fields(self, sigma):
+        """{name: SmoothField} of the colours, one field over all Gaussians; sigma: width in half sides of the box.
+
+        Beyond the box, where they lie ever farther apart, the Gaussians are as close as in `contract`.
+        """
+        centre = torch.as_tensor(self.scene.centre).to(self.means)
+        field = SmoothField(contract((self.means.detach() - centre).T / self.scene.half).T.contiguous(), sigma)
+        return {"sh_dc": field, "sh_rest": field}
 
     @torch.no_grad()
     def project_(self):
@@ -460,27 +475,35 @@ class Splats(Representation):
         """
         device, scene = torch.device(device), undistorted(scene)
         sizes = cls.sizes(device) | sizes
-        course = Course(scene, sizes, cls.CHECKS, seconds, steps, checkpoint, device)
+        checks = cls.CHECKS | ({} if scene.bounded else {"exposure": dictionary})
+        course = Course(scene, sizes, checks, seconds, steps, checkpoint, device)
         generator, = parallel.streams(seed, 1)
         if course.saved:
             splats = cls._restored(scene, course.saved, sizes, course.checkpoint)
         else:
             splats = cls.start(scene, _first_count(scene, sizes), sizes["degree"], parallel.shared(generator, seed))
         splats.to(device)
+        exposure = None if scene.bounded else Exposure(len(scene.train), device)
+        if course.saved and exposure:
+            restore(exposure, course.saved["exposure"], course.checkpoint)
+        clear = None if scene.bounded else _clear(scene).to(device)
         # for each Gaussian, the sum of the gradients of its mean on the screen, and the number of pictures with one
         moved = course.saved["moved"] if course.saved else torch.zeros(2, len(splats.means), device=device)
         # several times the paper's rates: a minute on a CPU has 2,000 steps, not 30,000
-        optimiser = torch.optim.Adam(splats.param_groups(4e-3, 4e-2, 2e-2, 1e-1, 4e-2), betas=(0.9, 0.99), fused=True)
+        groups = splats.param_groups(4e-3, 4e-2, 2e-2, 1e-1, 4e-2) + ([exposure.param_group()] if exposure else [])
+        optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
         rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
 
         def state():
-            return dict(splats=splats.state_dict(), moved=moved)
+            return dict(splats=splats.state_dict(), moved=moved) | (
+                {"exposure": exposure.state_dict()} if exposure else {})
 
         for step in course.run(optimiser, generator, state, progress):
             for group in optimiser.param_groups:
                 group["lr"] = rates[group["name"]] * (0.01 if group["name"] == "means" else 0.2) ** course.share(step)
-            view = _in_turn(scene.train, step, seed)
-            loss, error, uv = splats._fit_step(view, generator)
+            number = _in_turn(len(scene.train), step, seed)
+            view = scene.train[number]
+            loss, error, uv = splats._fit_step(view, generator, exposure, number)
             optimiser.zero_grad()
             loss.backward()
             parallel.average(loss, optimiser.param_groups)
@@ -492,7 +515,8 @@ class Splats(Representation):
             if (step + 1) % cls.DENSIFY == 0:
                 moved = parallel.summed(moved)
                 splats._densify(optimiser, moved[0] / moved[1].clamp_min(1), sizes["limit"],
-                                0.15 if course.share(step + 1) < 0.6 else 0, parallel.shared(generator, seed + step))
+                                0.15 if course.share(step + 1) < 0.6 else 0, parallel.shared(generator, seed + step),
+                                clear)
                 moved = moved.new_zeros(2, len(splats.means))
             course.report(loss, error, splats=len(splats.means))
         splats.fitted = {"steps": course.step, "seconds": course.spent}
@@ -515,34 +539,44 @@ class Splats(Representation):
             raise CheckpointError(path, "moved is not finite")
         return splats
 
-    def _fit_step(self, view, generator):
-        """Loss for a View, its mean squared error, and uv [2,N] in pixels, which retains its gradient."""
+    def _fit_step(self, view, generator, exposure=None, number=0):
+        """Loss for a View, its mean squared error, and uv [2,N] in pixels, which retains its gradient; exposure: of a
+        capture's views, of which this is the one with that number."""
         picture, uv = self.draw(view.camera)
         uv.retain_grad()
         behind = self.background
         if self.scene.bounded:
             behind = torch.rand(3, generator=generator).to(behind)
         wanted = over(view.picture(behind.device), behind)
-        error = picture[:3] + picture[3:] * behind[:, None, None] - wanted
+        seen = picture[:3] + picture[3:] * behind[:, None, None]
+        if exposure:
+            seen = exposure.exposed(seen.flatten(1), [number]).view_as(seen)
+        error = seen - wanted
         error = error if view.mask is None else error[:, view.mask.to(error.device)]
-        return error.abs().mean(), error.detach().square().mean(), uv
+        loss = error.abs().mean()
+        return loss + exposure.biased() if exposure else loss, error.detach().square().mean(), uv
 
     @torch.no_grad()
-    def _densify(self, optimiser, moved, limit, grow, generator):
+    def _densify(self, optimiser, moved, limit, grow, generator, clear=None):
         """Drop transparent or huge Gaussians, and double the share `grow` with the largest gradients moved [N].
 
         A small Gaussian is cloned, a large one split in two (Kerbl et al., 5.2). The paper has a threshold instead of a
-        share, whose effect depends on the size of the pictures. limit: largest number of Gaussians.
+        share, whose effect depends on the size of the pictures. limit: largest number of Gaussians; clear: cells of
+        `_clear`, outside of which a capture's Gaussians are dropped.
         """
         scales = self.log_scales.exp().amax(1)
         keep = self.opacities.sigmoid() > 0.005
         if self.scene.bounded:
             keep &= scales < 0.5 * self.scene.half
+        if clear is not None:
+            x = contract((self.means.T - self.centre[:, None]) / self.scene.half)
+            at = ((x + 2) / 4 * CLEAR).long().clamp(0, CLEAR - 1)
+            keep &= clear[at[0] + CLEAR * (at[1] + CLEAR * at[2])]
         keep = keep.nonzero()[:, 0]
         keep = keep[moved[keep].argsort(descending=True, stable=True)]
         room = max(0, min(limit - len(keep), int(grow * len(keep))))
         source = torch.cat((keep, keep[:room]))
-        for group in optimiser.param_groups:
+        for group in optimiser.param_groups[:len(ATTRIBUTES)]:
             old = group["params"][0]
             new = torch.nn.Parameter(old[source])
             if old in optimiser.state:
@@ -563,6 +597,10 @@ def _places(scene, count, generator):
     """Positions [count,3] that the pictures allow, and standard deviations [count] that fill the space between."""
     extent, cells = (1, 64) if scene.bounded else (2, 32)
     _, hull = visual_hull(scene.train, scene.centre, scene.half, extent, cells)
+    if not scene.bounded:
+        hull &= _clear(scene, cells)
+        if scene.points is not None:  # which show what is in the box
+            hull &= (cell_points(torch.arange(cells ** 3), cells) * 2 - 1).abs().amax(0) * extent > 1
     if scene.bounded:  # the inside is never seen
         hull &= avg_pool3d(hull.view(1, 1, cells, cells, cells).float(), 3, 1, 1).view(-1) < 0.999
     at = hull.nonzero()[:, 0]
@@ -578,6 +616,14 @@ def _places(scene, count, generator):
     return x.T * scene.half + scene.centre, 0.5 * spacing * x.norm(dim=0) / inner.norm(dim=0).clamp_min(1e-6)
 
 
+CLEAR = 64  # cells along each side of the grid in which a capture is clear
+
+
+def _clear(scene, cells=CLEAR):
+    """The cells of a capture that can hold something, [cells^3] bool, see in_sight."""
+    return in_sight(scene.train, scene.points, scene.centre, scene.half, cells)[0]
+
+
 def _first_count(scene, sizes):
     """Number of Gaussians at the start of a fit: at least one per point of the cloud, but leaving room to grow."""
     points = 0 if scene.points is None else min(len(scene.points), START_POINTS, sizes["limit"] // 2)
@@ -585,10 +631,10 @@ def _first_count(scene, sizes):
 
 
 def _in_turn(views, step, seed):
-    """The view of a step: every view once, in random order, before any comes again; each process takes its own."""
+    """The number of the view of a step, of so many: every view once, in random order, before any comes again; each
+    process takes its own."""
     at = step * parallel.world() + parallel.rank()
-    return views[torch.randperm(len(views), generator=torch.Generator().manual_seed(seed + at // len(views)))[
-        at % len(views)]]
+    return int(torch.randperm(views, generator=torch.Generator().manual_seed(seed + at // views))[at % views])
 
 
 def _spacing(points):

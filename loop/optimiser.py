@@ -16,17 +16,19 @@ import torch
 
 
 class SmoothField:
-    """The map K from free to smooth displacements of N points, applied in the picture.
+    """The map K from free to smooth displacements of N points, applied in the picture or in space.
 
     K is row-normalised, K_ij ~ sum_g B(x_i - g) B(x_j - g), where B is the cubic B-spline over the nodes g of a grid: a
-    close approximation of a Gaussian of deviation sigma in 16 N operations, without an N x N matrix. All shapes share
-    one field, so that neighbouring points move together; translations pass unchanged.
+    close approximation of a Gaussian of deviation sigma in 16 N operations (64 N in space), without an N x N matrix.
+    All shapes share one field, so that neighbouring points move together; translations pass unchanged. Other quantities
+    of the points, such as colours, pass through the same kernel.
     """
+    FLOATS = 2 ** 26  # the most that a chunk of points spreads to the nodes at once
 
     def __init__(self, rest, sigma, frames=None):
         """
         Args:
-            rest: [N,2], N > 0, positions in the picture in pixels; sigma: in pixels.
+            rest: [N,2] or [N,3], N > 0, positions in pixels of the picture or in units of the scene, as is sigma.
             frames: [N,2,2], maps of displacements from each point's coordinates to the picture; None: the identity.
         """
         # a B-spline over a grid of step h has the variance h^2 / 3, and K applies it twice
@@ -36,20 +38,26 @@ class SmoothField:
         t = (cell - low)[..., None]
         spline = torch.cat(((1 - t) ** 3, 3 * t ** 3 - 6 * t ** 2 + 4, -3 * t ** 3 + 3 * t ** 2 + 3 * t + 1, t ** 3),
                            2) / 6
-        node = low.long()[..., None] + torch.arange(4, device=rest.device)  # [N,2,4]
-        across = int(node[:, 1].max()) + 1
-        self.index = (node[:, 0, :, None] * across + node[:, 1, None, :]).flatten(1)  # [N,16]
-        self.weight = (spline[:, 0, :, None] * spline[:, 1, None, :]).flatten(1)
-        self.nodes = int(self.index.max()) + 1
+        node = low.long()[..., None] + torch.arange(4, device=rest.device)  # [N,D,4]
+        index, self.weight = node[:, 0], spline[:, 0]
+        for axis in range(1, rest.shape[1]):  # [N,4^D]
+            across = int(node[:, axis].max()) + 1
+            index = (index[:, :, None] * across + node[:, axis, None, :]).flatten(1)
+            self.weight = (self.weight[:, :, None] * spline[:, axis, None, :]).flatten(1)
+        used, self.index = torch.unique(index, return_inverse=True)  # in space most nodes have no point near them
+        self.nodes = len(used)
         self.frames = frames
         self.inverse = None if frames is None else torch.linalg.inv(frames)
         self.total = self._blur(rest.new_ones(len(rest), 1))
 
     def _blur(self, x):
         """[N,D] from the points to the nodes and back: a symmetric matrix."""
-        spread = (self.weight[..., None] * x[:, None]).flatten(0, 1)
-        nodes = x.new_zeros(self.nodes, x.shape[1]).index_add_(0, self.index.flatten(), spread)
-        return (self.weight[..., None] * nodes[self.index]).sum(1)
+        nodes, rows = x.new_zeros(self.nodes, x.shape[1]), max(1, self.FLOATS // self.index.shape[1] // x.shape[1])
+        chunks = [slice(start, start + rows) for start in range(0, len(x), rows)]
+        for some in chunks:
+            spread = (self.weight[some, :, None] * x[some, None]).flatten(0, 1)
+            nodes.index_add_(0, self.index[some].flatten(), spread)
+        return torch.cat([(self.weight[some, :, None] * nodes[self.index[some]]).sum(1) for some in chunks])
 
     def __call__(self, free):
         """Displacements in the picture [N,2] -> smooth ones in the points' own coordinates [N,2]; without frames, any

@@ -27,6 +27,21 @@ def test_the_field_approximates_a_gaussian_kernel_and_preserves_translations():
     assert_close(field(moved), moved)
 
 
+def test_field_in_space_and_in_chunks(monkeypatch):
+    """Colours of points in space: the rows of a Gaussian kernel, a transpose that fits, the same chunk by chunk."""
+    rest = 4 * torch.rand(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    field, x, y = SmoothField(rest, sigma=0.8), rand(50, 4, 3), rand(50, 4, 3, seed=1)
+    kernel = torch.exp(-torch.cdist(rest, rest).square() / (2 * 0.8 ** 2))
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    got = field(torch.eye(50, dtype=torch.float64))
+    assert (got - kernel).abs().sum(1).max() < 0.4 and (got.sum(1) - 1).abs().max() < 1e-12
+    assert_close((field(x) * y).sum(), (x * field.transpose(y)).sum())
+    whole = field(x)
+    monkeypatch.setattr(SmoothField, "FLOATS", 64 * 12 * 7)
+    assert_close(field(x), whole, rtol=1e-12, atol=1e-12)
+    assert field.nodes < 9 ** 3  # of the box with its rim only the nodes near a point
+
+
 def test_the_transpose_is_exact_and_frames_preserve_translations():
     rest, frames = 9 * rand(7, 2), rand(7, 2, 2, seed=1)
     field = SmoothField(rest, 4.0, frames=frames)

@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
 from files.checkpoint import CheckpointError
+from loop.optimiser import SteadyAdam
 from scene.cameras import Camera, around, turntable
 from scene.captures import SceneError
 from scene.gaussians import FILES, SPLAT
@@ -325,6 +326,21 @@ def test_an_edit_changes_the_colours_of_splats(splat_fitted):
     fresh = copy.deepcopy(splat_fitted)
     fresh.load_state_dict(splats.state_dict())
     assert torch.equal(fresh.render(1, 24), splats.render(1, 24))
+
+
+def test_a_field_changes_colours_together_and_moves_nothing(splat_fitted):
+    """A gradient on one Gaussian alone changes its neighbours too, less with the distance."""
+    splats = copy.deepcopy(splat_fitted)
+    before, means = splats.sh_dc.detach().clone(), splats.means.detach().clone()
+    groups = splats.param_groups(sh_dc=0.1, shared=True)
+    assert {group["name"] for group in groups if group.get("shared")} == {"sh_dc", "sh_rest"}
+    optimiser = SteadyAdam(groups, splats.fields(0.3))
+    splats.sh_dc.grad = torch.zeros_like(splats.sh_dc)
+    splats.sh_dc.grad[0] = 1
+    optimiser.step()
+    change, distance = (splats.sh_dc.detach() - before).flatten(1).norm(dim=1), (means - means[0]).norm(dim=1)
+    near, far = distance < 0.2 * splats.scene.half, distance > 1.5 * splats.scene.half
+    assert change[near].min() > 10 * change[far].max() and torch.equal(splats.means, means)
 
 
 # ---- files --------------------------------------------------------------------------------------------
