@@ -1,4 +1,4 @@
-"""Embedded pictures, <image href="data:...">: layers that are drawn and do not learn.
+"""Embedded pictures, <image href="data:...">: layers that are drawn but not optimised.
 
     op = picture_op(document, element, matrix, style)       # see svg.document.Document
     paint = layer.picture.paint(matrix, box)                # [4, h, w], at every render
@@ -20,7 +20,7 @@ from svg.outline import box_outline, fit
 from svg.paint import Layer, Shape
 from svg.segments import take
 
-SAMPLES = 2                           # at most, of a pixel along an axis; a picture finer than that is reduced first
+SAMPLES = 2                           # the most per pixel and axis; a finer picture is reduced first
 SHARP = {"pixelated", "crisp-edges", "optimizespeed"}         # values of image-rendering: the nearest pixel
 
 
@@ -79,7 +79,7 @@ class Picture:
 # ------------------------------------------------------------------ reading
 
 def embedded(href):
-    """(kind, bytes) of a data URI; None for other references and for what cannot be decoded."""
+    """(kind, bytes) of a data URI; None for other references and undecodable data."""
     match = re.match(r"data:([^,;]*)((?:;[^,;]*)*),", href, re.I)
     if not match:
         return None
