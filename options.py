@@ -304,8 +304,8 @@ def slug(text, longest=40):
     plain = "".join(c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
     found = re.sub("[^a-z0-9]+", "-", plain).strip("-")
     lost = len(found) > longest or any(c.isalnum() and not c.isascii() for c in plain)
-    told = hashlib.sha256(text.encode()).hexdigest()[:6] if lost else ""
-    return "-".join(filter(None, (found[:longest].strip("-"), told)))
+    suffix = hashlib.sha256(text.encode()).hexdigest()[:6] if lost else ""
+    return "-".join(filter(None, (found[:longest].strip("-"), suffix)))
 
 
 def files_of(args):

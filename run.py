@@ -329,7 +329,7 @@ def unedited(args, view):
         print("\n".join([f"test PSNR {psnr:.1f} dB, {views} views{done}", *fit_report(scene, scene.scene)]))
     if view:
         view.show(scene, edited=False)
-        view.stay("Drag to turn, scroll to come closer, drag with the right button to shift.", always=True)
+        view.stay("Drag to rotate, scroll to zoom, drag with the right button to pan.", always=True)
 
 
 def edits(args, view):

@@ -100,7 +100,7 @@ def edits(args):
 
 
 def place_of(folder, seed, first):
-    """The folder of an edit: that of the method for the seed of the options `first`, beside it for further seeds."""
+    """The folder of an edit: the method's for the seed in the options `first`, one next to it for each further seed."""
     return folder if seed == first.seed else folder.with_name(f"{folder.name}-seed{seed}")
 
 

@@ -84,8 +84,7 @@ def write_front(lines, count, out):
 
 
 def chart(lines, width=900, height=560, scale=2):
-    """lines {title: [(label, x, y, and the deviations of both)]} -> a PIL picture: identity to the right, alignment
-    up."""
+    """lines {title: [(label, x, y, deviation of x, of y)]} -> a PIL picture: identity to the right, alignment up."""
     page = Image.new("RGB", (width * scale, height * scale), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(14 * scale)
     xs, ys = ([point[axis] for points in lines.values() for point in points] for axis in (1, 2))

@@ -7,10 +7,9 @@
             stopped = view.between("pds", step, steps, loss, interrupt)
         view.stay("done")
 
-Gaussians are drawn by the browser, in the colours that they have for the camera that moved last. A NeRF, depth, and
-source beside result are drawn by this process between two steps: coarse while a camera moves, finer while it rests.
-That takes at most SHARE of the edit's time. The scene is read and never changed, so that an edit takes the same steps
-with and without a page.
+The browser draws Gaussians, with their colours for the camera that moved last. This process draws NeRFs, depth, and
+source next to result between two steps: coarsely while a camera moves, finely while it rests. That takes at most SHARE
+of the edit's time. The scene is only read, so that an edit takes the same steps with and without a page.
 """
 import contextlib
 import copy
@@ -71,10 +70,10 @@ class Viewer:
         except (ImportError, AssertionError) as e:
             raise ValueError("--view needs the package viser: pip install -U viser") from e
         self.rotation = viser.transforms.SO3
-        _check_free(host, port)  # viser would silently take the next one
+        _check_free(host, port)  # viser would silently take the next free port
         with contextlib.redirect_stdout(io.StringIO()):
             self.server = viser.ViserServer(host, port, label="PDS", verbose=False)
-        self.server.request_share_url = lambda *_: None  # any page may ask for a tunnel to the outside
+        self.server.request_share_url = lambda *_: None  # otherwise any page could open a public tunnel
         self.scene = self.source = self.splats = None
         self.paused = self.stopped = False
         self.pages, self.cameras, self.controls, self.step, self.sent = {}, [], 0, 0, None
@@ -95,7 +94,7 @@ class Viewer:
         self.which = gui.add_dropdown("show", (NOW, SOURCE, BOTH), initial_value=NOW)
         self.divider = gui.add_slider("divider", 0.0, 1.0, 0.01, 0.5, visible=False)
         self.depth = gui.add_checkbox("depth", False)
-        self.frusta = gui.add_checkbox("cameras", True, hint="the photographs; click on one to stand there")
+        self.frusta = gui.add_checkbox("cameras", True, hint="the photographs; click one to see its view")
         self.pause, self.stop = gui.add_button("pause", visible=False), gui.add_button("stop and keep", visible=False)
 
         def paused(_):
@@ -134,12 +133,12 @@ class Viewer:
         self.pages, self.step, self.speed, self.left = {}, self.step + 1, 0.0, self.clock()
 
     def between(self, stage, step, steps, loss, interrupt):
-        """After a step: draw what its time allows, and wait while the page says pause.
+        """After a step, draw as much as time allows, and wait while a page has paused the edit.
 
         Args:
             stage, step, steps, loss: for the page. interrupt: a DelayedInterrupt, which ends a pause.
         Returns:
-            Whether the page says stop.
+            Whether a page has requested to stop.
         """
         start, text = self.clock(), f"**{stage}**, step {step} of {steps}, loss {loss:.4g}"
         self.room = min(LONGEST, self.room + SHARE * (start - self.left))
@@ -153,7 +152,7 @@ class Viewer:
         return self.stopped
 
     def stay(self, text, always=False):
-        """Go on showing the scene until Ctrl-C, until "close", or, unless `always`, until no page is open."""
+        """Show the scene until Ctrl-C, until "close", or, unless `always`, until no page is open."""
         self.stopped = self.paused = self.pause.visible = False
         self.stop.label, self.stop.visible, last = "close", True, self.clock()
         with contextlib.suppress(KeyboardInterrupt):
@@ -192,7 +191,7 @@ class Viewer:
             self._send(self.pages[number], clients[number], look, height)
 
     def _send(self, page, client, look, height):
-        """Send a page what it shall see behind its frusta and Gaussians: a picture, or the scene's background."""
+        """Send a page its backdrop behind frusta and Gaussians: a picture, or the scene's background."""
         page.drawn, page.look, page.step, page.height = self.clock(), look, self.step, height
         if look == "blank":
             pixels = to_uint8(self.scene.background[:, None, None].expand(3, 2, 2)).cpu().numpy()
@@ -237,7 +236,7 @@ class Viewer:
         return centres, covariances, colours, opacities[:, None]
 
     def _frustum(self, i):
-        """Training camera i with its photograph; a click takes a page's camera there."""
+        """Add training camera i with its photograph; a click moves the page's camera there."""
         camera, photograph = self.scene.camera(i), to_uint8(self.scene.photograph(i, THUMB)[0]).cpu().numpy()
         wxyz, position = self._place(camera)
         frustum = self.server.scene.add_camera_frustum(

@@ -1,4 +1,4 @@
-"""Layers that move with others: markers with the vertices of a path, tiles of a pattern with the box of a shape."""
+"""Layers that move with others: markers with the vertices of a path, pattern tiles with the box of a shape."""
 import numpy as np
 import torch
 
@@ -7,7 +7,7 @@ from svg.segments import take
 
 
 class Carrier(torch.nn.Module):
-    """Replaces the frames of carried layers by those of the moment."""
+    """Replaces the frames of carried layers by their current ones."""
 
     def __init__(self, layers, points, widths, lines, lines_layer):
         """Arguments as of `forward`, as in the file, where the layers' own frames hold."""

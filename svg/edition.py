@@ -35,7 +35,7 @@ class Edition:
         self.twin = dict(zip(self.source.root.iter(), self.root.iter(), strict=True))         # element -> copy
 
     def styles_now(self):
-        """The styles of the copy, whose names the source is told first."""
+        """The styles of the copy, after registering its names with the source."""
         self.source.names = {**self.source.names, **names_of(self.root)}
         return Styles(self.source, self.root)
 

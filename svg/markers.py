@@ -21,7 +21,7 @@ from svg.style import MARKERS, OWN
 
 MARKED = {"path", "line", "polyline", "polygon"}      # the elements that have markers
 NEAR = 1e-4                           # px; a control point this close to its vertex gives no direction
-SEGMENTS = 3                          # how many segments to look back and ahead: those of no length have no direction
+SEGMENTS = 3                          # segments to look back and ahead, as segments of no length have no direction
 KEYWORDS = {"left": "0%", "top": "0%", "center": "50%", "right": "100%", "bottom": "100%"}        # of refX and refY
 
 
@@ -38,8 +38,8 @@ class Place:
 
 
 def vertices(outline):
-    """Of every vertex its point, then 3 SEGMENTS points of which the first away from it shows where the path comes
-    from, then as many for where it goes to; the vertex itself stands for none."""
+    """For every vertex: its point, then 3 SEGMENTS points, the first of which that differs from it gives the incoming
+    direction, then as many for the outgoing direction; the vertex itself stands for none."""
     def padded(point, back, ahead):
         return [point, *((part + [point] * 3 * SEGMENTS)[:3 * SEGMENTS] for part in (back, ahead))]
     found = []
@@ -65,7 +65,7 @@ def marker_ops(document, element, shape, matrix, style):
     for name, part in zip(MARKERS, (found[:1], found[1:-1], found[-1:]), strict=True):
         marker, what = source.link(style[name][0]), f"{name} on <{source.tag(element)}>"
         if marker is None or source.tag(marker) != "marker" or marker in document.active:
-            continue                      # a marker that inherits itself ends there
+            continue                      # a marker cannot contain itself
         if document.carried is not None or name == "marker-mid" and shape.outline.inside:
             # an edited arc is saved as curves, between which any viewer would see vertices
             source.unsupported(what + (" with arcs" if document.carried is None else " in a marker or a pattern"))

@@ -1,4 +1,4 @@
-"""Patterns: tiles drawn one by one as layers of their own, so that their shapes learn too.
+"""Patterns: every tile is drawn as separate layers, so that its shapes are optimised, too.
 
     ops = pattern_ops(document, layer, element, "fill", pattern, style)       # see svg.document.Document
 
@@ -14,7 +14,7 @@ from svg.outline import affine, box_outline, numbers, transform
 from svg.paint import Layer, share
 
 MAX_TILES = 1000                      # of a pattern on one shape
-NOTHING = 1e-9                        # pixels per unit of a pattern too small to be seen
+NOTHING = 1e-9                        # pixels per unit of a pattern that is too small to be visible
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Tile:
 
 
 def pattern_ops(document, layer, element, name, pattern, style):
-    """ops of a fill or stroke with a pattern: its tiles under the shape as a mask; None where the fallback counts."""
+    """ops of a fill or stroke with a pattern: its tiles under the shape as a mask; None where the fallback applies."""
     if pattern in document.active:
         return []                         # it refers to itself
     source, chain, shape = document.source, [pattern], layer.shape
@@ -117,12 +117,12 @@ def cells_of(document, layer, tiling, own, matrix, box, what):
     """
     back, (x, y, width, height) = np.linalg.inv(matrix), tiling.tile
     low, high = layer.shape.outline.bounds(back @ layer.matrix)
-    # tiles that follow the box have nothing to make up for, unless they are turned against it
+    # tiles that follow the box need no margin, unless they are rotated relative to it
     around = (high - low) / 2 * (not tiling.on_box or not np.array_equal(own, np.eye(3)))
     if layer.stroke is not None:
         around = around + document.paints.tables["widths"][layer.stroke["width"]][0]
     low, high = low - around, high + around
-    if document.carried is None and not tiling.on_box:        # else it may come into the picture
+    if document.carried is None and not tiling.on_box:        # otherwise it may move into the picture
         x0, y0, x1, y1 = document.frame
         seen = (back @ np.array([[x0, x1, x0, x1], [y0, y0, y1, y1], [1, 1, 1, 1]]))[:2]
         low, high = np.maximum(low, seen.min(1)), np.minimum(high, seen.max(1))

@@ -171,7 +171,7 @@ def test_several_seeds_print_a_mean_and_its_spread(edits, tmp_path):
     odds = [float(row["log-odds"]) for row in rows[3:]]
     assert float(table[3][3]) == pytest.approx(np.mean(odds), abs=0.006)
     assert float(table[4][1]) == pytest.approx(np.std(odds, ddof=1), abs=0.006)
-    # the folder of the first seed is that of a single one, whose table is as it ever was
+    # the first seed uses the folder of a single-seed table, whose rows are unchanged
     made = {path.name: json.loads((path / "config.json").read_text())["seed"]
             for path in (tmp_path / "out" / "svg" / "face-a-cat").iterdir()}
     assert made == {"sds": 5, "sds-seed6": 6, "sds-seed7": 7, "pds": 5, "pds-seed6": 6, "pds-seed7": 7}

@@ -50,7 +50,7 @@ def test_every_method_is_run_at_its_own_settings_and_drawn(tmp_path, monkeypatch
     assert along.width > 64 * (1 + len(IDENTITIES)) and along.getpixel((20, 20)) == (10, 10, 10)
 
 
-    # several seeds: a mean and its deviation, as figures and as crosses
+    # several seeds: means and standard deviations, as figures and as crosses
     assert measure(["front", "--list", str(tmp_path / "list.txt"), "--out", str(tmp_path / "more"), "--seeds", "3",
                     "--seed", "4"]) == 0
     first = next(csv.DictReader((tmp_path / "more" / "front.csv").open()))

@@ -1,4 +1,4 @@
-"""image/rivals.py: IDS and SSD against other forms of their arithmetic; what is differentiated; edits by them."""
+"""image/rivals.py: IDS and SSD against independent forms of their arithmetic, their gradients, edits by them."""
 import math
 
 import pytest
@@ -21,15 +21,15 @@ SRC, TGT = torch.tensor([0]), torch.tensor([1])
 
 
 def gradient(loss, prior, x0_tgt, *args, **options):
-    """The gradient of a loss by x0_tgt, times the batch size: the expression itself."""
+    """The gradient of a loss with respect to x0_tgt, times the batch size: the expression in the paper."""
     x0 = x0_tgt.clone().requires_grad_()
     loss(prior, x0, *args, **options).backward()
     return x0.grad * len(x0)
 
 
 def test_ids_moves_the_noise_until_the_source_is_predicted():
-    """For one Gaussian of deviation s the prediction of x0 has the slope k = sqrt(abar) s^2 / (abar s^2 + 1 - abar), so
-    that a step along the gradient of the distance is k times the unit vector towards x0."""
+    """For a Gaussian of deviation s the prediction of x0 has the slope k = sqrt(abar) s^2 / (abar s^2 + 1 - abar), so
+    that a gradient step on the distance is k times the unit vector towards x0."""
     prior, t = toy.Mixtures(MEANS), torch.tensor([300, 620])
     x0_src, x0_tgt, noise = (rand(2, 2, 1, 1, seed=seed) for seed in (1, 2, 3))
     abar, s = prior.abar[t][:, None], prior.sigma
@@ -50,13 +50,13 @@ def test_ids_moves_the_noise_until_the_source_is_predicted():
         wanted = eps(target, MEANS[1]) - eps(x_t, MEANS[0])
         found = gradient(ids_loss, prior, x0_tgt, x0_src, TGT, SRC, t, noise, rounds=rounds)
         assert_close(found.flatten(1), wanted, atol=1e-9, rtol=1e-9)
-    # without rounds it is DDS
+    # without rounds IDS is DDS
     plain, dds = (gradient(loss, prior, x0_tgt, x0_src, TGT, SRC, t, noise, **more)
                   for loss, more in ((ids_loss, {"rounds": 0}), (dds_loss, {})))
     assert_close(plain, dds, atol=1e-12, rtol=1e-12)
 
 
-def test_ids_takes_the_gradient_through_the_network(pipelines):
+def test_ids_differentiates_through_the_network(pipelines):
     """Against finite differences of the distance |x0_src - x0_hat| along random directions."""
     prior = Prior.from_pretrained(pipelines["sd"]).at(7.5)
     prior.network.module.double()
@@ -109,7 +109,7 @@ def test_ssd_is_the_sum_of_its_four_terms(pipelines):
 
 
 @pytest.mark.parametrize("loss", [ids_loss, ssd_loss])
-def test_a_batch_is_the_mean_of_its_rows_and_no_gradient_reaches_the_prior_or_the_source(pipelines, loss):
+def test_a_batch_is_the_mean_of_its_rows_and_only_the_target_gets_a_gradient(pipelines, loss):
     prior = Prior.from_pretrained(pipelines["sd"]).at(3.0)
     x0_tgt, x0_src, noise = (rand(2, 4, 8, 8, seed=seed).float() for seed in (1, 2, 3))
     x0_src.requires_grad_()
@@ -124,7 +124,7 @@ def test_a_batch_is_the_mean_of_its_rows_and_no_gradient_reaches_the_prior_or_th
     assert not again.any()
 
 
-def test_they_are_methods_with_their_released_settings(pipelines):
+def test_both_are_methods_with_their_released_settings(pipelines):
     prior = Prior.from_pretrained(pipelines["sd"])
     ids, ssd = (settings_for(PAPER, "nerf", name) for name in ("ids", "ssd"))
     assert (ids["t_min"], ids["t_max"], ids["schedule"], ids["guidance"]["ids"]) == (0.05, 0.95, "uniform", 7.5)
@@ -139,6 +139,6 @@ def test_they_are_methods_with_their_released_settings(pipelines):
         assert stage.backward(0, [torch.Generator().manual_seed(1)]) > 0 and scene.theta.grad.abs().sum() > 0
 
 
-def test_a_flow_keeps_its_guidance_with_ids_and_the_weight_of_ssd(flows):
+def test_on_a_flow_ids_keeps_its_guidance_and_ssd_its_weight(flows):
     own = Prior.from_pretrained(flows["schnell"]).defaults["guidance"]
     assert own["ids"] == 1.0 and own["ssd"] == 7.5

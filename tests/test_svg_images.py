@@ -1,4 +1,4 @@
-"""Pictures embedded in drawings: against resvg; what is around them learns; saving; what is refused by name."""
+"""svg/images.py: embedded pictures against resvg; gradients of what surrounds them; saving; unsupported pictures."""
 import base64
 import io
 
@@ -72,34 +72,34 @@ def test_pictures_render_as_in_resvg_and_stay_in_the_saved_file(load_svg, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["clipped", "blurred", "in a marker"])
-def test_gradients_beside_pictures_match_finite_differences(load_svg, name):
+def test_gradients_of_shapes_around_pictures_match_finite_differences(load_svg, name):
     for exact, numeric in gradient_pairs(load_svg(PICTURES[name] + SQUARE, size=20)).values():
         assert cosine_of(exact, numeric) > 0.9999
 
 
-def test_a_picture_does_not_learn(load_svg):
+def test_a_picture_has_no_parameters(load_svg):
     svg = load_svg(image())
     assert not any(p.numel() for p in svg.parameters()) and svg.render().min() < 0.5
 
 
-def test_much_smaller_than_its_pixels_a_picture_is_averaged(load_svg):
+def test_a_strongly_reduced_picture_is_averaged(load_svg):
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 256)))
     svg = load_svg(image(stripes, 'width="32" height="32" preserveAspectRatio="none"'), size=16)
     assert svg.render().sub(0.5).abs().max() < 0.02
 
 
-def test_a_colour_profile_is_turned_into_srgb(load_svg):
+def test_colour_profiles_are_converted_to_srgb(load_svg):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
     grey = Image.new("RGB", (4, 4), (200, 90, 40))
     assert torch.equal(load_svg(image(grey, icc_profile=profile.tobytes())).render(), load_svg(image(grey)).render())
     turned = Image.new("RGB", (4, 2), (200, 90, 40))
     exif = Image.Exif()
-    exif[0x0112] = 6                      # upright it is 2 wide and 4 high
+    exif[0x0112] = 6                      # 2 wide and 4 high once upright
     svg = load_svg(image(turned, 'width="32" height="32"', kind="jpeg", exif=exif))
     assert svg.render()[0, 1, 16, 2] == 1 and svg.render()[0, 1, 2, 16] < 0.5
 
 
-def test_what_is_not_seen_is_not_read(load_svg):
+def test_invisible_pictures_are_not_read(load_svg):
     for attributes in ('display="none"', 'visibility="hidden"', 'width="0" height="9"', ""):
         href = "a.png" if attributes else ""
         assert torch.all(load_svg(f'<image {attributes} href="{href}"/>').render() == 1)
@@ -123,7 +123,7 @@ def test_pictures_that_cannot_be_drawn_are_refused_by_name(load_svg, message):
         load_svg(REFUSED[message], skip_unsupported=True)
 
 
-def test_all_pictures_together_are_bounded(load_svg, monkeypatch):
+def test_the_total_size_of_pictures_is_bounded(load_svg, monkeypatch):
     monkeypatch.setattr("svg.images.MAX_PIXELS", 2 * 6 * 8 + 1)
     load_svg(image() + f"<g id='g'>{image()}</g>" + '<use href="#g"/>' * 5)
     with pytest.raises(SVGError, match="the pictures in <image> have more than"):

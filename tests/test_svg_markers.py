@@ -1,4 +1,4 @@
-"""Markers: against resvg and finite differences; what follows the moving vertices; saving; what is refused by name."""
+"""svg/markers.py: against resvg and finite differences; moving vertices; saving; unsupported markers."""
 import math
 
 import numpy as np
@@ -84,7 +84,7 @@ def test_gradients_through_markers_match_finite_differences(load_svg, name):
 
 
 def way(d, number):
-    """The directions of a path before and after a vertex in degrees; None where there is no segment."""
+    """The directions of a path before and after a vertex in degrees; None if there is no segment."""
     outline, found = path_outline(d), []
     vertex, *others = vertices(outline)[number]
     p = outline.points
@@ -100,23 +100,23 @@ def way(d, number):
     ("M0 0C0 0 0 9 9 9", 0, None, 90), ("M0 0C0 9 9 9 9 9", -1, 0, None), ("M0 0C0 0 9 9 9 9", 1, 45, None),
     ("M0 0H9H9H9V9", 1, 0, 90), ("M0 0H9H9H9V9", 3, 0, 90), ("M0 0H9M0 0V9", 1, 0, None), ("M0 0H9M0 0V9", 2, None, 90),
     ("M0 0H9H9", -1, 0, None), ("M0 9A9 9 0 0 1 9 0A9 9 0 0 1 18 9", 1, 0, 0), ("M4 4L4 4", 0, None, None)])
-def test_directions_at_vertices(d, number, before, after):
+def test_directions_at_vertices_follow_the_specification(d, number, before, after):
     assert way(d, number) == pytest.approx([before, after])
 
 
-def test_arcs_count_as_one_segment_each():
+def test_an_arc_counts_as_one_segment():
     assert len(vertices(path_outline("M10 30A20 20 0 0 1 50 30A9 9 0 1 1 45 50"))) == 3
     assert len(vertices(path_outline("M0 0H9V9ZM20 20H29V29Z"))) == 8
 
 
-def test_a_closed_path_turns_its_ends_to_the_bisector(load_svg):
+def test_markers_at_the_ends_of_a_closed_path_follow_the_bisector(load_svg):
     arrow = '<marker id="m" orient="auto" overflow="visible" markerUnits="userSpaceOnUse"><path d="M0 -1H5V1H0Z"/>'
     closed = load_svg(arrow + '</marker><path d="M16 16H26V26Z" fill="none" marker-start="url(#m)"/>')
     turned = load_svg('<path d="M0 -1H5V1H0Z" transform="translate(16 16) rotate(-67.5)"/>')
     assert torch.allclose(closed.render(), turned.render(), atol=1e-4)
 
 
-def test_markers_follow_what_moves(load_svg):
+def test_markers_follow_moving_vertices(load_svg):
     body = ('<marker id="m" orient="auto" markerUnits="userSpaceOnUse" overflow="visible" viewBox="0 0 3 3"><rect '
             'width="5" height="2" y="-1"/></marker><path d="M4 4L{} {}" marker-end="url(#m)"/>')
     svg = load_svg(body.format(20, 4))
@@ -127,13 +127,13 @@ def test_markers_follow_what_moves(load_svg):
     assert torch.allclose(shifted[..., 3:, 2:], svg.render()[..., :-3, :-2], atol=1e-5)
 
 
-def test_a_map_in_metres_has_markers(load_svg):
+def test_a_map_in_metres_may_have_markers(load_svg):
     far = marked(AUTO, f'<path d="M700005 400012L700014 400006L700025 400025" fill="none" stroke="#444" {ALL}/>')
     near = marked(AUTO, f'<path d="M5 12L14 6L25 25" fill="none" stroke="#444" {ALL}/>')
     assert psnr(load_svg(far, 'viewBox="700000 400000 32 32"').render(), load_svg(near).render()) > 45
 
 
-def test_what_a_marker_does_not_touch(load_svg):
+def test_markers_leave_other_shapes_unchanged(load_svg):
     alone = '<{} stroke="#000" fill="#c00"/>'
     for shape in ('rect width="9" height="9"', 'circle cx="9" cy="9" r="5"'):
         assert torch.equal(load_svg(marked(AUTO, alone.format(f"{shape} {ALL}"))).render(),
@@ -146,12 +146,12 @@ def test_what_a_marker_does_not_touch(load_svg):
     assert torch.equal(load_svg(marked(AUTO, clip.format(ALL))).render(), load_svg(clip.format("")).render())
 
 
-def test_keywords_of_the_reference_point(load_svg):
+def test_keywords_of_the_reference_point_are_read(load_svg):
     assert torch.equal(load_svg(DRAWINGS["auto"].replace('refX="4" refY="3"', 'refX="center" refY="50%"')).render(),
                        load_svg(DRAWINGS["auto"]).render())
 
 
-def test_a_squared_return_to_the_start_keeps_its_marker_when_saved(load_svg, tmp_path):
+def test_a_path_that_returns_to_its_start_keeps_its_marker_when_saved(load_svg, tmp_path):
     svg = load_svg(marked(AUTO, '<path d="M5 5H20V20L5 5Z" stroke="#06c" fill="none" marker-mid="url(#m)"/>'))
     with torch.no_grad():
         svg.points += 1

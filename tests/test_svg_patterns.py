@@ -1,4 +1,4 @@
-"""Patterns: against resvg, the same in other units and finite differences; boxes that move; saving; refusals."""
+"""svg/patterns.py: against resvg, equivalent units and finite differences; moving boxes; saving; unsupported ones."""
 import numpy as np
 import pytest
 import torch
@@ -20,7 +20,7 @@ def pattern(attributes, content=CONTENT, body=RECT):
     return f'<pattern id="p" {attributes}>{content}</pattern>{body}'
 
 
-PATTERNS = {                              # with tiles of whole pixels, to which resvg rounds them
+PATTERNS = {                              # with tiles of whole pixels, because resvg rounds tiles
     "user space": pattern('patternUnits="userSpaceOnUse" x="3" y="4" width="4" height="5"'),
     "a viewBox": pattern('patternUnits="userSpaceOnUse" x="3" y="4" width="5" height="4" viewBox=".5 .5 4 4"'),
     "a share of the box": pattern('x=".1" y="12.5%" width=".25" height="25%"'),
@@ -74,7 +74,7 @@ UNITS = {                                 # attributes in shares of a box at (4,
 
 @pytest.mark.parametrize("name", UNITS)
 @pytest.mark.parametrize("moved", [False, True])
-def test_units_of_a_box_are_those_of_user_space(load_svg, name, moved):
+def test_box_units_are_equivalent_to_user_space(load_svg, name, moved):
     box, user = UNITS[name]
     start = '<path d="M2 3L16 4V16L1 20Z" fill="url(#p)"/>'
     end = '<path d="M4 6L24 10V16L10 21Z" fill="url(#p)"/>'
@@ -101,7 +101,7 @@ def test_tiles_have_no_seams(load_svg):
     assert darkness(tiles) == pytest.approx(20 * 16, abs=0.05)
 
 
-def test_tiles_in_shares_come_into_the_picture_with_their_shape(load_svg):
+def test_tiles_in_box_units_enter_the_picture_with_their_shape(load_svg):
     svg = load_svg(pattern('width=".5" height=".5"', CONTENT, '<rect x="-40" y="4" width="20" height="16" '
                                                               'fill="url(#p)"/>'))
     with torch.no_grad():
