@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over DevTools' pipe: what the tests of the viewer and of the pages look through."""
+"""A headless Chromium, controlled over the DevTools pipe, for tests of the viewer and of web pages."""
 import base64
 import fcntl
 import io
@@ -18,7 +18,7 @@ FLAGS = ["--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--use-gl=
 
 
 class Chromium:
-    """One page of a browser with its own profile; `requests` are the addresses that it has asked for."""
+    """One page of a browser with its own profile; `requests` lists the addresses that it has requested."""
 
     def __init__(self, profile, width=640, height=400):
         if not shutil.which("chromium"):
@@ -40,7 +40,7 @@ class Chromium:
             self(f"{domain}.enable")
 
     def __call__(self, method, timeout=60, **params):
-        """The answer to a DevTools command; raises AssertionError for an error, TimeoutError for none."""
+        """Send a DevTools command and return its result; AssertionError for an error, TimeoutError for no answer."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": params}
         message |= {"sessionId": self.session} if self.session else {}
@@ -54,7 +54,7 @@ class Chromium:
         raise TimeoutError(method)
 
     def _messages(self, seconds):
-        """What has arrived, after at most so many seconds."""
+        """Yield the messages that arrive within so many seconds."""
         if select.select([self.read], [], [], max(seconds, 0))[0]:
             self.rest += os.read(self.read, 2 ** 20)
         *whole, self.rest = self.rest.split(b"\0")
@@ -84,12 +84,12 @@ class Chromium:
             time.sleep(0.05)
 
     def picture(self):
-        """The page as it looks now, a PIL picture."""
+        """A screenshot of the page, a PIL picture."""
         shot = self("Page.captureScreenshot", format="png")
         return Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
 
     def mouse(self, kind, x, y, **more):
-        """A mouse event: mousePressed, mouseMoved, mouseReleased."""
+        """Send a mouse event: mousePressed, mouseMoved or mouseReleased."""
         self("Input.dispatchMouseEvent", type=kind, x=x, y=y, **({"button": "left", "clickCount": 1} | more))
 
     def close(self):

@@ -133,7 +133,7 @@ def test_a_map_in_metres_may_have_markers(load_svg):
     assert psnr(load_svg(far, 'viewBox="700000 400000 32 32"').render(), load_svg(near).render()) > 45
 
 
-def test_markers_leave_other_shapes_unchanged(load_svg):
+def test_shapes_without_vertices_clips_and_empty_markers_have_no_effect(load_svg):
     alone = '<{} stroke="#000" fill="#c00"/>'
     for shape in ('rect width="9" height="9"', 'circle cx="9" cy="9" r="5"'):
         assert torch.equal(load_svg(marked(AUTO, alone.format(f"{shape} {ALL}"))).render(),
