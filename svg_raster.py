@@ -271,7 +271,7 @@ class SVG(torch.nn.Module):
         """Nesting: `within` {filter: (layers, filters)}; `around` [L], the innermost filter of a layer or None; `outer`
         {step of a filter: the filter around it or None}."""
         closers = {start: self.ops[step][1] for step, start in self.opener.items() if self.ops[step][0] == "filter"}
-        self.within = {number: ([], []) for number in closers.values()}
+        self.within = {number: ([], []) for number in range(len(self.filters))}     # some may be left out
         self.around, self.outer, open_ = [None] * len(self.layers), {}, []
         for step, (op, argument) in enumerate(self.ops if self.filters else ()):
             if op == "push":

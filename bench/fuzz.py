@@ -31,6 +31,12 @@ COLOURS = ("red", "#0f0", "#00f8", "none", "currentColor", "rgb(10 200 30 / 50%)
            "light-dark(red, blue)", "light-dark(", "var(--c)", "var(--none, teal)", "zzz", "inherit", "initial",
            "url(#g0)", "url(#g1) red", "url(#none)", "rgb(1e999 0 0)", "008000", "color()", "rgb(calc(100 + 55) 0 0)")
 UNITS = ("", "", "", "", "px", "%", "em", "mm", "rem", "q", "vw")
+MODES = ("normal", "multiply", "screen", "overlay", "color-dodge", "color-burn", "soft-light", "difference", "hue",
+         "luminosity", "plus-lighter", "x")
+FILTERS = ("url(#f0)", "url(#f1)", "url(#f0) url(#f1)", "blur(1.5px)", "drop-shadow(2px 1px 1px red)", "invert(.7)",
+           "url(#none)", "blur(1e9px)", "hue-rotate(1e300deg)", "contrast(0) brightness(9)", "blur(", "none")
+PIXELS = ("data:image/{};base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFElEQVR4nGP8z8Dwn4GBgYGJAQoAHgQCAYzC"
+          "ZvkAAAAASUVORK5CYII=")
 SHAPES = ("path", "path", "path", "rect", "circle", "ellipse", "line", "polyline", "polygon")
 
 
@@ -97,6 +103,9 @@ class Maker:
             ("mask", self.pick(("url(#m0)", "url(#m1)", "url(#none)"))), ("color", self.pick(COLOURS)),
             ("visibility", self.pick(("hidden", "visible"))), ("font-size", self.length(1, 30)),
             ("paint-order", "stroke"), ("transform-origin", f"{self.length()} {self.pick(('top', '9px', '50%'))}"),
+            ("filter", self.pick(FILTERS)), ("mix-blend-mode", self.pick(MODES)), ("isolation", "isolate"),
+            (self.pick(("marker-start", "marker-mid", "marker-end")), self.pick(("url(#k0)", "url(#k1)"))),
+            (self.pick(("fill", "stroke")), self.pick(("url(#p0)", "url(#p1) red", "context-fill"))),
             ("--c", self.pick(COLOURS)), ("--a", self.number()), ("vector-effect", "none"), ("mask-type", "alpha"))
         return [self.pick(options) for _ in range(self.random.randrange(5))]
 
@@ -104,26 +113,38 @@ class Maker:
         names = {"path": (), "rect": ("x", "y", "width", "height", "rx", "ry"), "circle": ("cx", "cy", "r"),
                  "ellipse": ("cx", "cy", "rx", "ry"), "line": ("x1", "y1", "x2", "y2"), "use": ("x", "y"),
                  "svg": ("x", "y", "width", "height"), "linearGradient": ("x1", "y1", "x2", "y2"),
-                 "radialGradient": ("cx", "cy", "r", "fx", "fy"), "mask": ("x", "y", "width", "height")}
+                 "radialGradient": ("cx", "cy", "r", "fx", "fy"), "mask": ("x", "y", "width", "height"),
+                 "image": ("x", "y", "width", "height"), "marker": ("refX", "refY", "markerWidth", "markerHeight"),
+                 "pattern": ("x", "y", "width", "height"), "filter": ("x", "y", "width", "height")}
         found = {name: self.length() for name in names.get(tag, ()) if self.chance(0.8)}
         if tag == "path":
             found["d"] = self.data()
         if tag in ("polyline", "polygon"):
             found["points"] = self.numbers(self.random.randrange(11))
-        if tag in ("svg", "symbol") and self.chance(0.6):
+        if tag in ("svg", "symbol", "marker", "pattern") and self.chance(0.6):
             found["viewBox"] = self.numbers(2, -5, 5) + " " + self.numbers(2, 5, 40)
             found["preserveAspectRatio"] = self.pick(("none", "xMinYMax slice", "xMidYMid", "x"))
         units = {"clipPath": ("clipPathUnits",), "mask": ("maskUnits", "maskContentUnits"),
-                 "linearGradient": ("gradientUnits",), "radialGradient": ("gradientUnits",)}
+                 "linearGradient": ("gradientUnits",), "radialGradient": ("gradientUnits",),
+                 "pattern": ("patternUnits", "patternContentUnits"), "filter": ("filterUnits", "primitiveUnits")}
         for name in units.get(tag, ()):
             found[name] = self.pick(("userSpaceOnUse", "objectBoundingBox"))
+        if tag == "marker":
+            found["orient"] = self.pick(("auto", "auto-start-reverse", self.number(), "1rad", "x"))
+            found["markerUnits"] = self.pick(("strokeWidth", "userSpaceOnUse"))
+            found["overflow"] = self.pick(("visible", "hidden"))
+        if tag == "image":
+            found["href"] = self.pick((PIXELS.format("png"), PIXELS.format("jpeg"), "", "a.png", "data:image/png,a"))
+            found["preserveAspectRatio"] = self.pick(("none", "xMinYMax slice", "xMidYMid", "x"))
+        if tag == "pattern" and self.chance(0.3):
+            found.update(patternTransform=self.matrix(), href=self.pick(("#p0", "#p1", "#none")))
         if "Gradient" in tag:
             found["spreadMethod"] = self.pick(("pad", "reflect", "repeat"))
             if self.chance(0.3):
                 found["gradientTransform"] = self.matrix()
             if self.chance(0.1):
                 found["href"] = self.pick(("#g0", "#g1"))
-        elif tag not in ("stop", "mask"):
+        elif tag not in ("stop", "mask", "filter", "pattern") and (tag != "marker" or self.chance(0.1)):
             css = self.style()
             if self.chance(0.3):
                 found["transform"] = self.matrix()
@@ -146,9 +167,11 @@ class Maker:
         self.left -= 1
         if depth > 4 or self.chance(0.6):
             return self.shape()
-        tag = self.pick(("g", "g", "g", "use", "use", "svg", "switch", "a", "text", "nest"))
+        tag = self.pick(("g", "g", "g", "use", "use", "svg", "switch", "a", "text", "nest", "image"))
         if tag == "use":
             return f'<use href="#{self.pick(("e0", "e1", "e2", "s0", "none"))}"{self.attributes("use")}/>'
+        if tag == "image":
+            return f"<image{self.attributes('image')}/>"
         if tag == "text":
             return self.pick(('<text x="3"/>', '<text display="none">a</text>', "<text>a</text>", "<image/>"))
         if tag == "nest":
@@ -173,8 +196,37 @@ class Maker:
                     inner = f"<g{box}>{inner}</g>"
                 parts.append(f'<{tag} id="{name}{k}"{attributes}>{inner}</{tag}>')
             parts.append(f'<g id="e{k}"{self.attributes("g")}>{self.shape()}</g>')
+            parts.append(f'<filter id="f{k}"{self.attributes("filter")}>{self.primitives()}</filter>')
+            for tag, name in (("pattern", "p"), ("marker", "k")):
+                inner = "".join(self.shape() for _ in range(self.pick((0, 1, 2))))
+                parts.append(f'<{tag} id="{name}{k}"{self.attributes(tag)}>{inner}</{tag}>')
         parts.append(f'<symbol id="s0"{self.attributes("symbol")}>{self.shape()}</symbol>')
         return f"<defs>{''.join(parts)}</defs>"
+
+    def primitives(self):
+        """The operations of a filter, joined at random."""
+        kinds = {"GaussianBlur": f'stdDeviation="{self.numbers(2, 0, 4)}"',
+                 "Offset": f'dx="{self.number(-9, 9)}" dy="{self.number(-9, 9)}"',
+                 "Flood": f'flood-color="{self.pick(COLOURS)}" flood-opacity="{self.number(0, 1)}"',
+                 "Blend": f'in2="SourceGraphic" mode="{self.pick(MODES)}"',
+                 "Composite": f'in2="SourceAlpha" operator="{self.pick(("in", "out", "xor", "arithmetic", "x"))}" '
+                              f'k1="{self.number(-1, 2)}" k2="{self.number(-1, 2)}" k4="{self.number(-1, 2)}"',
+                 "ColorMatrix": self.pick((f'type="saturate" values="{self.number(0, 3)}"',
+                                           f'values="{self.numbers(20, -1, 1)}"', 'type="luminanceToAlpha"')),
+                 "ComponentTransfer": "", "DropShadow": f'stdDeviation="{self.number(0, 4)}"', "Tile": "",
+                 "Morphology": f'operator="dilate" radius="{self.numbers(2, 0, 3)}"', "Merge": ""}
+        inside = {"ComponentTransfer": f'<feFuncR type="gamma" amplitude="{self.number(0, 2)}" exponent="'
+                                       f'{self.number(0, 3)}"/><feFuncA type="table" '
+                                       f'tableValues="{self.numbers(3, 0, 1)}"/>',
+                  "Merge": '<feMergeNode in="r"/><feMergeNode in="SourceGraphic"/>'}
+        parts, named = [], ("", 'result="r"')
+        for _ in range(self.pick((0, 1, 1, 2, 3))):
+            kind = self.pick(list(kinds) if self.chance(0.1) else [name for name in kinds if name != "Tile"])
+            source = self.pick(("", 'in="SourceAlpha"', 'in="SourceGraphic"', 'in="r"'))
+            space = self.pick(("", 'color-interpolation-filters="sRGB"', f'width="{self.length()}"'))
+            parts.append(f'<fe{kind} {kinds[kind]} {source} {space} {self.pick(named)}>'
+                         f'{inside.get(kind, "")}</fe{kind}>')
+        return "".join(parts)
 
     def sheet(self):
         rules = []

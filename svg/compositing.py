@@ -225,6 +225,8 @@ class Composite(torch.autograd.Function):
                                         d_areas[argument][inner])
                 if len(g) > 1:
                     d_colours[argument] = through[:3].sum((1, 2))
+        if not plan.boxes:                # all that is drawn is a filter's flood
+            return None, d_cells, torch.zeros_like(rgba), d_opacities
         d_alpha = torch.stack([part.sum() for part in plan.parts(d_cells * coverage)])
         for part, alpha in zip(plan.parts(d_cells), alphas, strict=True):
             part.mul_(alpha)

@@ -38,7 +38,7 @@ from svg.outline import (
 from svg.paint import FAR, MAX_COORDINATE, MAX_REFERENCES, Layer, Paints, Shape, share
 from svg.patterns import NOTHING, pattern_ops
 from svg.source import Source, write_file
-from svg.style import INHERITED, MASK_FRAME, REFUSED, URL, colour, path_data
+from svg.style import INHERITED, MARKERS, MASK_FRAME, REFUSED, URL, colour, path_data
 
 MAX_SHAPES = 30_000
 MAX_VISITS = 150_000                  # visits of elements, those of `use` counted as often as they are used
@@ -457,7 +457,11 @@ class Document:
         order = (style["paint-order"][0].lower() + " fill stroke markers").split()
         for name in sorted(("fill", "stroke", "markers"), key=order.index):
             if name == "markers":
-                ops += marker_ops(self, element, shape, matrix, style) if tag in MARKED else []
+                if tag in MARKED:
+                    ops += marker_ops(self, element, shape, matrix, style)
+                else:                     # nor may it have any as a <path>
+                    self.paints.settled.update({(element, name): "none" for name in MARKERS
+                                                if style[name][0].lower() != "none"})
                 continue
             layer = Layer(shape, matrix, style["fill-rule"][0].lower() if name == "fill" else "nonzero")
             pattern = self.source.link(style[name][0])

@@ -58,8 +58,8 @@ class Edition:
                 self.twin[element].attrib.pop(name, None)
         if self.styles.important or renamed and self.styles.rules:
             self.keep_styles(renamed)
-        for (element, name), value in self.document.paints.flat.items():
-            if element in data:           # its box may have an area now
+        for (element, name), value in self.document.paints.settled.items():
+            if element in data:
                 self.write(element, name, value)
         for element, text in data.items():
             self.twin[element].set("d", text)

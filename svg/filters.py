@@ -76,14 +76,15 @@ def soft_light(b, s):
     return torch.where(s <= 0.5, b - (1 - 2 * s) * b * (1 - b), b + (2 * s - 1) * (d - b))
 
 
+STEP = 0.5 / 255                      # of a colour; the modes that jump at black or white do so as with 8 bits
 # Backdrop and source colours [3, h, w], not premultiplied -> blended (Compositing 1, section 10)
 BLEND = {
     "multiply": lambda b, s: b * s, "screen": lambda b, s: b + s - b * s, "overlay": lambda b, s: hard_light(s, b),
     "darken": torch.minimum, "lighten": torch.maximum,
     "color-dodge": lambda b, s: torch.where(
-        b <= 0, 0, torch.where(s >= 1, 1, (b / (1 - s).clamp_min(1e-6)).clamp_max(1))),
+        b <= STEP, 0, torch.where(s >= 1, 1, (b / (1 - s).clamp_min(1e-6)).clamp_max(1))),
     "color-burn": lambda b, s: torch.where(
-        b >= 1, 1, torch.where(s <= 0, 0, 1 - ((1 - b) / s.clamp_min(1e-6)).clamp_max(1))),
+        b >= 1 - STEP, 1, torch.where(s <= 0, 0, 1 - ((1 - b) / s.clamp_min(1e-6)).clamp_max(1))),
     "hard-light": hard_light, "soft-light": soft_light, "difference": lambda b, s: (b - s).abs(),
     "exclusion": lambda b, s: b + s - 2 * b * s,
     "hue": lambda b, s: with_luminosity(with_saturation(s, saturation(b)), luminosity(b)),
@@ -123,7 +124,7 @@ def gaussian(size, sigma, dtype, device):
     """
     if sigma > 2:
         kernel = torch.eye(size, dtype=torch.float64)[None]
-        for width in box_sizes(sigma):
+        for width in box_sizes(min(sigma, 1e5)):
             kernel = F.avg_pool1d(kernel, width, 1, width // 2)
         return kernel[0].to(dtype).to(device)
     at = torch.arange(size, dtype=torch.float64)

@@ -52,6 +52,8 @@ class Picture:
         fine = 1 if self.sharp else min(SAMPLES, max(1, math.ceil(max(
             s * z for s, z in zip(spread, zoom.tolist(), strict=True)) - 1e-3)))
         x, y, width, height = box
+        if width * height == 0:
+            return matrix.new_zeros(4, height, width)
         across = (torch.arange(width * fine, device=matrix.device, dtype=matrix.dtype) + 0.5) / fine + x
         down = (torch.arange(height * fine, device=matrix.device, dtype=matrix.dtype)[:, None] + 0.5) / fine + y
         places = [(zoom[k] * (matrix[k, 0] * across + (matrix[k, 1] * down + matrix[k, 2]))).reshape(-1)

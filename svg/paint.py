@@ -92,7 +92,7 @@ class Paints:
         self.source, self.styles = source, source.styles
         self.tables = {kind: [] for kind in ("colours", "opacities", "widths", "stops")}
         self.slots, self.gradients = {}, {}
-        self.flat = {}                    # (element, fill or stroke) -> what it is where its box has no area
+        self.settled = {}                 # (shape, property) -> value to write where the shape's outline is written
         # elements that `use` may draw several times: inherited properties belong to the element that sets them
         targets = (source.reference(e) for e in source.elements if source.tag(e) == "use")
         self.shared = {part for target in set(targets) - {None} for part in target.iter()}
@@ -124,7 +124,7 @@ class Paints:
             if layer.gradient.on_box and min(np.ptp(points.real), np.ptp(points.imag)) == 0:
                 layer.gradient = None     # a box without area has no units: use the fallback
         if tag == "pattern" or tag in GRADIENTS and layer.gradient is None:
-            self.flat[element, name] = fallback[2] or "none"
+            self.settled[element, name] = fallback[2] or "none"       # its box may get an area
         elif tag.lower() in ("meshgradient", "mesh", "hatch"):
             self.source.unsupported(f"a {tag} as {name} on <{self.source.tag(element)}>")
             return False

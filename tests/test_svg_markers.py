@@ -146,6 +146,14 @@ def test_shapes_without_vertices_clips_and_empty_markers_have_no_effect(load_svg
     assert torch.equal(load_svg(marked(AUTO, clip.format(ALL))).render(), load_svg(clip.format("")).render())
 
 
+def test_a_shape_without_markers_gets_none_when_it_is_saved_as_a_path(load_svg, tmp_path):
+    svg = load_svg(marked(AUTO, f'<g {ALL}><rect x="5" y="5" width="9" height="9"/></g>'))
+    with torch.no_grad():
+        svg.points += 1
+    svg.save(tmp_path / "saved.svg")
+    assert np.array_equal(pixels(SVG.load(tmp_path / "saved.svg", size=32), 32), pixels(svg, 32))
+
+
 def test_keywords_of_the_reference_point_are_read(load_svg):
     assert torch.equal(load_svg(DRAWINGS["auto"].replace('refX="4" refY="3"', 'refX="center" refY="50%"')).render(),
                        load_svg(DRAWINGS["auto"]).render())
