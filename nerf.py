@@ -9,6 +9,7 @@ The hash grid is Instant NGP's (Mueller et al., arXiv 2201.05989), the rendering
 2003.08934), the distortion loss mip-NeRF 360's (Barron et al., arXiv 2111.12077). Within this file the scene's box is
 [-1,1]^3; cameras stay in the units of the scene's file.
 """
+import copy
 import json
 import math
 from typing import NamedTuple
@@ -24,9 +25,11 @@ from files.messages import one_line
 from files.writing import replacing
 from loop import parallel
 from loop.fit import Course
-from scene.box import cell_points, contract, visual_hull
+from scene.box import cell_points, contract, in_sight, visual_hull
 from scene.captures import SceneError
+from scene.guide import Guide
 from scene.photographs import Pixels, over
+from scene.region import CELLS, Region, inside
 from scene.representation import Representation, spherical_harmonics
 
 
@@ -133,6 +136,9 @@ class Field(Representation):
 
     Attributes:
         grid: the HashGrid over [-extent, extent]^3.
+        open: [2L,1], weights of the features while a fit goes from coarse to fine; None: 1.
+        thin: of a capture, the logarithm of the first density. Its cameras may be several boxes away, and at a density
+            of 1 the first steps would see nothing but fog before them.
         sigma_in, sigma_out, rgb_in, rgb_mid, rgb_out, sky_in, sky_out: weights [outputs, inputs] of the MLPs.
         distance, pixel: median distance of the training cameras from the centre, and median side of a pixel there,
             in half sides of the box.
@@ -145,7 +151,7 @@ class Field(Representation):
         distance = (torch.stack([c.pose[:, 3] for c in cameras]) - scene.centre).norm(dim=1) / scene.half
         self.distance, self.pixel = distance.median().item(), (distance / focal).median().item()
         self.extent = 1.0 if scene.bounded else 2.0
-        self.grid = HashGrid(levels, table, 16, min(max(4 / self.pixel, 64), 2048))
+        self.grid, self.open = HashGrid(levels, table, 16, min(max(4 / self.pixel, 64), 2048)), None
 
         def weights(rows, columns):
             return torch.nn.Parameter(torch.empty(rows, columns).uniform_(-1, 1) * 1.7 / columns ** 0.5)
@@ -153,11 +159,14 @@ class Field(Representation):
         self.rgb_in, self.rgb_mid, self.rgb_out = weights(width, 32), weights(width, width), weights(3, width)
         if not scene.bounded:
             self.sky_in, self.sky_out = weights(width, 16), weights(3, width)
+            self.register_buffer("thin", torch.tensor(-math.log(3 * self.distance)))
 
     def density(self, features):
         """Features [2L,N] -> sigma [N] per half side of the box, and all 16 outputs [16,N], the input of `colour`."""
+        features = features if self.open is None else features * self.open
         out = self.sigma_out @ leaky_relu(self.sigma_in @ features, LEAK)
-        return out[0].clamp(max=11).exp(), out  # clamped before the exp; exp(11) is opaque in any step
+        log_sigma = out[0] if self.scene.bounded else out[0] + self.thin
+        return log_sigma.clamp(max=11).exp(), out  # clamped before the exp; exp(11) is opaque in any step
 
     def colour(self, out, sh):
         """Outputs [16,N] of `density` and harmonics [16,N] of the directions -> rgb [3,N]."""
@@ -176,7 +185,8 @@ class Field(Representation):
         Table entries get gradients rarely, hence the small eps. All samples share the MLPs, hence their lower rate: an
         edit of one place must not tint the others.
         """
-        table, *others = self.grid.table, *(p for p in self.parameters() if p is not self.grid.table)
+        table, *others = self.grid.table, *(p for name, p in self.named_parameters()
+                                            if p is not self.grid.table and not name.startswith("gate."))
         adam = {"betas": (0.9, 0.99), "eps": 1e-15}
         return [{"name": "table", "params": [table], "lr": rate} | adam,
                 {"name": "mlps", "params": others, "lr": mlps} | adam]
@@ -196,9 +206,10 @@ class SampledField(Field):
     Attributes (lengths in half sides of the box):
         step: distance between the samples of an object.
         near, far, growth: range of the samples of a capture, and their distance as a share of their depth.
+        least: sigma of an occupied cell, LEAST or that of a capture's first haze.
         occupancy: [G^3] float, decaying maximum of sigma in each cell of a coarse grid over [-extent, extent]^3.
         occupied: [G^3] bool, cells in which samples are taken.
-        seen: [G^3] bool, cells in sight of a training view; the others are never sampled.
+        seen: [G^3] bool, cells in sight of a training view, of captures see in_sight; the others are never sampled.
         bounds: [2,3], the box around the occupied cells.
     """
     DECAY = 0.8  # factor of the occupancy at each update
@@ -211,12 +222,17 @@ class SampledField(Field):
         focal = torch.tensor([v.camera.lens[0] for v in scene.train]).median().item()
         self.growth = min(max(1.5 / focal, 1 / 256), 1 / 32)
         self.near, self.far = 0.1 * self.distance, 30 * self.distance
-        self.cells = 64 if levels <= 8 else 128
+        self.cells, self.least = 64 if levels <= 8 else 128, self.LEAST
         seen, hull = visual_hull(scene.train, scene.centre, scene.half, self.extent, self.cells)
+        if not scene.bounded:
+            clear, plane = in_sight(scene.train, scene.points, scene.centre, scene.half, self.cells)
+            seen, hull, self.near = seen & clear, hull & clear, max(self.near, plane / scene.half)
+            self.least = self.thin.exp().item()
         self.register_buffer("occupancy", torch.zeros(self.cells ** 3))
         self.register_buffer("seen", seen)
         self.register_buffer("occupied", hull)
         self.register_buffer("bounds", self._bounds())
+        self.gate = None  # see confine
 
     @property
     def batch(self):
@@ -227,16 +243,16 @@ class SampledField(Field):
     def update_occupancy(self, generator, share=0.25, dilate=False):
         """Sample sigma in the occupied cells and in a random share of the others, then decide which are occupied.
 
-        Occupied are cells whose decaying maximum exceeds min(LEAST, mean of all). With `dilate`, so are all their
+        Occupied are cells whose decaying maximum exceeds min(least, mean of all). With `dilate`, so are all their
         neighbours; in a capture only the six neighbours of cells that take half of the light. Most other cells of a
         capture hold a haze, whose surroundings the fit never saw: to sample them would double the work.
         """
         chosen = torch.rand(len(self.seen), generator=generator, device=self.seen.device) < share
         for cell in ((chosen | self.occupied) & self.seen).nonzero()[:, 0].split(2 ** 16):
             offset = torch.rand(3, len(cell), generator=generator, device=cell.device)
-            sigma, _ = self.density(self.grid(cell_points(cell, self.cells, offset)))
+            sigma, _ = self.at(cell_points(cell, self.cells, offset))
             self.occupancy[cell] = torch.maximum(self.occupancy[cell] * self.DECAY, sigma)
-        on = self.occupancy > min(self.LEAST, self.occupancy[self.seen].mean().item())
+        on = self.occupancy > min(self.least, self.occupancy[self.seen].mean().item())
         if dilate:
             solid, boxes = on, [(3, 3, 3)]
             if not self.scene.bounded:
@@ -245,6 +261,7 @@ class SampledField(Field):
             cube = solid.view(1, 1, self.cells, self.cells, self.cells).float()
             for box in boxes:
                 on = on | (max_pool3d(cube, box, 1, [side // 2 for side in box]).view(-1) > 0)
+        on = on if self.gate is None else torch.where(self.gate.open, on, self.gate.field.occupied)
         # new tensors: a picture whose backward pass is still to come keeps the occupancy that it was drawn with
         self.occupied = on & self.seen
         self.bounds = self._bounds()
@@ -255,6 +272,26 @@ class SampledField(Field):
         used = [on.any(b).any(a).nonzero()[:, 0] for a, b in ((0, 1), (0, 2), (1, 2))]  # x, y, z
         ends = [(u[0].item(), u[-1].item() + 1) if len(u) else (0, 0) for u in used]
         return (torch.tensor(ends, device=on.device).T / self.cells * 2 - 1) * self.extent
+
+    def at(self, x, sh=None):
+        """Density [N] at places x [3,N] in [0,1] and, with harmonics sh [16,N] of directions, rgb [3,N] or None."""
+        if self.gate is None:
+            sigma, out = self.density(self.grid(x))
+            return sigma, None if sh is None else self.colour(out, sh)
+        share, total, rgb = inside(self.gate.cells, x), torch.zeros_like(x[0]), torch.zeros_like(x)
+        for field, part in ((self, share), (self.gate.field, 1 - share)):
+            on = part.nonzero()[:, 0]
+            sigma, out = field.density(field.grid(x[:, on]))
+            sigma = sigma * part[on]
+            total = total.index_add(0, on, sigma)
+            if sh is not None:
+                rgb = rgb.index_add(1, on, sigma * field.colour(out, sh[:, on]))
+        return total, None if sh is None else rgb / total.clamp_min(1e-20)
+
+    def confine(self, region):
+        """From now on change only in a region.Region: elsewhere density and colour remain those of a frozen copy."""
+        self.gate = None
+        self.gate = Gate(copy.deepcopy(self).requires_grad_(False), region)
 
     def _in_batches(self, call, *tensors):
         """Results of `call` for at most `batch` columns of tensors [...,N] at a time, a list."""
@@ -300,6 +337,22 @@ class SampledField(Field):
         x = torch.addcmul(rays_o, rays_d, t)
         x = x if self.scene.bounded else contract(x)
         return (x + self.extent).mul_(0.5 / self.extent)
+
+
+class Gate(torch.nn.Module):
+    """Where a field may change, and what it is elsewhere.
+
+    Attributes:
+        field: the frozen SampledField; cells: [C,C,C] of a Region, the share in [0,1] of the field that learns.
+        open: [G^3] bool, the cells of the occupancy that reach into the region.
+    """
+
+    def __init__(self, field, region):
+        super().__init__()
+        self.field = field
+        self.register_buffer("cells", region.cells.to(field.centre.device))
+        places = cell_points(torch.arange(field.cells ** 3, device=field.centre.device), field.cells)
+        self.register_buffer("open", inside(self.cells, places) > 0)
 
 
 class Samples(NamedTuple):
@@ -374,6 +427,10 @@ class NeRF(SampledField):
         count = rays_o.shape[1]
         jitter = torch.as_tensor(jitter, device=rays_o.device).expand(count, 1)
         x, t, ray = self.march((rays_o - self.centre[:, None]) / self.scene.half, rays_d, jitter)
+        if self.gate:
+            tau = torch.cat([self.at(part)[0] for part in x.split(self.batch, 1)]) * self.length(t)
+            keep = (volume_weights(tau, ray, count) > self.LIGHT).nonzero()[:, 0]
+            return Samples(x[:, keep], t[keep], ray[keep], None, len(t))
         features = self._in_batches(self.grid, x)
         tau = torch.cat([self.density(part)[0] for part in features]) * self.length(t)
         on = volume_weights(tau, ray, count) > self.LIGHT
@@ -396,18 +453,22 @@ class NeRF(SampledField):
         count = rays_o.shape[1]
         x, t, ray, features, marched = found or self.find(rays_o, rays_d, jitter)
         sh = spherical_harmonics(rays_d).index_select(1, ray)
-        if features is None or torch.is_grad_enabled():
-            features = self.grid(x, features)
-        sigma, out = self.density(features)
+        if self.gate:
+            sigma, rgb = self.at(x, sh)
+        else:
+            if features is None or torch.is_grad_enabled():
+                features = self.grid(x, features)
+            sigma, out = self.density(features)
         weights = volume_weights(sigma * self.length(t), ray, count)
-        values = self.colour(out, sh) * weights
+        values = (rgb if self.gate else self.colour(out, sh)) * weights
         sums = _sums(torch.cat((values, weights[None], (weights.detach() * t)[None])), ray, count)
         return sums[:3], sums[3], sums[4], (weights, t, ray, marched)
 
     def draw(self, rays_o, rays_d, found=None):
         """Rays rays_o, rays_d [3,R] -> rgb [3,R] on the background; found: see `shade`."""
         rgb, opacity, _, _ = self.shade(rays_o, rays_d, found=found)
-        return rgb + self.behind(rays_d) * (1 - opacity)
+        field = self.gate.field if self.gate else self
+        return rgb + field.behind(rays_d) * (1 - opacity)
 
     def rgb(self, camera):
         """The picture [3,H,W] of a Camera.
@@ -481,6 +542,8 @@ class NeRF(SampledField):
             raise SceneError(f"{path}: no readable NeRF: it is smaller than it says")
         try:
             nerf = cls(scene, **config)
+            if any(name.startswith("gate.") for name in state):
+                nerf.confine(Region(scene, torch.zeros(CELLS, CELLS, CELLS)))
             restore(nerf, state, path)
         except ValueError as e:  # a table that is no power of two, other parts, NaN
             raise SceneError(e if str(path) in str(e) else f"{path}: no readable NeRF: {e}") from e
@@ -503,7 +566,8 @@ class NeRF(SampledField):
         """Fit a new NeRF to the training views of a scene.
 
         Batches of random pixels, Huber and distortion loss, Adam with a learning rate that decays tenfold. Objects are
-        fitted on random backgrounds, which only the true opacity explains: nothing white hides in front of white.
+        fitted on random backgrounds, which only the true opacity explains: nothing white hides in front of white. For
+        what helps captures see guide.py and box.in_sight.
 
         Args:
             seconds: process CPU time on a CPU, wall time elsewhere; 60 if neither it nor steps is given.
@@ -521,27 +585,34 @@ class NeRF(SampledField):
         device = torch.device(device)
         sizes = cls.sizes(device) | sizes
         checks = {"nerf": dictionary, "rays": lambda value: count(value) and 0 < value <= 2 ** 17, "drawn": count}
+        checks |= {} if scene.bounded else {"guide": dictionary}
         course = Course(scene, sizes, checks, seconds, steps, checkpoint, device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             nerf = cls(scene, **sizes).to(device)
+        pixels = Pixels(scene.train, device)
+        guide = None if scene.bounded else Guide(scene, pixels)
+        parts = {"nerf": nerf} | ({"guide": guide} if guide else {})
         marched, kept, rays, most = cls.BATCH if device.type == "cpu" else cls.BATCH_GPU
         drawn = 0
         if course.saved:
-            restore(nerf, course.saved["nerf"], course.checkpoint)
+            for name, part in parts.items():
+                restore(part, course.saved[name], course.checkpoint)
             rays, drawn = course.saved["rays"], course.saved["drawn"]
-        optimiser = torch.optim.Adam(nerf.param_groups(2e-2, 7e-3), fused=True)
+        groups = nerf.param_groups(2e-2, 7e-3) + ([guide.param_group()] if guide else [])
+        optimiser = torch.optim.Adam(groups, fused=True)
         rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
         generator, = parallel.streams(seed, 1, device)
-        pixels = Pixels(scene.train, device)
 
         def state():
-            return dict(nerf=nerf.state_dict(), rays=rays, drawn=drawn)
+            return {name: part.state_dict() for name, part in parts.items()} | dict(rays=rays, drawn=drawn)
 
         for step in course.run(optimiser, generator, state, progress):
             for group in optimiser.param_groups:
                 group["lr"] = rates[group["name"]] * 0.1 ** course.share(step) * min(1, (step + 1) / 20)
-            loss, colour, samples = nerf.fit_loss(pixels, rays, generator)
+            if guide:
+                guide.share = course.share(step)
+            loss, colour, samples = nerf.fit_loss(pixels, rays, generator, guide=guide)
             optimiser.zero_grad()
             loss.backward()
             parallel.average(loss, optimiser.param_groups)
@@ -553,22 +624,29 @@ class NeRF(SampledField):
             rays *= min(marched / max(samples[0], 1), kept / max(samples[1], 1), 2)
             rays = min(max(int(rays), 64), most)
             course.report(loss, 2 * colour)  # near 0 the Huber loss is half the square
-        nerf.fitted = {"steps": course.step, "seconds": course.spent, "rays": drawn}
+        nerf.open, nerf.fitted = None, {"steps": course.step, "seconds": course.spent, "rays": drawn}
         return nerf
 
-    def fit_loss(self, pixels, rays, generator, l1=False):
-        """Loss of a batch of random pixels, its colour term, and its numbers of samples (marched, shaded)."""
-        rays_o, rays_d, wanted = pixels(rays, generator)
+    def fit_loss(self, pixels, rays, generator, l1=False, guide=None):
+        """Loss of a batch of random pixels, its colour term, and its numbers of samples (marched, shaded).
+
+        guide: a Guide of a capture's fit: it draws the pixels, opens the levels of the grid from coarse to fine,
+        exposes the colours as each view does, and says where a ray must end.
+        """
+        rays_o, rays_d, wanted, *known = guide.draw(rays, generator) if guide else pixels(rays, generator)
         random = torch.rand(4, rays, generator=generator, device=rays_o.device)
+        self.open = guide.opened(len(self.grid.cells)) if guide else None
         rgb, opacity, _, (weights, t, ray, marched) = self.shade(rays_o, rays_d, random[:1].T)
         behind = random[1:] if len(wanted) == 4 else self.behind(rays_d)
         seen, wanted = rgb + behind * (1 - opacity), over(wanted, behind)
+        seen = guide.exposed(seen, known[0]) if guide else seen
         colour = l1_loss(seen, wanted) if l1 else huber_loss(seen, wanted, delta=0.1)
+        loss = colour + guide.strayed(weights, t, ray, opacity, known[1]) if guide else colour
         s, ds = t, self.step
         if not self.scene.bounded:  # steps of a capture are even in log t
             whole = math.log(self.far / self.near)
             s, ds = torch.log(t / self.near) / whole, self.growth / whole
-        return colour + 3e-3 * distortion(weights, s, ds, ray, rays), colour.detach(), (marched, len(t))
+        return loss + 3e-3 * distortion(weights, s, ds, ray, rays), colour.detach(), (marched, len(t))
 
 
 class _Deferred(torch.autograd.Function):

@@ -306,6 +306,14 @@ class Splats(Representation):
 
     # ---- interface of the editing loop
 
+    def confine(self, region):
+        """From now on only Gaussians learn whose centre lies in a region.Region."""
+        inside = (region.at(self.means.detach().cpu().T) > 0.5).to(self.means)
+        for name in ATTRIBUTES:
+            parameter = getattr(self, name)
+            shape = -1, *[1] * (parameter.ndim - 1)
+            parameter.register_hook(lambda grad, shape=shape: grad * inside.view(shape))
+
     def data_loss(self, dataset, generator=None, l1=True):
         """The L1 loss, a scalar, of a random picture of a `dataset`; l1 is unused."""
         view = int(torch.randint(len(dataset.cameras), (), generator=generator))

@@ -19,6 +19,7 @@ from scene.representation import depth_picture, mean_psnr
 from splat import Splats
 
 WIDTH, HEIGHT, DISTANCE, ANGLE = 126, 84, 3.2, 44  # pixels, units from the statuette, degrees of horizontal view
+SHARP = 0.33  # distance from the statuette in units; beyond it photographs are blurred and few points are found
 ROOM = (torch.tensor([-5.0, -4.5, -1.2]), torch.tensor([4.5, 5.0, 2.6]))
 # spheres: centre, radius, colour; the ellipsoid of the body is the second one, stretched upwards
 STATUETTE = [((0.0, 0.0, 0.62), 0.21, (0.85, 0.68, 0.52)), ((0.0, 0.0, 0.18), 0.33, (0.25, 0.42, 0.70)),
@@ -37,13 +38,13 @@ def pattern(x, size):
     return (a.sin() * b.sin() + b.sin() * c.cos() + c.sin() * a.cos()) / 6 + 0.5
 
 
-def nearest(rays_o, rays_d):
+def nearest(rays_o, rays_d, statuette=STATUETTE):
     """Rays [3,R] -> distance [R] to the first hit, its colour [3,R], and whether that is table or statuette."""
     far = torch.maximum((ROOM[0][:, None] - rays_o) / rays_d, (ROOM[1][:, None] - rays_o) / rays_d)
     t, wall = far.min(0)
     x = rays_o + t * rays_d
     paint = torch.tensor([[0.62, 0.55, 0.48], [0.50, 0.58, 0.62], [0.45, 0.40, 0.34]]).T[:, wall]
-    colour = paint * (0.4 + 1.0 * pattern(x, 0.7)) * torch.where(x[2] > 2.5, 1.3, 1.0)
+    colour = paint * (0.4 + 1.0 * pattern(x, 1.5)) * torch.where(x[2] > 2.5, 1.3, 1.0)
     thing = torch.zeros_like(t, dtype=torch.bool)
 
     def meet(at, paint):
@@ -57,7 +58,7 @@ def nearest(rays_o, rays_d):
     grain = pattern(x * torch.tensor([[1], [3], [1]]), 0.5)
     wood = torch.tensor([0.60, 0.40, 0.24])[:, None] * (0.5 + 1.0 * grain)
     meet(torch.where(inside, top, math.inf), wood * shade)
-    for centre, radius, paint in STATUETTE:
+    for centre, radius, paint in statuette:
         o, d = ((rays_o - torch.tensor(centre)[:, None]) * STRETCH[:, None], rays_d * STRETCH[:, None])
         a, b, c = (d * d).sum(0), (o * d).sum(0), (o * o).sum(0) - radius ** 2
         root = b * b - a * c
@@ -73,6 +74,12 @@ def photograph(camera):
     """The picture [3,H,W] of a Camera, averaged over 3 x 3 rays per pixel."""
     _, colour, _ = nearest(*camera.framed(3 * HEIGHT).rays())
     return torch.nn.functional.avg_pool2d(colour.view(1, 3, 3 * HEIGHT, 3 * WIDTH), 3)[0].clamp(0, 1)
+
+
+def silhouette(camera):
+    """Where the statuette is in the picture of a Camera, [1,1,H,W] bool: the mask that a hand would draw."""
+    rays = camera.rays()
+    return (nearest(*rays)[0] < nearest(*rays, ())[0]).view(1, 1, camera.height, camera.width)
 
 
 def ring(count, seed=0):
@@ -96,7 +103,8 @@ def matched(cameras, count, seed=0):
     for camera in cameras:
         rays = torch.stack(camera.rays(), 0)
         t, colour, thing = nearest(*rays)
-        chance = torch.where(thing, 1.0, 0.4) * (0.2 + colour.std(0))
+        off = (rays[0] + t * rays[1] - torch.tensor([[0.0], [0], [0.25]])).norm(dim=0)  # from the focus
+        chance = torch.where(thing, 1.0, 0.4) * (0.2 + colour.std(0)) * (torch.exp(-(off / SHARP) ** 2) + 0.002)
         at = torch.multinomial(chance, 1 + 3 * count // len(cameras), generator=g)
         found.append(torch.cat((rays[0][:, at] + t[at] * rays[1][:, at], colour[:, at])))
     found = torch.cat(found, 1)

@@ -64,3 +64,51 @@ def visual_hull(views, centre, half, extent, cells):
     hull = torch.zeros_like(seen)
     hull[alive] = True
     return seen, hull & seen
+
+
+NEAR, FEWEST = 0.6, 3  # of the depth of a view's nearest points; views that must see a cell
+
+
+def in_sight(views, points, centre, half, cells):
+    """The cells of a capture that can hold something, [cells^3] bool, and the nearest near plane of a view, or 0.
+
+    A view sees nothing before its near plane, at NEAR times the depth of the nearest of the points [N,3] in its
+    picture: without that, every view is explained by a fog of its own before the camera. What only one or two of many
+    views see could be anywhere along their rays; what FEWEST views see must agree.
+
+    Args:
+        points: of the capture's cloud, [N,3] in the units of the scene; None: there are no near planes.
+        centre, half: see visual_hull; the grid covers the contracted space.
+    """
+    x = uncontract(cell_points(torch.arange(cells ** 3), cells) * 4 - 2) * half + centre[:, None]
+    clear, count, planes = torch.ones(cells ** 3, dtype=torch.bool), torch.zeros(cells ** 3), []
+    for view in views:
+        plane = 0.0
+        if points is not None:
+            _, _, depth, there = in_picture(view.camera, points.T)
+            plane = NEAR * depth[there].quantile(0.02).item() if there.sum() > 20 else 0.0
+        _, _, depth, there = in_picture(view.camera, x)
+        clear &= ~there | (depth >= plane)
+        count += there
+        planes.append(plane)
+    # views that look outwards share little with one another
+    fewest = min(FEWEST, math.ceil(count.max().item() / 7))
+    return clear & (count >= fewest), min(planes)
+
+
+def sightings(views, points):
+    """The pixels in which views show points [N,3]: their views, columns, rows, and distances from the camera, [M] each.
+
+    A point counts as hidden where another one is nearer by a tenth within a sixteenth of the picture around it. Of a
+    large cloud about four thousand points are taken, as the search for neighbours is quadratic.
+    """
+    points, found = points[::math.ceil(len(points) / 4000)], []
+    for i, view in enumerate(views):
+        camera = view.camera
+        u, v, depth, there = in_picture(camera, points.T)
+        at = torch.stack((u, v), 1)[there]
+        near = torch.cdist(at, at) < max(camera.width, camera.height) / 16
+        shown = depth[there] < 1.1 * torch.where(near, depth[there], math.inf).amin(1)
+        away = (points[there] - camera.pose[:, 3]).norm(dim=1)[shown]
+        found.append((torch.full_like(away, i).long(), *at[shown].long().T, away))
+    return [torch.cat(column) for column in zip(*found, strict=True)]

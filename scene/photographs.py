@@ -138,11 +138,18 @@ class Pixels:
 
     def __call__(self, count, generator):
         """rays_o, rays_d [3,count] and pixels [C,count] in [0,1] of random pixels."""
+        return self.look(self.numbers(count, generator))[:3]
+
+    def numbers(self, count, generator):
+        """Numbers [count] of random pixels."""
         drawn = self.pixels if self.used is None else self.used
         at = torch.randint(len(drawn), (count,), generator=generator, device=self.pixels.device)
-        at = at if self.used is None else self.used[at]
+        return at if self.used is None else self.used[at]
+
+    def look(self, at):
+        """rays_o, rays_d [3,N], pixels [C,N] in [0,1] and numbers of the views [N] of pixels, numbers [N]."""
         view = torch.searchsorted(self.start, at, right=True) - 1
         at_view, width = at - self.start[view], self.width[view]
         d = directions(self.lens[:, view], at_view % width + 0.5, at_view // width + 0.5)
         pose = self.pose[:, :, view]
-        return pose[:, 3], (pose[:, :3] * d).sum(1), self.pixels[at].T.float() / 255
+        return pose[:, 3], (pose[:, :3] * d).sum(1), self.pixels[at].T.float() / 255, view

@@ -43,7 +43,7 @@ def capture(tmp_path_factory):
         rgba = view.picture()
         picture = torch.lerp(behind.view(3, *rgba.shape[1:]), rgba[:3], rgba[3:])
         Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy()).save(folder / view.name)
-    return SmallNeRF.fit(load_scene(folder), steps=280, progress=False, **NERF_SIZES)
+    return SmallNeRF.fit(load_scene(folder), steps=440, progress=False, **NERF_SIZES)
 
 
 def learn(nerf, wanted, steps):
@@ -377,11 +377,11 @@ def test_a_killed_fit_resumes_bit_identically(nerf_sphere, tmp_path, monkeypatch
     monkeypatch.setattr(time, "monotonic", lambda: next(ticks))  # a checkpoint after each step
     step, calls = NeRF.fit_loss, []
 
-    def killed(self, *args):
+    def killed(self, *args, **options):
         calls.append(1)
         if len(calls) == 101:
             raise KeyboardInterrupt
-        return step(self, *args)
+        return step(self, *args, **options)
     monkeypatch.setattr(NeRF, "fit_loss", killed)
     file = tmp_path / "fit.pt"
     with pytest.raises(KeyboardInterrupt):

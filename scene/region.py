@@ -1,0 +1,216 @@
+"""A region of a scene's space, in which an edit acts: lifted from masks of a few photographs, a box, or a ball.
+
+    region = lifted(nerf, {3: mask}, size=64)        # from the mask of view 3, or of several views
+    region = ball(scene, centre, radius)
+    share = region.at(x)                             # [N] in [0,1] at points x [3,N]
+    mask = region.seen(nerf, view=0, size=64)        # [1,1,H,W], where a view sees it
+
+Cells are those of a grid over the box, of captures over the contracted space, see box.py.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import grid_sample, interpolate, max_pool2d, max_pool3d
+
+from scene.box import cell_points, contract, uncontract
+from scene.cameras import Camera, in_picture
+
+CELLS = 64  # of the grid, along each side
+
+
+class Region:
+    """A soft part of space.
+
+    Attributes:
+        scene: the Scene.
+        cells: [CELLS,CELLS,CELLS] in [0,1], the share of each cell; x changes first, as in cell_points.
+    """
+
+    def __init__(self, scene, cells):
+        self.scene, self.cells, self.extent = scene, cells.float(), 1 if scene.bounded else 2
+
+    def at(self, x):
+        """The share [N] in [0,1] at points x [3,N] in units of the scene."""
+        return inside(self.cells, _place(self.scene, x))
+
+    @torch.no_grad()
+    def seen(self, representation, view, size, steps=64):
+        """Where a view sees the region, in front of the surface or on it: [1,1,H,W], 0 or 1."""
+        look = Look.of(representation, view, size)
+        on = self.cells.view(-1).nonzero()[:, 0]
+        if not len(on):
+            return torch.zeros(1, 1, look.camera.height, look.camera.width)
+        away = (_centres(self.scene, on) - look.camera.pose[:, 3:]).norm(dim=0)
+        room = 2 * _size(self.scene, _centres(self.scene, on)).max()
+        rays_o, rays_d = look.camera.rays()
+        found = torch.zeros(rays_o.shape[1], dtype=torch.bool)
+        # up to the surface, which is as uncertain as a cell is large
+        limit = torch.where(look.depth > 0, look.depth, math.inf)
+        for t in torch.linspace((away.min() - room).clamp_min(0), away.max() + room, steps):
+            x = rays_o + t * rays_d
+            found |= (self.at(x) > 0.5) & (t <= limit + 0.5 * _size(self.scene, x))
+        return found.float().view(1, 1, look.camera.height, look.camera.width)
+
+
+def inside(cells, place):
+    """Trilinear interpolation of cells [G,G,G] at places [3,N] in [0,1], their share of the grid: [N]."""
+    return grid_sample(cells[None, None], (2 * place - 1).T[None, None, None], padding_mode="border",
+                       align_corners=False).view(-1)
+
+
+def box(scene, low, high):
+    """The Region between two corners, three numbers each in the units of the scene's file."""
+    low, high = (torch.tensor(corner) for corner in zip(*map(sorted, zip(low, high, strict=True)), strict=True))
+    return _where(scene, lambda x: ((x >= low[:, None]) & (x <= high[:, None])).all(0))
+
+
+def ball(scene, centre, radius):
+    """The Region around a centre, three numbers, up to a radius, in the units of the scene's file."""
+    return _where(scene, lambda x: (x - torch.tensor(centre)[:, None]).norm(dim=0) <= radius)
+
+
+def _where(scene, test):
+    """The Region of the cells whose parts pass `test`, a function of points [3,N] in coordinates of the file -> [N]."""
+    g, total = torch.Generator().manual_seed(0), 0
+    for _ in range(8):
+        offset = torch.rand(3, CELLS ** 3, generator=g)
+        total = total + test(_centres(scene, torch.arange(CELLS ** 3), offset) + torch.tensor(scene.origin)[:, None])
+    if not total.any():
+        raise ValueError("the box or ball of the edit is empty, or smaller than a cell of "
+                         f"{2 * scene.half * (1 if scene.bounded else 2) / CELLS:.3g} units: give it in the units of "
+                         f"{scene.path}, whose middle is at {(scene.centre + torch.tensor(scene.origin)).tolist()}")
+    return Region(scene, (total / 8).view(CELLS, CELLS, CELLS))
+
+
+def _centres(scene, cell, offset=0.5):
+    """Numbers [N] of cells -> points [3,N] in units of the scene; offset within the cell."""
+    x = cell_points(cell, CELLS, offset)
+    x = 2 * x - 1 if scene.bounded else uncontract(4 * x - 2)
+    return x * scene.half + scene.centre[:, None]
+
+
+def _place(scene, x):
+    """Points [3,N] in units of the scene -> places [3,N] in [0,1], as shares of the grid."""
+    x = (x - scene.centre[:, None]) / scene.half
+    return (x + 1) / 2 if scene.bounded else (contract(x) + 2) / 4
+
+
+def _size(scene, x):
+    """Sides [N] of the cells around points x [3,N], in units of the scene."""
+    if scene.bounded:
+        return torch.full_like(x[0], 2 * scene.half / CELLS)
+    return 4 * scene.half / CELLS * ((x - scene.centre[:, None]) / scene.half).abs().amax(0).clamp_min(1).square()
+
+
+class Look(NamedTuple):
+    """What a view shows: its camera, and of each of its P pixels the depth [P] along the ray, 0 where it meets nothing,
+    the point [3,P] and the number [P] of its cell."""
+    camera: Camera
+    depth: torch.Tensor
+    points: torch.Tensor
+    cell: torch.Tensor
+
+    @classmethod
+    def of(cls, representation, view, size):
+        camera = representation.camera(view, size)
+        depth = representation.depth(camera).cpu().view(-1)
+        rays_o, rays_d = camera.rays()
+        points = rays_o + depth * rays_d
+        at = (_place(representation.scene, points) * CELLS).long().clamp(0, CELLS - 1)
+        return cls(camera, depth, points, at[0] + CELLS * (at[1] + CELLS * at[2]))
+
+    def project(self, x):
+        """Points x [3,N] -> their pixels [N], whether these are in the picture, and distances [N] from the camera."""
+        u, v, _, inside = in_picture(self.camera, x)
+        pixel = v.long().clamp(0, self.camera.height - 1) * self.camera.width + u.long().clamp(0, self.camera.width - 1)
+        return pixel, inside, (x - self.camera.pose[:, 3:]).norm(dim=0)
+
+
+@torch.no_grad()
+def lifted(representation, masks, size):
+    """The Region that masks show: {number of a view: [1,1,h,w] in [0,1]}, one at least; held-out views come after those
+    for training.
+
+    The surface that the views of `size` show is cut into cells. Every mask votes on those that its view sees; a cell
+    that none of them sees gets the label of the cell with a label from which the way along the surface is shortest,
+    where changes of colour make a way longer (geodesic segmentation, Bai and Sapiro 2009). The region is what all views
+    see inside of the labelled surface.
+    """
+    scene, looks = representation.scene, []
+    sums = torch.zeros(7, CELLS ** 3)  # of points, colours and ones
+    for view in range(len(scene.train)):
+        look = Look.of(representation, view, size)
+        colour = representation.photograph(view, size).cpu().view(3, -1)
+        hit = look.depth > 0
+        rows = torch.cat((look.points, colour, torch.ones_like(colour[:1])))
+        sums.index_add_(1, look.cell[hit], rows[:, hit])
+        looks.append(look)
+    cell = sums[6].nonzero()[:, 0]
+    points, colours = (sums[:6, cell] / sums[6, cell]).split(3)
+    room, votes = 1.5 * _size(scene, points), torch.zeros(2, len(cell))
+    for view, mask in masks.items():
+        held_out = view >= len(looks)
+        look = Look.of(representation, scene.test[view - len(looks)].camera, size) if held_out else looks[view]
+        own = interpolate(mask.cpu().float(), size=(look.camera.height, look.camera.width), mode="bilinear").view(-1)
+        pixel, within, away = look.project(points)
+        shown = within & ((away - look.depth[pixel]).abs() < room)
+        votes[:, shown] += torch.stack((own[pixel[shown]], torch.ones(int(shown.sum()))))
+    label = _spread(cell, points / scene.half, colours, votes[1] > 0, votes[0] > 0.5 * votes[1])
+    chosen, other = (torch.zeros(CELLS ** 3, dtype=torch.bool).index_fill(0, cell[on], True) for on in (label, ~label))
+    if not chosen.any():
+        raise ValueError(f"{scene.path}: the masks show no surface of the scene")
+    return Region(scene, _filled(scene, looks, chosen, other).view(CELLS, CELLS, CELLS))
+
+
+COLOUR = 30  # by how much a step from black to white lengthens the way of a step along the surface
+
+
+def _spread(cell, points, colours, decided, label):
+    """Labels [N] bool for all of the cells, numbers [N], from those of the decided ones, by shortest ways.
+
+    points [3,N], colours [3,N] in [0,1] of the cells; decided, label: [N] bool.
+    """
+    number = torch.full((CELLS + 2,) * 3, len(cell))
+    at = torch.stack((cell // CELLS ** 2, cell // CELLS % CELLS, cell % CELLS)) + 1  # z, y, x
+    number[at[0], at[1], at[2]] = torch.arange(len(cell))
+    steps = [(i, j, k) for i in (-1, 0, 1) for j in (-1, 0, 1) for k in (-1, 0, 1) if (i, j, k) != (0, 0, 0)]
+    beside = torch.stack([number[at[0] + i, at[1] + j, at[2] + k] for i, j, k in steps])  # [26,N]; N: none
+    end = beside.clamp_max(len(cell) - 1)
+    way = (points[:, end] - points[:, None]).norm(dim=0)
+    way = way * (1 + COLOUR * (colours[:, end] - colours[:, None]).abs().mean(0))
+    way = torch.where(beside < len(cell), way, math.inf)
+    cost = torch.full((2, len(cell) + 1), math.inf)
+    cost[0, :-1][decided & ~label] = 0
+    cost[1, :-1][decided & label] = 0
+    for _ in range(4 * CELLS):
+        shorter = torch.minimum(cost[:, :-1], (cost[:, beside] + way).amin(1))
+        if torch.equal(shorter, cost[:, :-1]):
+            break
+        cost[:, :-1] = shorter
+    return torch.where(decided, label, cost[1, :-1] < cost[0, :-1])
+
+
+def _filled(scene, looks, chosen, other):
+    """The cells [CELLS^3] that nearly all views see inside of the chosen surface, or behind it, and that surface.
+
+    A view in which a cell is hidden by something else does not count; chosen, other: [CELLS^3] bool, of the surface.
+    """
+    cube = chosen.view(1, 1, CELLS, CELLS, CELLS).float()
+    near = max_pool3d(cube, 5, 1, 2).view(-1).nonzero()[:, 0]
+    ends = torch.stack((near % CELLS, near // CELLS % CELLS, near // CELLS ** 2))
+    low, high = ends.amin(1).tolist(), (ends.amax(1) + 1).tolist()
+    span = [torch.arange(a, b) for a, b in zip(low, high, strict=True)]
+    cell = (span[0] + CELLS * (span[1][:, None] + CELLS * span[2][:, None, None])).reshape(-1)
+    x = _centres(scene, cell)
+    room, votes = 1.5 * _size(scene, x), torch.zeros(2, len(cell))
+    for look in looks:
+        mask = (chosen[look.cell] & (look.depth > 0)).view(1, 1, look.camera.height, -1).float()
+        mask = max_pool2d(mask, 3, 1, 1).view(-1) > 0
+        pixel, within, away = look.project(x)
+        depth = look.depth[pixel]
+        counts = within & (mask[pixel] | (depth == 0) | (away < depth + room))
+        votes += torch.stack((counts & mask[pixel], counts))
+    full = chosen.clone()
+    full[cell] |= (votes[1] > 0) & (votes[0] >= 0.9 * votes[1])
+    return (full & ~other).float()
