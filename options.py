@@ -8,6 +8,7 @@ import argparse
 import copy
 import hashlib
 import re
+import sys
 import unicodedata
 import warnings
 from collections import namedtuple
@@ -34,7 +35,7 @@ INPUTS = {"svg": "svg", "image": "image", "scene": "nerf"}
 METHODS = (*LOSSES, *EDITORS)
 UP = ("x", "y", "z", "-x", "-y", "-z")
 OUTPUTS = {"source.png", "sheet.png", "progress.gif", "turntable.gif", "depth.png", "config.json",
-           "checkpoint.pt"}  # of a run
+           "index.html", "checkpoint.pt"}  # of a run
 PATHS = ("turntable", "input")  # camera paths of turntable.gif
 
 # modes: those that read the option, all if empty; elsewhere it is refused. kept: whether the result depends on it, so
@@ -178,6 +179,7 @@ def parse(argv=None, about=None, strict=True):
             parser.error(f"{args.fitted}: also give --scene DIR, the photographs that it was fitted to")
         args.fitted = args.fitted or args.input
         args.input = args.input or args.fitted
+    args.command = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
     args.losses = [args.loss] if args.compare is None else list(dict.fromkeys(args.compare or COMPARED))
     editors = [name for name in args.losses if name in EDITORS]
     if editors and args.mode not in EDITABLE:

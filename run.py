@@ -19,6 +19,7 @@ import copy
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -37,6 +38,7 @@ from edit import LOSSES, SCENES, edit, stages_of
 from files import sheets
 from files.checkpoint import fingerprint, read_run
 from files.messages import exit_code, one_line
+from files.page import run_page
 from files.pictures import read_picture, to_pil, to_tensor
 from files.sheets import beside, sheet, snapshot
 from files.writing import check_writable, locked, write
@@ -234,7 +236,9 @@ def run_one(prior, name, args, out, view=None):
         else:
             after = shown.look(scene)
     if first:
-        print(f"{name}: {change_outside(prior, shown.before, after, args)}")
+        change = change_outside(prior, shown.before, after, args)
+        print(f"{name}: {change}")
+        write(out / "index.html", shown.page(out, config, change))
         if interrupted:
             raise KeyboardInterrupt(f"the edit so far is in {out}; the same command with --resume goes on")
     return shown.before, after
@@ -257,16 +261,15 @@ class Shown:
     def write(self, out, scene, stages, title, frames):
         """Write all pictures of a run to the folder `out`; returns those of the edited scene."""
         args, after = self.args, self.look(scene)
+        self.pairs, self.frames, self.title = [(self.before[0], after[0])], frames, title
         write(out / "source.png", beside(self.before))
         if args.mode != "image":  # for a picture, save() has written result.png with its alpha
             write(out / "result.png", beside(after))
         write(out / "sheet.png", sheet([("source", args.source, self.before), (title, args.target, after)]))
         write(out / "progress.gif", frames)
         if self.around:
-            turned = [
-                beside([a, snapshot(scene, view=camera)]) for a, camera in zip(self.turned, self.turn, strict=True)
-            ]
-            write(out / "turntable.gif", turned)
+            self.pairs = [(a, snapshot(scene, view=camera)) for a, camera in zip(self.turned, self.turn, strict=True)]
+            write(out / "turntable.gif", [beside(pair) for pair in self.pairs])
             for stage in stages:
                 if stage.state.get("edited"):
                     write(out / f"{stage.name}-views.png", sheet(stage.pictures()))
@@ -274,6 +277,17 @@ class Shown:
         if args.export:
             export(scene, out / "export", [view.camera for view in scene.scene.train])
         return after
+
+
+    def page(self, out, config, change):
+        """index.html of a run in the folder `out`, a str; change: the line of change_outside."""
+        args, shape = self.args, self.pairs[0][0].size
+        if args.mode == "svg" and args.input.suffix.lower() == ".svg":  # as drawings, which stay sharp when zoomed
+            self.pairs = [((out / "source.svg").read_bytes(), (out / "result.svg").read_bytes())]
+        name, value = change.split(": ", 1)
+        return run_page(args.source, args.target, self.title, self.pairs, shape, self.frames, {name: value},
+                        {key: value for key, value in config.items() if value is not None and key != "sha256"},
+                        f"python run.py {shlex.join(args.command)}")
 
 
 def change_outside(prior, before, after, args):

@@ -275,6 +275,6 @@ def command(pipelines, tmp_path, small_pictures, loaded, monkeypatch):
 
 
 def outputs(folder):
-    """The bytes of every result; the checkpoint and config.json hold times or paths."""
-    skip = ("checkpoint.pt", "config.json", "export")
+    """The bytes of every result; the checkpoint, config.json and the page hold times, paths or the command."""
+    skip = ("checkpoint.pt", "config.json", "index.html", "export")
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in skip}
