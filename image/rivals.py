@@ -32,22 +32,22 @@ def ids_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, rounds=3, 
     return as_loss(x0_tgt, _masked(eps_tgt - eps_src, mask))
 
 
-def ssd_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, stable=2.0, enhance=5.5, pull=0.075, mask=None,
+def ssd_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, stable=2.0, enhance=11 / 15, pull=0.075, mask=None,
              generator=None):
     """Stable Score Distillation: four unguided predictions, with x_t and xs_t the noised target and source,
 
-        stable / 2 (eps(x_t, y_src) - eps(xs_t, "")) + guidance / 2 (eps(x_t, y_tgt) - eps(x_t, y_src))
-            + enhance (eps(x_t, y_tgt) - eps(x_t, "")) + pull e^tau (x_t - xs_t)
+        stable / 2 (eps(x_t, y_src) - eps(xs_t, "")) + pull e^tau (x_t - xs_t)
+            + guidance (1/2 (eps(x_t, y_tgt) - eps(x_t, y_src)) + enhance (eps(x_t, y_tgt) - eps(x_t, "")))
 
-    The first term steadies, the second edits, the third strengthens the target prompt, the last is DreamCatalyst's pull
-    to the source, with its tau (see pds.dreamcatalyst). guidance: that of the prior, which here is a weight. Arguments
-    and value as in pds.dds_loss; a mask leaves the pull alone.
+    The first term steadies, the second is DreamCatalyst's pull to the source, with its tau (see pds.dreamcatalyst), the
+    third edits, the last strengthens the target prompt. guidance: that of the prior, here the weight of what edits; at
+    the released 7.5 the last term weighs 5.5. Arguments and value as in pds.dds_loss; a mask leaves the pull alone.
     """
     x0_tgt, x0_src, t, noise = _prepare(prior, x0_tgt, x0_src, t, noise, 0, generator)
     null = prior.unconditional()
     to_tgt, to_src, to_null, src_null = predict(prior.at(1.0), t, noise, (x0_tgt, y_tgt), (x0_tgt, y_src),
                                                 (x0_tgt, null), (x0_src, null))
-    push = stable / 2 * (to_src - src_null) + prior.guidance / 2 * (to_tgt - to_src) + enhance * (to_tgt - to_null)
+    push = stable / 2 * (to_src - src_null) + prior.guidance * ((to_tgt - to_src) / 2 + enhance * (to_tgt - to_null))
     away = add_noise(x0_tgt, noise, prior.abar, t) - add_noise(x0_src, noise, prior.abar, t)
     tau = (t.double() - 1) / len(prior.abar)
     return as_loss(x0_tgt, _masked(push, mask) + (pull * _rows(tau.exp(), x0_tgt) * away).detach())

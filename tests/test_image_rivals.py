@@ -85,7 +85,7 @@ def test_ids_differentiates_through_the_network(pipelines):
 
 
 def test_ssd_is_the_sum_of_its_four_terms(pipelines):
-    prior = Prior.from_pretrained(pipelines["sd"]).at(6.0)
+    prior = Prior.from_pretrained(pipelines["sd"]).at(7.5)
     x0_tgt, x0_src, noise = (rand(2, 4, 8, 8, seed=seed).float() for seed in (1, 2, 3))
     t, y_src, y_tgt = torch.tensor([150, 800]), prior.embed("a cat"), prior.embed("a dog")
     rows = []
@@ -96,8 +96,8 @@ def test_ssd_is_the_sum_of_its_four_terms(pipelines):
         def plain(x, words, i=i):
             return prior._predict(x, t[i:i + 1], [words])[0]
         null = prior.embed("")
-        push = (2.0 / 2 * (plain(x_t, y_src) - plain(xs_t, null)) + 6.0 / 2 * (plain(x_t, y_tgt) - plain(x_t, y_src))
-                + 5.5 * (plain(x_t, y_tgt) - plain(x_t, null)))
+        push = (2.0 / 2 * (plain(x_t, y_src) - plain(xs_t, null)) + 7.5 / 2 * (plain(x_t, y_tgt) - plain(x_t, y_src))
+                + 5.5 * (plain(x_t, y_tgt) - plain(x_t, null)))  # at guidance 7.5
         rows.append((push, 0.075 * math.exp((t[i].item() - 1) / 1000) * (x_t - xs_t)))
     push, pull = (torch.cat(part) for part in zip(*rows, strict=True))
     found = gradient(ssd_loss, prior, x0_tgt, x0_src, y_tgt, y_src, t, noise)

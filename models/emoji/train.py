@@ -1103,7 +1103,7 @@ def measure(args, log):
 # The model's settings, written to pds.json: guidance by loss, optimiser steps, rate of an SVG's points in pixels, steps
 # of a DDPM inversion; then those of a mode that differ.
 EDITORS = {"sdedit": 5, "inv2n": 6, "in2n": 7.5, "drfs": 3}
-DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, "ids": 3, "ssd": 7.5, **EDITORS}, "steps": 300, "points": 0.08,
+DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, "ids": 3, "ssd": 3, **EDITORS}, "steps": 300, "points": 0.08,
             "inversion_steps": 25,
             "svg": {"identity": 0.5, "smooth": 6,
                     "smooth_points": {"steps": 75, "batch": 2, "points": 0.48, "colours": 0.04, "guidance": {"pds": 8},
