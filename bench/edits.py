@@ -23,9 +23,10 @@ import options
 import run
 from bench.figures import SCENE_THUMB, THUMB, Clip, figures, peak, restart_peak
 from edit import COMPARED, EDITABLE, MODES, SCENES
+from files.page import edits_page
 from files.pictures import read_picture
 from files.reading import is_number, read_json
-from files.sheets import beside, sheet
+from files.sheets import beside, sheet, thumbnail
 from files.writing import write
 from image.editors import EDITORS, TITLES
 from image.figures import perceptual
@@ -129,10 +130,29 @@ def write_table(rows, columns, out):
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
         write(out / "table.csv", text.getvalue())
+    write(out / "index.html", page_of([row for row in rows if row["seed"] == rows[0]["seed"]], columns, out))
+    print(f"done: {out / 'index.html'}")
     for mode in dict.fromkeys(row["mode"] for row in rows):
         shown = [row for row in rows if (row["mode"], row["seed"]) == (mode, rows[0]["seed"])]
         write(out / f"{mode}.png", edits_sheet(shown, out))
         print(f"done: {out / f'{mode}.png'}")
+
+
+def page_of(rows, columns, out):
+    """index.html of the edits in the folder `out`, a str: a line per edit, a column per method, see files/page.py."""
+    def values(some):
+        return {column: f"{np.mean([row[column] for row in some]):.{DECIMALS[column]}f}" for column in columns}
+
+    def first(folder, row, file):  # of a scene's sides
+        return thumbnail(pictures_of(out / folder / row["loss"] / file, row["mode"])[0], THUMB)
+    lines, names = [], dict.fromkeys(row["loss"] for row in rows)
+    for folder in dict.fromkeys(row["folder"] for row in rows):
+        own = [row for row in rows if row["folder"] == folder]
+        cells = {TITLES[row["loss"]]: (f"{folder}/{row['loss']}/index.html", first(folder, row, "result.png"),
+                                       values([row])) for row in own}
+        lines.append((own[0]["source"], own[0]["target"], first(folder, own[0], "source.png"), cells))
+    means = {TITLES[name]: values([row for row in rows if row["loss"] == name]) for name in names}
+    return edits_page(f"{len(lines)} edit{'s' * (len(lines) > 1)} by {', '.join(means)}", lines, means)
 
 
 def edit_row(prior, name, args, out, lpips, clip):
