@@ -32,8 +32,8 @@ def ids_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, rounds=3, 
     return as_loss(x0_tgt, _masked(eps_tgt - eps_src, mask))
 
 
-def ssd_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, stable=2.0, enhance=11 / 15, pull=0.075, mask=None,
-             generator=None):
+def ssd_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, stable=2.0, enhance=11 / 15, pull=0.075,
+             mask=None, generator=None):
     """Stable Score Distillation: four unguided predictions, with x_t and xs_t the noised target and source,
 
         stable / 2 (eps(x_t, y_src) - eps(xs_t, "")) + pull e^tau (x_t - xs_t)
