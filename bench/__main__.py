@@ -12,6 +12,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from bench.judge import COLOURS
 from edit import LOSSES, MODES
 from files.messages import Parser, exit_code, number
 from image.editors import EDITORS
@@ -88,7 +89,8 @@ COMMANDS = {  # name: (module and function of this folder, help, arguments)
         ("--mode", dict(choices=["nerf", "splat"], default="nerf")),
         ("--out", dict(default="out/local", help="folder of the results, which are reused (default: out/local)"))]),
     "colours": ("colours.colours", "which colours a prior recognises, in recoloured and in original drawings", [
-        *PROBE, ("--nouns", dict(type=COUNT, default=60)), ("--natural", dict(type=COUNT, default=20))]),
+        *PROBE, ("--nouns", dict(type=COUNT, default=60)), ("--natural", dict(type=COUNT, default=20)),
+        ("--among", dict(nargs="+", choices=COLOURS, default=COLOURS, metavar="COLOUR", help="default: all eleven"))]),
     "colours-pull": ("colours.pull", "how far one denoising step moves a wrong colour towards the caption's", PROBE),
     "step": ("step.step", "a PDS step of run.py: the network, and everything else", [
         ("--steps", dict(type=number(int, 3), default=200))]),

@@ -50,8 +50,8 @@ def flat(trainer, rgba):
     return trainer.augment(rgba[None], torch.Generator(), white=1.0, strength=0.0)
 
 
-def painted(trainer, names, rgba, count, seed=0):
-    """`count` nouns in every colour, one drawing for each noun: [(picture [1,3,64,64], noun, colour)]."""
+def painted(trainer, names, rgba, count, seed=0, colours=COLOURS):
+    """`count` nouns in each of the colours, one drawing for each noun: [(picture [1,3,64,64], noun, colour)]."""
     vocab, found, seen = trainer.vocabulary(), [], set()
     nouns = {n: [c[7:] for c in vocab[n] if c.startswith("COLOUR ")] for n in names}
     able = [i for i, n in enumerate(names) if nouns[n]]
@@ -60,17 +60,17 @@ def painted(trainer, names, rgba, count, seed=0):
         if paint[3] > 0.3 and names[i] not in seen and len(seen) < count:
             seen.add(names[i])
             found += [(flat(trainer, trainer.recolour(rgba[i], colour, None, paint)), nouns[names[i]][0], colour)
-                      for colour in COLOURS]
+                      for colour in colours]
     return found
 
 
-def natural(trainer, names, rgba, count, seed=0):
+def natural(trainer, names, rgba, count, seed=0, colours=COLOURS):
     """At most `count` drawings of each colour, as their sets draw them: [(picture [1,3,64,64], noun, colour)]."""
     vocab, picker, found, counts = trainer.vocabulary(), random.Random(seed), [], Counter()
     for i in picker.sample(range(len(names)), len(names)):
         nouns = [c[7:] for c in vocab[names[i]] if c.startswith("COLOUR ")]
         colour = trainer.colour_of(trainer.dominant(rgba[i])) if nouns else None
-        if colour and counts[colour] < count:
+        if colour in colours and counts[colour] < count:
             counts[colour] += 1
             found.append((flat(trainer, rgba[i]), nouns[0], colour))
     return found
@@ -87,16 +87,16 @@ def errors(prior, picture, captions, t, noise):
     return (eps - noise.repeat(len(captions), 1, 1, 1)).square().mean((1, 2, 3)).view(len(captions), len(t))
 
 
-def hits(prior, items, noises=8, low=4):
-    """Whether the diffusion classifier finds the colour of each item, [N,2] bool: at `noises` timesteps from 200 to
-    900, and at t = 300 alone with the first `low` noises. The prior must have guidance 1."""
+def hits(prior, items, noises=8, low=4, colours=COLOURS):
+    """Whether the diffusion classifier finds the colour of each item among `colours`, [N,2] bool: at `noises` timesteps
+    from 200 to 900, and at t = 300 alone with the first `low` noises. The prior must have guidance 1."""
     shape = prior.encode(items[0][0]).shape[1:]
     noise = torch.randn(max(noises, low), *shape, generator=torch.Generator().manual_seed(5))
     t = torch.cat([torch.linspace(200, 900, noises).long(), torch.full((low,), 300)])
     noise, found = torch.cat([noise[:noises], noise[:low]]), []
     for picture, noun, colour in items:
-        error = errors(prior, picture, [f"{c} {noun}" for c in COLOURS], t, noise)
-        own = COLOURS.index(colour)
+        error = errors(prior, picture, [f"{c} {noun}" for c in colours], t, noise)
+        own = colours.index(colour)
         found.append([error[:, :noises].sum(1).argmin() == own, error[:, noises:].sum(1).argmin() == own])
     return torch.tensor(found)
 
@@ -105,17 +105,18 @@ def colours(args):
     """The colour probe on recoloured and on original drawings; returns the number of bars missed."""
     trainer, prior = load_trainer(args.trainer), load_prior(args.model, torch.bfloat16).at(1.0)
     names, rgba = drawings(trainer, args)
-    missed = 0
+    missed, among = 0, args.among
     for title, items, bar in (
-            (f"{args.nouns} nouns in {len(COLOURS)} colours", painted(trainer, names, rgba, args.nouns), 0.95),
-            ("drawings in their original colours", natural(trainer, names, rgba, args.natural), None)):
+            (f"{args.nouns} nouns in {len(among)} colours",
+             painted(trainer, names, rgba, args.nouns, colours=among), 0.95),
+            ("drawings in their original colours", natural(trainer, names, rgba, args.natural, colours=among), None)):
         if not items:
             continue
-        found = hits(prior, items, args.noises).float()
-        rows = [(f"which of {len(COLOURS)} colours, {len(items)} drawings", f"{found[:, 0].mean():.1%}",
+        found = hits(prior, items, args.noises, colours=among).float()
+        rows = [(f"which of {len(among)} colours, {len(items)} drawings", f"{found[:, 0].mean():.1%}",
                  f">= {bar:.0%}" if bar else "", found[:, 0].mean().item() >= bar if bar else None),
                 ("at t = 300", f"{found[:, 1].mean():.1%}", "", None)]
-        for colour in COLOURS:
+        for colour in among:
             own = torch.tensor([c == colour for *_, c in items])
             if own.any():
                 rows.append((f"{colour} ({own.sum()})", "{:.0%}, {:.0%}".format(*found[own].mean(0)), "", None))

@@ -71,12 +71,16 @@ def test_the_probe_finds_exactly_the_colours_that_the_prior_distinguishes():
     blind = hits(Painter(blind=("green", "black")), items, noises=3, low=1)
     wrong = [COLOURS.index("green"), COLOURS.index("black")]
     assert not blind[wrong].any() and blind.sum() == 2 * (len(COLOURS) - 2)
+    two = [(flat(colour), "car", colour) for colour in ("red", "green")]  # the blind prior takes both for red
+    assert hits(Painter(blind=("green",)), two, 3, 1, ("red", "green")).tolist() == [[True] * 2, [False] * 2]
 
 
 def test_every_noun_is_painted_once_in_every_colour():
     rgba = torch.stack([torch.full((4, 16, 16), value, dtype=torch.uint8) for value in (255, 255, 50, 255)])
     found = painted(TRAINER, ["car", "owl", "van", "car"], rgba, 5)  # too little of the van is painted
     assert [(noun, colour) for _, noun, colour in found] == [("car", colour) for colour in COLOURS]
+    assert [c for *_, c in painted(TRAINER, ["car"], rgba, 5, colours=["blue"])] == ["blue"]
+    assert natural(TRAINER, ["car"], rgba, 5, colours=["blue"]) == []
     torch.testing.assert_close(found[3][0], flat(found[3][2]), atol=0.003, rtol=0)
     kept = natural(TRAINER, ["car", "owl", "van", "car"], rgba, 1)
     assert [(noun, colour) for _, noun, colour in kept] == [("car", "green")]
