@@ -6,6 +6,8 @@ from pathlib import Path
 
 from files.messages import one_line
 
+POINTER = "is a Git LFS pointer, not the file itself: run git lfs pull"
+
 
 def digest(paths):
     """sha256 in hexadecimal of the concatenated files, read in chunks. Raises OSError."""
@@ -26,13 +28,15 @@ def first_bytes(path, count):
         return b""
 
 
-def refuse_pointer(path, shown=None):
-    """Raise ValueError if a file is a Git LFS pointer, which stands in for a file that was not downloaded.
+def is_pointer(data):
+    """Whether the bytes of a file are a Git LFS pointer, which stands in for a file that was not downloaded."""
+    return data.startswith(b"version https://git-lfs")
 
-    shown: the name of the file in the message; None: the path.
-    """
-    if first_bytes(path, 40).startswith(b"version https://git-lfs.github.com/spec"):
-        raise ValueError(f"{shown or path}: a Git LFS pointer instead of the file itself; fetch it by: git lfs pull")
+
+def refuse_pointer(path, shown=None):
+    """Raise ValueError if a file is a Git LFS pointer; shown: its name in the message, None: the path."""
+    if is_pointer(first_bytes(path, 40)):
+        raise ValueError(f"{shown or path}: {POINTER}")
 
 
 def read_json(path, largest=2 ** 28, hint=""):

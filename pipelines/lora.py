@@ -199,11 +199,14 @@ def read_embedding(file):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     file, known = Path(file), {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "emb_params": "text_encoder"}
+    try:
+        refuse_pointer(file)
+    except ValueError as e:
+        raise PriorError(e) from e
     if file.suffix in (".pt", ".bin", ".pth", ".ckpt"):
         raise PriorError(f"{file}: a pickle can run code, so none is loaded; save its tensor as .safetensors where you "
                          "trust it")
     try:
-        refuse_pointer(file)
         state = load_file(file) if file.suffix == ".safetensors" else {}
     except (SafetensorError, OSError, ValueError) as e:
         raise PriorError(f"{file}: no textual inversion: {one_line(e, 200)}") from e

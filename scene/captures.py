@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from files.messages import one_line
-from files.reading import is_number, read_json
+from files.reading import POINTER, is_number, is_pointer, read_json
 
 
 class SceneError(ValueError):
@@ -27,8 +27,8 @@ class SceneError(ValueError):
 
 def check_pointer(path, data):
     """Raise SceneError if the bytes of a file are a Git LFS pointer to it."""
-    if data.startswith(b"version https://git-lfs"):
-        raise SceneError(f"{path}: is a Git LFS pointer, not the file itself: run git lfs pull")
+    if is_pointer(data):
+        raise SceneError(f"{path}: {POINTER}")
 
 
 @dataclass(frozen=True)

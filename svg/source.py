@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 from xml.parsers import expat
 
+from files.reading import POINTER, is_pointer
 from files.writing import replacing
 from svg.outline import SVGError, length, numbers
 from svg.style import INHERITED, STILL, URL, Styles
@@ -36,6 +37,8 @@ def read_file(path):
         raise SVGError(f"cannot be read: {error.strerror}") from None
     except (zlib.error, ValueError) as error:
         raise SVGError(f"cannot be read: {error}") from None
+    if is_pointer(data):
+        raise SVGError(POINTER)
     if len(data) > MAX_BYTES:
         raise SVGError(f"larger than {MAX_BYTES >> 20} MiB")
     return data

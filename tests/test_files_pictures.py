@@ -245,5 +245,5 @@ def test_heic_and_git_lfs_pointers_are_named(tmp_path, monkeypatch):
         read_picture(tmp_path / "0.jpg")
     assert called
     (tmp_path / "a.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(PictureError, match="a.png: a Git LFS pointer instead of the file itself; fetch it by: git lfs"):
+    with pytest.raises(PictureError, match="a.png: is a Git LFS pointer, not the file itself: run git lfs pull"):
         read_picture(tmp_path / "a.png")

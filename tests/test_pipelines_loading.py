@@ -354,9 +354,11 @@ def test_git_lfs_pointers_are_named(pipelines, tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
     folder = copied(pipelines, tmp_path)
     (tmp_path / "mine.safetensors").write_text(pointer)
-    message = "a Git LFS pointer instead of the file itself; fetch it by: git lfs pull"
-    for options in ({"lora": tmp_path / "mine.safetensors"}, {"embedding": tmp_path / "mine.safetensors"}):
-        with pytest.raises(PriorError, match=f"mine.safetensors: .*{message}"):
+    message = "is a Git LFS pointer, not the file itself: run git lfs pull"
+    (tmp_path / "mine.pt").write_text(pointer)
+    for options in ({"lora": tmp_path / "mine.safetensors"}, {"embedding": tmp_path / "mine.safetensors"},
+                    {"embedding": tmp_path / "mine.pt"}):
+        with pytest.raises(PriorError, match=rf"mine\.(safetensors|pt): {message}"):
             Prior.from_pretrained(folder, **options)
     with pytest.raises(PriorError, match=f"mine.safetensors: {message}"):
         Prior.from_pretrained(tmp_path / "mine.safetensors")

@@ -507,6 +507,7 @@ LOWER = {"outline.MAX_POINTS": 5000, "document.MAX_SHAPES": 3000, "document.MAX_
 BAD_FILES = {
     "no element found": "",
     "not well-formed XML": "<svg",
+    "is a Git LFS pointer, not the file itself: run git lfs pull": "version https://git-lfs.github.com/spec/v1\noid",
     "the root element is <html>": "<html/>",
     "entity declarations": '<!DOCTYPE s [<!ENTITY a "aaa"><!ENTITY b "&a;&a;">]>' + svg_text("&b;"),
     "entity declarations (<!ENTITY>) that expand": '<!DOCTYPE s [<!ENTITY a "' + "a" * 9000 + '">]>' + svg_text(
