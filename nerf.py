@@ -26,7 +26,7 @@ from files.writing import replacing
 from loop import parallel
 from loop.fit import Course
 from scene.box import cell_points, contract, in_sight, visual_hull
-from scene.captures import SceneError
+from scene.captures import SceneError, check_pointer
 from scene.guide import Guide
 from scene.photographs import Pixels, over
 from scene.region import CELLS, Region, inside
@@ -525,6 +525,7 @@ class NeRF(SampledField):
     @classmethod
     def load(cls, path, scene, device="cpu"):
         """Read a file written by `save`; raises SceneError if it is damaged or belongs to another scene."""
+        check_pointer(path)
         try:
             with safe_open(path, "pt") as file:
                 meta = json.loads((file.metadata() or {})["nerf"])

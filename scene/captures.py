@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from files.messages import one_line
-from files.reading import POINTER, is_number, is_pointer, read_json
+from files.reading import POINTER, first_bytes, is_number, is_pointer, read_json
 
 
 class SceneError(ValueError):
@@ -25,9 +25,9 @@ class SceneError(ValueError):
         super().__init__(one_line(message))
 
 
-def check_pointer(path, data):
-    """Raise SceneError if the bytes of a file are a Git LFS pointer to it."""
-    if is_pointer(data):
+def check_pointer(path, data=None):
+    """Raise SceneError if the bytes of a file, which are read where they are not given, are a Git LFS pointer to it."""
+    if is_pointer(first_bytes(path, 40) if data is None else data):
         raise SceneError(f"{path}: {POINTER}")
 
 
