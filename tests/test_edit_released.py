@@ -47,7 +47,7 @@ def test_a_model_without_settings_gets_the_papers(mode, pipelines, tmp_path, mon
         nerf_scene(file)
     seen = {}
 
-    def no_steps(scene, groups, stages, prior, args, out, config):
+    def no_steps(scene, groups, stages, *_):
         seen.update(groups={g["name"]: g for g in groups}, stages=stages)
         return [snapshot(scene)], False
     monkeypatch.setattr(run, "edit", no_steps)
@@ -131,6 +131,7 @@ def test_every_setting_of_the_paper_has_a_flag_that_wins(pipelines):
         "hold",
         "warm",
         "freeu",
+        "spring",
         "inversion_steps",
     } == {*SETTINGS, "guidance"}
     assert options.complete(run.parse(["--mode", "image", "--refine", "7"]), prior, "pds").refine == 7
