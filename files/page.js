@@ -26,7 +26,8 @@ for (const slider of document.querySelectorAll("input[data-of]")) {  // one pict
 for (const button of document.querySelectorAll("button[data-by]")) {  // rows in the order of a figure
   button.onclick = () => {
     const body = document.querySelector("tbody"), down = button.getAttribute("aria-pressed") != "down";
-    const value = row => Number((row.querySelector('[data-figure="' + button.dataset.by + '"]') || {dataset: {}}).dataset.value || NaN);
+    const cell = row => [...row.querySelectorAll("[data-figure]")].find(one => one.dataset.figure == button.dataset.by);
+    const value = row => cell(row) ? Number(cell(row).dataset.value) : NaN;
     const rows = [...body.rows].map(row => [value(row), row]);
     rows.sort((a, b) => isNaN(a[0]) - isNaN(b[0]) || (down ? b[0] - a[0] : a[0] - b[0]));
     body.append(...rows.map(row => row[1]));

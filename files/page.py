@@ -68,9 +68,10 @@ def edits_page(title, rows, means):
         for name in methods:
             link, after, own = cells.get(name, (None, None, {}))
             shown = f'<a href="{_text(link)}">{_image(after)}</a>' if after else ""
-            line += f'<td>{shown}<div class="figures">' + "".join(
+            numbers = "".join(
                 f'<span>{_text(figure)}</span><b data-figure="{_text(name)}/{_text(figure)}" '
-                f'data-value="{_text(value)}">{_text(value)}</b>' for figure, value in own.items()) + "</div></td>"
+                f'data-value="{_text(value)}">{_text(value)}</b>' for figure, value in own.items())
+            line += f'<td><div class="edit">{shown}<div class="figures">{numbers}</div></div></td>'
         lines.append(f"<tr>{line}</tr>")
     body = f"""<h1>{_text(title)}</h1>
 <p class="lead">Click on a figure to sort by it, on a picture for its own page.</p>

@@ -83,6 +83,11 @@ class Chromium:
             assert time.monotonic() < end, f"never true: {script}"
             time.sleep(0.05)
 
+    def box(self, selector):
+        """x, y, width and height in pixels of the first element that a selector finds."""
+        return self.run(f"(r => [r.x, r.y, r.width, r.height])(document.querySelector({selector!r})"
+                        ".getBoundingClientRect())")
+
     def picture(self):
         """A screenshot of the page, a PIL picture."""
         shot = self("Page.captureScreenshot", format="png")

@@ -169,7 +169,7 @@ def test_every_scene_and_every_size_has_its_own_fit(tmp_path):
 def test_every_prompt_has_its_own_folder(pipelines, tmp_path, monkeypatch):
     made = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "run_one", lambda prior, name, args, out: made.append(str(out)) or ([], []))
+    monkeypatch.setattr(run, "run_one", lambda prior, name, args, out, view: made.append(str(out)) or ([], []))
     Image.new("RGB", (16, 16), "red").save(tmp_path / "pear.png")
     for target in ("a green pear", "a blue pear!"):
         run.main(["--image", "pear.png", "--source", "a pear", "--target", target, "--model", str(pipelines["sd"])])
