@@ -226,7 +226,7 @@ class SampledField(Field):
         seen, hull = visual_hull(scene.train, scene.centre, scene.half, self.extent, self.cells)
         if not scene.bounded:
             clear, plane = in_sight(scene.train, scene.points, scene.centre, scene.half, self.cells)
-            seen, hull, self.near = seen & clear, hull & clear, max(self.near, plane / scene.half)
+            seen, hull, self.near = seen & clear, hull & clear, max(self.near, min(plane / scene.half, self.far / 3))
             self.least = self.thin.exp().item()
         self.register_buffer("occupancy", torch.zeros(self.cells ** 3))
         self.register_buffer("seen", seen)

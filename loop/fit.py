@@ -18,6 +18,7 @@ from files.checkpoint import (
     CheckpointError,
     count,
     dictionary,
+    list_of,
     random_state,
     read_checkpoint,
     restore_generator,
@@ -85,6 +86,10 @@ class Course:
         if saved["fingerprint"] != self.scene.fingerprint:
             raise ValueError(one_line(f"{path}: is the fit of another scene than {self.scene.path}; delete it to fit "
                                       "anew"))
+        if not all(isinstance(size, (bool, int, float, str, type(None))) for size in saved["sizes"].values()):
+            raise CheckpointError(path, "'sizes' is wrong")
+        if not list_of(random_state)(saved.get("others", [])):
+            raise CheckpointError(path, "'others' is wrong")
         if saved["sizes"] != self.sizes:
             raise ValueError(one_line(f"{path}: was made with sizes {saved['sizes']}, not {self.sizes}; delete it to "
                                       "fit anew"))

@@ -173,7 +173,9 @@ class Flux(Transformer):
 
 
 def tokens(tokenizer, prompt, most, device):
-    """[1,most] token ids of a prompt, padded or truncated."""
+    """[1,most] token ids of a prompt, padded or truncated. Raises ValueError where `most` is no number of tokens."""
+    if not is_number(most, 2, 1e5):
+        raise ValueError(f"the model_max_length of its tokenizer, {most}, is not a number of tokens")
     read = tokenizer(prompt, padding="max_length", max_length=most, truncation=True, return_tensors="pt")
     return read.input_ids.to(device)
 
@@ -215,6 +217,9 @@ class UNet:
         check_channels(config.in_channels, pipe.vae.config.latent_channels, latents)
         if not is_number(config.sample_size, 1, 4096):
             raise PriorError(f"the sample_size of its UNet, {config.sample_size}, is not a number of pixels")
+        longest = pipe.tokenizer.model_max_length
+        if not is_number(longest, 2, 1e5):  # without it prompts are not padded, and two of them do not fit into a batch
+            raise PriorError(f"the model_max_length of its tokenizer, {longest}, is not a number of tokens")
         self.size = int(config.sample_size * pipe.vae_scale_factor)
         self.multiple = pipe.vae_scale_factor  # the UNet handles latents of an odd side itself
         self.zeros = pipe.config.get("force_zeros_for_empty_prompt", False)

@@ -10,6 +10,7 @@ from conftest import NERF_SIZES, nerf_scene
 from PIL import Image
 from torch.testing import assert_close
 
+import nerf
 from files.checkpoint import CheckpointError
 from nerf import HashGrid, NeRF, _Interpolate, volume_weights
 from scene.box import cell_points
@@ -412,9 +413,23 @@ def test_unsuitable_checkpoints_are_refused(nerf_fitted, nerf_sphere, tmp_path):
         with pytest.raises((SceneError, CheckpointError), match=f"{damaged.name}: {message}"):
             NeRF.load(saved, nerf_sphere) if damaged is saved else NeRF.fit(
                 nerf_sphere, steps=2, checkpoint=fitted, progress=False, **NERF_SIZES)
+    for key, value in (("sizes", NERF_SIZES | {"width": torch.zeros(3)}), ("others", 7), ("others", [None])):
+        fitted.write_bytes(contents)
+        torch.save(torch.load(fitted, weights_only=True) | {key: value}, fitted)
+        with pytest.raises(CheckpointError, match=f"fit.pt: no readable checkpoint.*'{key}' is wrong"):
+            NeRF.fit(nerf_sphere, steps=2, checkpoint=fitted, progress=False, **NERF_SIZES)
     saved.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(SceneError, match="nerf.safetensors: is a Git LFS pointer, not the file itself"):
         NeRF.load(saved, nerf_sphere)
+
+
+def test_rays_have_samples_however_far_the_points_of_a_capture_are(tmp_path, monkeypatch):
+    scene = load_scene(nerf_scene(tmp_path, views=4, size=8, alpha=False, split=False))
+    monkeypatch.setattr(nerf, "in_sight", lambda *_: (torch.ones((), dtype=torch.bool), 1e9 * scene.half))
+    field = NeRF.fit(scene, steps=1, progress=False, **NERF_SIZES)
+    assert not scene.bounded and field.near < field.far / 2
+    with torch.no_grad():
+        assert torch.isfinite(field.render(0, 8)).all()
 
 
 def test_saved_copied_and_restored_nerfs_render_the_same(nerf_fitted, tmp_path):

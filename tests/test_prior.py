@@ -207,6 +207,9 @@ def test_weights_that_are_missing_or_not_finite_are_refused(pipelines, tmp_path,
      "schedule"),
     ("unet/diffusion_pytorch_model.safetensors", b"nothing", "damaged, or no pipeline"),
     ("tokenizer/tokenizer_config.json", "[", "damaged, or no pipeline"),
+    ("tokenizer/tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": False},
+     "the model_max_length of its tokenizer, False, is not a number of tokens"),
+    ("tokenizer/tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer"}, "is not a number of tokens"),
     ("vae/config.json", "nothing", "damaged, or no pipeline")])
 def test_damaged_files_of_a_model_are_refused_by_name(pipelines, tmp_path, file, contents, message):
     shutil.copytree(pipelines["sd"], tmp_path / "sd")
