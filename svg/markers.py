@@ -69,6 +69,7 @@ def marker_ops(document, element, shape, matrix, style):
         if document.carried is not None or name == "marker-mid" and shape.outline.inside:
             # an edited arc is saved as curves, between which any viewer would see vertices
             source.unsupported(what + (" with arcs" if document.carried is None else " in a marker or a pattern"))
+            document.paints.settled[element, name] = "none"
             continue
         shape.marked = True
         if not part:

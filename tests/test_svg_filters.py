@@ -171,6 +171,27 @@ def test_a_filter_of_an_edited_drawing_is_saved_unchanged(load_svg, tmp_path):
         assert psnr(svg.render(), SVG.load(tmp_path / "saved.svg", size=32).render()) > 60
 
 
+def test_pixels_that_resvg_does_not_see_are_not_made_opaque(load_svg):
+    hard = ('<filter id="f" x="-.5" y="-.5" width="2" height="2"><feColorMatrix values="1 0 0 0 0 0 1 0 0 0 0 0 1 0 0 '
+            '0 0 0 127 0"/></filter><g filter="url(#f)">{}</g>')
+    for edge, area in ((0.1, 8 * 8), (0.15, 8 * 9)):      # of a pixel, below and above 1/8
+        body = hard.format(f'<rect x="4" y="4" width="8" height="{8 + edge}"/>')
+        assert darkness(load_svg(body)) == pytest.approx(area, abs=1e-3)
+        assert psnr(pixels(load_svg(body), 32), resvg_render(svg_text(body), 32)) > 60
+    disc = hard.format('<circle cx="15.3" cy="16.1" r="9.3"/>')
+    assert psnr(pixels(load_svg(disc), 128), resvg_render(svg_text(disc), 128)) > 28
+
+
+@pytest.mark.parametrize("body", [
+    '<filter id="f" filterUnits="userSpaceOnUse" width="9" height="9"><feFlood/></filter><g filter="url(#f)"/>',
+    f'<g style="filter:blur(1e9px)">{SHAPES}</g>', f'<g style="filter:blur(300px)">{SHAPES}</g>',
+    f'<pattern id="p" width="1" height="1"><g style="filter:blur(1px)"/></pattern><g fill="url(#p)">{SHAPES}</g>'])
+def test_extreme_filters_have_finite_gradients(load_svg, body):
+    svg = load_svg(body, skip_unsupported=True)
+    svg.render().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in svg.parameters())
+
+
 def test_filters_move_with_a_shifted_view(load_svg):
     svg = load_svg(FILTERS["drop shadow"])
     assert torch.allclose(svg.render((2.0, -3.0))[..., 4:-4, 4:-4], svg.render()[..., 7:-1, 2:-6], atol=1e-5)

@@ -169,6 +169,15 @@ def test_a_path_that_returns_to_its_start_keeps_its_marker_when_saved(load_svg, 
     assert np.abs(pixels(again, 64) - pixels(svg, 64)).max() < 1e-3 and len(places) == 3
 
 
+def test_a_marker_that_is_left_out_is_not_drawn_after_saving(load_svg, tmp_path):
+    with pytest.warns(UserWarning, match="marker-mid on <path> with arcs"):
+        svg = load_svg(marked(AUTO, f'<path d="M4 4A9 9 0 0 1 20 20H30" {ALL}/>'), skip_unsupported=True)
+    with torch.no_grad():
+        svg.points += 0.5
+    svg.save(tmp_path / "saved.svg")
+    assert psnr(pixels(SVG.load(tmp_path / "saved.svg", size=32), 64), pixels(svg, 64)) > 50
+
+
 REFUSED = {
     "marker-mid on <path> with arcs": marked(AUTO, f'<path d="M4 4A9 9 0 0 1 20 20" {ALL}/>'),
     "marker-end on <path> in a marker": marked(AUTO, '<marker id="n"><path d="M0 0H9" marker-end="url(#m)"/></marker>'
