@@ -34,7 +34,7 @@ SHIPPED = HERE / "models" / "emoji"
 INPUTS = {"svg": "svg", "image": "image", "scene": "nerf"}
 METHODS = (*LOSSES, *EDITORS)
 UP = ("x", "y", "z", "-x", "-y", "-z")
-OUTPUTS = {"source.png", "sheet.png", "progress.gif", "turntable.gif", "depth.png", "config.json",
+OUTPUTS = {"source.png", "sheet.png", "masks.png", "progress.gif", "turntable.gif", "depth.png", "config.json",
            "index.html", "checkpoint.pt"}  # of a run
 PATHS = ("turntable", "input")  # camera paths of turntable.gif
 
@@ -42,6 +42,7 @@ PATHS = ("turntable", "input")  # camera paths of turntable.gif
 # that config.json holds it. more: further arguments of argparse's add_argument.
 Option = namedtuple("Option", "flag help modes kept more")
 POSITIVE, RATE, SHARE = number(int, 1, 10 ** 6), number(float, 0, 1e6), number(float, 0, 1)
+COORDINATE = number(float, -1e7, 1e7)
 
 
 def _option(flag, text, modes=(), kept=True, **more):
@@ -107,8 +108,12 @@ GROUPS = {
         _option("--stride", "t - s of the PDS posterior (default: %(default)s)", type=POSITIVE, default=2),
         _setting("t_min"), _setting("t_max"), _setting("schedule"), _setting("rates"),
         _switch("--local", "edit only where the two prompts disagree about the source (DiffEdit's mask)", MODES),
-        _option("--mask", "edit only where this picture is white; for scenes a folder of masks named like the "
-                "photographs", MODES, type=Path, metavar="FILE"),
+        _option("--mask", "edit only where this picture is white; for scenes a mask named like a photograph, or a "
+                "folder of some: what they show is found in all views", MODES, type=Path, metavar="FILE"),
+        _option("--box", "edit a scene only between two corners, in the units of its file", SCENES, type=COORDINATE,
+                nargs=6, metavar=("X", "Y", "Z") * 2),
+        _option("--ball", "edit a scene only within R of a point, in the units of its file", SCENES, type=COORDINATE,
+                nargs=4, metavar=("X", "Y", "Z", "R")),
         _switch("--square", "show the model square crops: the centre of a photograph, a drawing or picture between "
                 "white bars (default: whole frames, the shorter side at the model's size)"),
         _option("--seed", "seed of views, timesteps and noise (default: %(default)s)", type=number(int, 0, 2 ** 62),
@@ -181,6 +186,9 @@ def parse(argv=None, about=None, strict=True):
         args.input = args.input or args.fitted
     args.command = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
     args.losses = [args.loss] if args.compare is None else list(dict.fromkeys(args.compare or COMPARED))
+    places = [f"--{name}" for name in ("mask", "box", "ball") if getattr(args, name)]
+    if len(places) > 1:
+        parser.error(f"{' and '.join(places)} name two places of the edit: choose one")
     editors = [name for name in args.losses if name in EDITORS]
     if editors and args.mode not in EDITABLE:
         parser.error(f"{editors[0]} edits pictures: only with --mode image, nerf and splat")
@@ -246,7 +254,7 @@ def complete(args, prior, name=None):
     """
     args, name = copy.copy(args), name or args.losses[0]
     own = settings_for(prior.defaults, args.mode, name, prior.size, args.smooth,
-                       args.coefficients, local=bool(args.local or args.mask))
+                       args.coefficients, local=bool(args.local or args.mask or args.box or args.ball))
     for key in SETTINGS:
         if getattr(args, key, None) is None:
             setattr(args, key, own.get(key))

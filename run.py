@@ -54,6 +54,7 @@ from options import HERE, check_prompts, complete, kept_apart, settings, slug
 from prior import InstructPix2Pix, Prior
 from scene.cameras import input_path, sides, turntable
 from scene.reading import load_scene
+from scene.region import ball, box, lifted
 from scene.representation import depth_picture, evaluate, export, fit_report
 from scene.viewer import Viewer
 from splat import Splats
@@ -149,21 +150,35 @@ AROUND = {"turntable": turntable, "input": input_path}  # camera paths of turnta
 
 
 def where_of(scene, source, prior, args):
-    """Where the edit may act: the user's masks, or with --local those of the prompts; None: everywhere."""
-    if not (args.local or args.mask):
-        return None
+    """Where the edit may act, a masks.Where: the user's masks, box or ball, which confine a scene in space as well, or
+    with --local the masks of the prompts; None: everywhere."""
     around, size = args.mode in SCENES, args.frame
     views = range(len(scene.scene.train)) if around else [None]
-    if args.mask and around:
-        cameras = [scene.camera(view, size) for view in views]
-        found = read_masks(args.mask, [view.name for view in scene.scene.train], [(c.width, c.height) for c in cameras])
-    elif args.mask:
-        found = [read_mask(args.mask, scene.sides)]
-    else:
-        with torch.no_grad():
-            pictures = [source.render(view, size) for view in views]
-        found = local_masks(prior, pictures, *prompts(args))
+    if around and (region := region_of(scene, args)):
+        masks = [region.seen(scene, view, size) for view in views]
+        scene.confine(region)
+        return Where(masks)
+    if args.mask:
+        return Where([read_mask(args.mask, scene.sides)], scene.sides)
+    if not args.local:
+        return None
+    with torch.no_grad():
+        found = local_masks(prior, [source.render(view, size) for view in views], *prompts(args))
     return Where(agree(scene, found, size)) if around else Where(found, scene.sides)
+
+
+def region_of(scene, args):
+    """The part of a scene's space that --mask, --box or --ball names, a region.Region; None without them."""
+    if args.box:
+        return box(scene.scene, args.box[:3], args.box[3:])
+    if args.ball:
+        return ball(scene.scene, args.ball[:3], args.ball[3])
+    if not args.mask:
+        return None
+    views = [*scene.scene.train, *scene.scene.test]
+    cameras = [scene.camera(view.camera, args.frame) for view in views]
+    masks = read_masks(args.mask, [view.name for view in views], [(c.width, c.height) for c in cameras])
+    return lifted(scene, masks, args.frame)
 
 
 def editor_of(name, args, prior):
@@ -228,6 +243,9 @@ def run_one(prior, name, args, out, view=None):
         if first:  # the results before the pictures: torchrun kills its processes soon after Ctrl-C
             with DelayedInterrupt() as late:  # torchrun forwards Ctrl-C a moment later
                 write(out / "config.json", json.dumps(config, indent=1) + "\n")
+                if where:
+                    views = range(len(where.masks)) if args.mode in SCENES else [None]
+                    write(out / "masks.png", where.sheet(source, args.frame, views))
                 scene.save(out / f"result{SUFFIX[args.mode]}")
                 if original is not None:
                     write(out / f"source{args.input.suffix.lower()}", original)

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate, max_pool2d
 
-from files.pictures import read_picture, to_tensor
+from files.pictures import read_picture, to_pil, to_tensor
+from files.sheets import beside
 from image.editors import draw_noise
 from loop.progress import progress
 from pds import predict
@@ -69,22 +70,23 @@ def read_mask(path, sides):
         raise ValueError(str(e).replace("no readable picture", "no readable mask")) from e
 
 
-def read_masks(folder, names, sides):
-    """The masks [1,1,H,W] in a folder for the photographs `names`, each of sides (W, H); files match by their stem.
+def read_masks(path, names, sides):
+    """The masks of some of the photographs `names`, each of sides (W, H): {number of a photograph: [1,1,H,W]}.
 
-    Raises ValueError where a mask is missing or the stems are ambiguous.
+    path: a mask, or a folder of them, named like the photographs except for the ending. Raises ValueError if there is
+    none of any photograph, or the names are ambiguous.
     """
-    found = {path.stem: path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in (".png", ".jpg")}
+    path = Path(path)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = {file.stem: file for file in files if file.suffix.lower() in (".png", ".jpg")}
     stems = [Path(name).stem for name in names]
-    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise ValueError(
-            f"{folder}: several photographs, in different folders, are named {twice[0]}: it is unclear which "
-            "one a mask belongs to"
-        )
-    missing = [name for name in names if Path(name).stem not in found]
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} of {len(names)} masks are missing, e.g. one for {missing[0]}")
-    return [read_mask(found[Path(name).stem], own) for name, own in zip(names, sides, strict=False)]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1} & found.keys()):
+        raise ValueError(f"{path}: several photographs, in different folders, are named {twice[0]}: it is unclear to "
+                         "which one a mask belongs")
+    if not found.keys() & set(stems):
+        raise ValueError(f"{path}: no mask in it is named like a photograph, e.g. {stems[0]}.png for {names[0]}")
+    return {number: read_mask(found[stem], own) for number, (stem, own) in enumerate(zip(stems, sides, strict=True))
+            if stem in found}
 
 
 @torch.no_grad()
@@ -129,3 +131,17 @@ class Where:
             mask = grid_sample(mask, affine_grid(theta, mask.shape, align_corners=False), padding_mode="border",
                                align_corners=False)
         return interpolate(mask, size=like.shape[2:], mode="area")
+
+    @torch.no_grad()
+    def sheet(self, source, size, views):
+        """A page of what at most twelve of the views show before an edit, dark where the masks keep it."""
+        pictures = []
+        for view in views[::max(1, len(views) // 12)][:12]:
+            picture = source.render(view, size)
+            mask = interpolate(self.masks[view or 0].to(picture), size=picture.shape[2:], mode="nearest")
+            pictures.append(to_pil(picture * (0.25 + 0.75 * mask)))
+        rows = [beside(pictures[start:start + 4]) for start in range(0, len(pictures), 4)]
+        page = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)))
+        for i, row in enumerate(rows):
+            page.paste(row, (0, i * rows[0].height))
+        return page

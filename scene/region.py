@@ -25,31 +25,34 @@ class Region:
     Attributes:
         scene: the Scene.
         cells: [CELLS,CELLS,CELLS] in [0,1], the share of each cell; x changes first, as in cell_points.
+        looks: what the training views show, where that is known already: a list of Look, or None.
     """
 
-    def __init__(self, scene, cells):
-        self.scene, self.cells, self.extent = scene, cells.float(), 1 if scene.bounded else 2
+    def __init__(self, scene, cells, looks=None):
+        self.scene, self.cells, self.looks = scene, cells.float(), looks
 
     def at(self, x):
         """The share [N] in [0,1] at points x [3,N] in units of the scene."""
         return inside(self.cells, _place(self.scene, x))
 
     @torch.no_grad()
-    def seen(self, representation, view, size, steps=64):
-        """Where a view sees the region, in front of the surface or on it: [1,1,H,W], 0 or 1."""
-        look = Look.of(representation, view, size)
+    def seen(self, representation, view, size):
+        """Where a training view sees the region, in front of the surface or on it: [1,1,H,W], 0 or 1."""
+        look = self.looks[view] if self.looks else Look.of(representation, view, size)
         on = self.cells.view(-1).nonzero()[:, 0]
         if not len(on):
             return torch.zeros(1, 1, look.camera.height, look.camera.width)
-        away = (_centres(self.scene, on) - look.camera.pose[:, 3:]).norm(dim=0)
-        room = 2 * _size(self.scene, _centres(self.scene, on)).max()
+        x = _centres(self.scene, on)
+        away, sides = (x - look.camera.pose[:, 3:]).norm(dim=0), _size(self.scene, x)
+        low, high = (away.min() - sides.max()).clamp_min(0), away.max() + sides.max()
+        steps = int(((high - low) / (0.5 * sides.min())).clamp(2, 256))
         rays_o, rays_d = look.camera.rays()
         found = torch.zeros(rays_o.shape[1], dtype=torch.bool)
         # up to the surface, which is as uncertain as a cell is large
         limit = torch.where(look.depth > 0, look.depth, math.inf)
-        for t in torch.linspace((away.min() - room).clamp_min(0), away.max() + room, steps):
+        for t in torch.linspace(low, high, steps):
             x = rays_o + t * rays_d
-            found |= (self.at(x) > 0.5) & (t <= limit + 0.5 * _size(self.scene, x))
+            found |= (t <= limit + 0.5 * _size(self.scene, x)) & (self.at(x) > 0.5)
         return found.float().view(1, 1, look.camera.height, look.camera.width)
 
 
@@ -120,11 +123,13 @@ class Look(NamedTuple):
         at = (_place(representation.scene, points) * CELLS).long().clamp(0, CELLS - 1)
         return cls(camera, depth, points, at[0] + CELLS * (at[1] + CELLS * at[2]))
 
-    def project(self, x):
-        """Points x [3,N] -> their pixels [N], whether these are in the picture, and distances [N] from the camera."""
-        u, v, _, inside = in_picture(self.camera, x)
+    def project(self, scene, x):
+        """Points x [3,N] -> their pixels [N], whether these are in the picture, and how far [N] they lie behind the
+        surface there, in sides of their cells, or of a thirtieth of their distance where that is less."""
+        u, v, _, within = in_picture(self.camera, x)
         pixel = v.long().clamp(0, self.camera.height - 1) * self.camera.width + u.long().clamp(0, self.camera.width - 1)
-        return pixel, inside, (x - self.camera.pose[:, 3:]).norm(dim=0)
+        away = (x - self.camera.pose[:, 3:]).norm(dim=0)
+        return pixel, within, (away - self.depth[pixel]) / torch.minimum(_size(scene, x), away / 30)
 
 
 @torch.no_grad()
@@ -134,8 +139,8 @@ def lifted(representation, masks, size):
 
     The surface that the views of `size` show is cut into cells. Every mask votes on those that its view sees; a cell
     that none of them sees gets the label of the cell with a label from which the way along the surface is shortest,
-    where changes of colour make a way longer (geodesic segmentation, Bai and Sapiro 2009). The region is what all views
-    see inside of the labelled surface.
+    where changes of colour, and colours unlike those with that label, make a way longer (geodesic segmentation, Bai and
+    Sapiro 2009). The region is what all views see inside of the labelled surface.
     """
     scene, looks = representation.scene, []
     sums = torch.zeros(7, CELLS ** 3)  # of points, colours and ones
@@ -148,28 +153,33 @@ def lifted(representation, masks, size):
         looks.append(look)
     cell = sums[6].nonzero()[:, 0]
     points, colours = (sums[:6, cell] / sums[6, cell]).split(3)
-    room, votes = 1.5 * _size(scene, points), torch.zeros(2, len(cell))
+    votes = torch.zeros(2, len(cell))
     for view, mask in masks.items():
         held_out = view >= len(looks)
         look = Look.of(representation, scene.test[view - len(looks)].camera, size) if held_out else looks[view]
-        own = interpolate(mask.cpu().float(), size=(look.camera.height, look.camera.width), mode="bilinear").view(-1)
-        pixel, within, away = look.project(points)
-        shown = within & ((away - look.depth[pixel]).abs() < room)
+        own = interpolate(mask.cpu().float(), size=(look.camera.height, look.camera.width), mode="bilinear")
+        # Beside the mask it is uncertain which surface a pixel shows: the far side must not get its label from there.
+        clear = ((own > 0.5) | (max_pool2d(own, 5, 1, 2) <= 0.5)).view(-1)
+        pixel, within, behind = look.project(scene, points)
+        shown, own = within & (behind.abs() < 1.5) & clear[pixel], own.view(-1)
         votes[:, shown] += torch.stack((own[pixel[shown]], torch.ones(int(shown.sum()))))
     label = _spread(cell, points / scene.half, colours, votes[1] > 0, votes[0] > 0.5 * votes[1])
     chosen, other = (torch.zeros(CELLS ** 3, dtype=torch.bool).index_fill(0, cell[on], True) for on in (label, ~label))
     if not chosen.any():
         raise ValueError(f"{scene.path}: the masks show no surface of the scene")
-    return Region(scene, _filled(scene, looks, chosen, other).view(CELLS, CELLS, CELLS))
+    return Region(scene, _filled(scene, looks, chosen, other).view(CELLS, CELLS, CELLS), looks)
 
 
-COLOUR = 30  # by how much a step from black to white lengthens the way of a step along the surface
+# By how much a step along the surface is longer that goes from black to white, and one that enters a cell whose colour
+# is of the other label; share of the largest part that another one must have, else it is a speck.
+EDGE, COLOUR, SPECK = 300, 30, 0.1
 
 
 def _spread(cell, points, colours, decided, label):
     """Labels [N] bool for all of the cells, numbers [N], from those of the decided ones, by shortest ways.
 
-    points [3,N], colours [3,N] in [0,1] of the cells; decided, label: [N] bool.
+    points [3,N], colours [3,N] in [0,1] of the cells; decided, label: [N] bool. Specks of what is labelled are left
+    out, as the depth is uncertain at edges.
     """
     number = torch.full((CELLS + 2,) * 3, len(cell))
     at = torch.stack((cell // CELLS ** 2, cell // CELLS % CELLS, cell % CELLS)) + 1  # z, y, x
@@ -178,7 +188,9 @@ def _spread(cell, points, colours, decided, label):
     beside = torch.stack([number[at[0] + i, at[1] + j, at[2] + k] for i, j, k in steps])  # [26,N]; N: none
     end = beside.clamp_max(len(cell) - 1)
     way = (points[:, end] - points[:, None]).norm(dim=0)
-    way = way * (1 + COLOUR * (colours[:, end] - colours[:, None]).abs().mean(0))
+    way = way * (1 + EDGE * (colours[:, end] - colours[:, None]).square().mean(0))
+    unlike = torch.stack([_unlike(colours, colours[:, decided & (label == kind)]) for kind in (False, True)])
+    way = way * (1 + COLOUR * (unlike / unlike.sum(0).clamp_min(1e-6)).square())[:, None]  # [2,26,N]
     way = torch.where(beside < len(cell), way, math.inf)
     cost = torch.full((2, len(cell) + 1), math.inf)
     cost[0, :-1][decided & ~label] = 0
@@ -188,7 +200,25 @@ def _spread(cell, points, colours, decided, label):
         if torch.equal(shorter, cost[:, :-1]):
             break
         cost[:, :-1] = shorter
-    return torch.where(decided, label, cost[1, :-1] < cost[0, :-1])
+    label = torch.where(decided, label, cost[1, :-1] < cost[0, :-1])
+    part = torch.where(label, torch.arange(len(cell)), len(cell))  # of the surface: the least number in it
+    for _ in range(4 * CELLS):
+        least = torch.minimum(part, torch.cat((part, part.new_tensor([len(cell)])))[beside].amin(0))
+        least = torch.where(label, least, len(cell))
+        if torch.equal(least, part):
+            break
+        part = least
+    many = torch.bincount(part, minlength=len(cell) + 1)
+    return label & (many[part] >= SPECK * many[:-1].max())
+
+
+def _unlike(colours, known, most=2000):
+    """By how much colours [3,N] differ from the ten nearest of some known ones [3,M], on average: [N]."""
+    known = known[:, ::math.ceil(max(1, known.shape[1]) / most)].T
+    if not len(known):
+        return torch.ones_like(colours[0])
+    near = [torch.cdist(part, known).topk(min(10, len(known)), largest=False).values for part in colours.T.split(4096)]
+    return torch.cat(near).mean(1)
 
 
 def _filled(scene, looks, chosen, other):
@@ -203,13 +233,12 @@ def _filled(scene, looks, chosen, other):
     span = [torch.arange(a, b) for a, b in zip(low, high, strict=True)]
     cell = (span[0] + CELLS * (span[1][:, None] + CELLS * span[2][:, None, None])).reshape(-1)
     x = _centres(scene, cell)
-    room, votes = 1.5 * _size(scene, x), torch.zeros(2, len(cell))
+    votes = torch.zeros(2, len(cell))
     for look in looks:
         mask = (chosen[look.cell] & (look.depth > 0)).view(1, 1, look.camera.height, -1).float()
         mask = max_pool2d(mask, 3, 1, 1).view(-1) > 0
-        pixel, within, away = look.project(x)
-        depth = look.depth[pixel]
-        counts = within & (mask[pixel] | (depth == 0) | (away < depth + room))
+        pixel, within, behind = look.project(scene, x)
+        counts = within & (mask[pixel] | (look.depth[pixel] == 0) | (behind < 1.5))
         votes += torch.stack((counts & mask[pixel], counts))
     full = chosen.clone()
     full[cell] |= (votes[1] > 0) & (votes[0] >= 0.9 * votes[1])

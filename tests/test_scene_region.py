@@ -1,0 +1,125 @@
+"""scene/region.py: regions from one mask, a box or a ball; edits that are confined to them."""
+import copy
+
+import pytest
+import torch
+from conftest import NERF_SIZES, nerf_scene
+from torch.nn.functional import max_pool2d
+from torch.testing import assert_close
+
+from nerf import NeRF
+from scene.reading import load_scene
+from scene.region import CELLS, Region, ball, box, lifted
+from scene.representation import Representation
+from splat import Splats
+
+
+class Balls(Representation):
+    """A red ball beside a green one: one is masked."""
+    PLACES, RADIUS, COLOURS = torch.tensor([[-0.35, 0, 0], [0.4, 0, 0]]), 0.32, torch.tensor([[1.0, 0, 0], [0, 0.8, 0]])
+
+    def meet(self, camera):
+        """Distances [2,P] at which the rays of a camera meet the balls; infinite where they miss."""
+        rays_o, rays_d = camera.rays()
+        off = rays_o - self.PLACES[:, :, None]
+        along = (off * rays_d).sum(1)
+        root = along ** 2 - off.square().sum(1) + self.RADIUS ** 2
+        return torch.where(root > 0, -along - root.clamp_min(0).sqrt(), torch.inf)
+
+    def depth(self, camera):
+        away = self.meet(camera).amin(0)
+        return torch.where(away.isfinite(), away, 0).view(1, 1, camera.height, camera.width)
+
+    def red(self, view, size):
+        """Where a view shows the red ball, [1,1,H,W] bool."""
+        camera, away = self.camera(view, size), self.meet(self.camera(view, size))
+        return (away[0] < away[1]).view(1, 1, camera.height, camera.width)
+
+    def photograph(self, view, size):
+        camera = self.camera(view, size)
+        return self.COLOURS[self.meet(camera).argmin(0)].T.reshape(1, 3, camera.height, camera.width)
+
+
+def test_one_mask_is_found_in_every_view(nerf_sphere):
+    balls = Balls(nerf_sphere)
+    region = lifted(balls, {2: balls.red(2, 48).float()}, 48)
+    red, green = (region.at(place[:, None]).item() for place in balls.PLACES)
+    assert red == 1 and green == 0
+    for view in range(len(nerf_sphere.train)):
+        seen, wanted = region.seen(balls, view, 48) > 0, balls.red(view, 48)
+        assert (seen & wanted).sum() >= 0.97 * wanted.sum()
+        near = max_pool2d(wanted.float(), 3, 1, 1) > 0  # a rim of a cell, about a pixel
+        assert (seen & ~near).sum() <= 4
+    with pytest.raises(ValueError, match="the masks show no surface of the scene"):
+        lifted(balls, {2: torch.zeros(1, 1, 8, 8)}, 48)
+
+
+def test_a_mask_of_a_held_out_photograph(nerf_sphere):
+    balls, first = Balls(nerf_sphere), len(nerf_sphere.train)
+    region = lifted(balls, {first: balls.red(nerf_sphere.test[0].camera, 48).float()}, 48)
+    assert region.at(balls.PLACES.T).tolist() == [1, 0]
+
+
+@pytest.fixture(scope="module")
+def capture(tmp_path_factory):
+    """A scene without alpha, whose space is contracted."""
+    return load_scene(nerf_scene(tmp_path_factory.mktemp("capture"), split=False, alpha=False, aabb_scale=2))
+
+
+@pytest.mark.parametrize("kind", ["bounded", "capture"])
+def test_boxes_and_balls_are_in_units_of_the_file(kind, nerf_sphere, request):
+    scene = nerf_sphere if kind == "bounded" else request.getfixturevalue("capture")
+    x = torch.tensor([[0.0, 0.3, 0.9], [0.0, 0.3, 0.0], [0.0, 0.3, 0.0]])
+    assert box(scene, (0.6, 0.6, 0.6), (-0.6, -0.6, -0.6)).at(x).tolist() == [1, 1, 0]  # corners in any order
+    assert_close(ball(scene, (0.0, 0.0, 0.0), 0.3).at(x), torch.tensor([1.0, 0, 0]), rtol=0, atol=0.1)
+    with pytest.raises(ValueError, match="the box or ball of the edit is empty"):
+        ball(scene, (0.0, 0.0, 0.0), 0.0)
+    mask = ball(scene, (0.0, 0.0, 0.0), 0.4).seen(Balls(scene), 0, 32)
+    assert mask.shape == (1, 1, 32, 32) and 0 < mask.mean() < 0.5
+
+
+class Empty(Representation):
+    """Nothing, so that a region is seen as a whole."""
+
+    def depth(self, camera):
+        return torch.zeros(1, 1, camera.height, camera.width)
+
+
+@pytest.mark.parametrize("kind", ["bounded", "capture"])
+def test_a_confined_nerf_changes_in_its_region_alone(kind, nerf_sphere, request, tmp_path):
+    scene = nerf_sphere if kind == "bounded" else request.getfixturevalue("capture")
+    nerf = NeRF.fit(scene, steps=120, progress=False, **NERF_SIZES)
+    camera, before = nerf.camera(0, 24), copy.deepcopy(nerf)
+    region = ball(scene, (0.0, 0.0, 0.5), 0.5)
+    nerf.confine(region)
+    outside = max_pool2d(region.seen(Empty(scene), 0, 24), 5, 1, 2)[0, 0] == 0  # two pixels of rim aside
+    with torch.no_grad():
+        was = before.render(camera)
+        assert_close(nerf.render(camera), was, rtol=0, atol=1e-5)
+    optimiser = torch.optim.Adam(nerf.param_groups(5e-2, 1e-2))
+    assert sum(p.numel() for g in optimiser.param_groups for p in g["params"]) == sum(
+        p.numel() for p in before.parameters())
+    for _ in range(10):
+        optimiser.zero_grad()
+        nerf.render(camera).sub(torch.tensor([1.0, 0, 1]).view(3, 1, 1)).square().mean().backward()
+        optimiser.step()
+    with torch.no_grad():
+        change = (nerf.render(camera) - was)[0].abs().amax(0)
+    assert change[outside].max() < 1e-3 and change[~outside].max() > 0.05
+    nerf.save(tmp_path / "a.safetensors")
+    assert torch.equal(NeRF.load(tmp_path / "a.safetensors", scene).render(0, 16), nerf.render(0, 16))
+
+
+def test_confined_gaussians_keep_the_others(nerf_sphere):
+    g = torch.Generator().manual_seed(0)
+    means = torch.rand(60, 3, generator=g) - 0.5
+    splats = Splats(nerf_sphere, means, torch.full((60, 3), -2.5), torch.randn(60, 4, generator=g), torch.zeros(60),
+                    torch.randn(60, 3, generator=g), torch.zeros(60, 3, 3))
+    cells = torch.zeros(CELLS, CELLS, CELLS)
+    cells[:, :, CELLS // 2:] = 1  # x > 0
+    splats.confine(Region(nerf_sphere, cells))
+    splats.render(0, 24).square().sum().backward()
+    for parameter in splats.parameters():
+        own = parameter.grad.flatten(1).abs().sum(1) if parameter.ndim > 1 else parameter.grad.abs()
+        assert (own[means[:, 0] < -0.02] == 0).all()
+    assert (splats.sh_dc.grad[means[:, 0] > 0.02].abs().sum(1) > 0).float().mean() > 0.8
