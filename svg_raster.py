@@ -382,7 +382,9 @@ class SVG(torch.nn.Module):
         side = size * self.ss
         zoom, (dx, dy) = side / self.size, view or (0.0, 0.0)
         frame = [(v + d) * zoom for v, d in zip(self.document.frame, (dx, dy, dx, dy), strict=True)]
-        window = [min(max(round(v), 0), side) for v in frame]
+        # a drawing that ends within a pixel is seen there
+        whole = (lambda v: math.floor(v + 1e-3), lambda v: math.ceil(v - 1e-3)) if view is None else (round, round)
+        window = [min(max(to(v), 0), side) for v, to in zip(frame, np.repeat(whole, 2), strict=True)]
         if not self.ops:
             return self.points.new_ones(1, 3, size, size)
 
