@@ -55,10 +55,10 @@ def resvg_render(text, size, finer=1):
     root = re.match(r"<svg [^>]*>", text)
     view = re.search(r'viewBox="(\S+) (\S+) (\S+) (\S+)"', root[0]) if root and " width=" not in root[0] else None
     width, height = map(float, view.groups()[2:]) if view else (1.0, 1.0)
-    if width != height:
-        most = max(width, height)
-        place = f'x="{(most - width) / 2}" y="{(most - height) / 2}" width="{width}" height="{height}"'
-        text = drawing_text(f"<svg {place}{text[4:]}", f"0 0 {most} {most}")
+    if width != height or width % 1:      # resvg rounds the sides of a picture
+        width, height = (1024 * extent / max(width, height) for extent in (width, height))
+        place = f'x="{(1024 - width) / 2}" y="{(1024 - height) / 2}" width="{width}" height="{height}"'
+        text = drawing_text(f"<svg {place}{text[4:]}", "0 0 1024 1024")
     png = bytes(resvg_py.svg_to_bytes(svg_string=text, width=side, height=side, background="#ffffff"))
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=np.float64) / 255
     return pixels.reshape(size, finer, size, finer, 3).mean((1, 3))
