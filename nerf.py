@@ -555,6 +555,8 @@ class NeRF(SampledField):
     # Samples of a batch in occupied cells and shaded, to which its number of rays adapts; rays at first and at most.
     BATCH, BATCH_GPU = (2 ** 16, 2 ** 13, 512, 8192), (2 ** 20, 2 ** 18, 4096, 2 ** 17)
 
+    CHECKS = {"nerf": dictionary, "rays": lambda value: count(value) and 0 < value <= 2 ** 17, "drawn": count}
+
     @staticmethod
     def sizes(device):
         """Default levels, table and width for a device, a dict."""
@@ -585,23 +587,21 @@ class NeRF(SampledField):
         """
         device = torch.device(device)
         sizes = cls.sizes(device) | sizes
-        checks = {"nerf": dictionary, "rays": lambda value: count(value) and 0 < value <= 2 ** 17, "drawn": count}
-        checks |= {} if scene.bounded else {"guide": dictionary}
+        checks = cls.CHECKS if scene.bounded else cls.CHECKS | {"guide": dictionary}
         course = Course(scene, sizes, checks, seconds, steps, checkpoint, device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             nerf = cls(scene, **sizes).to(device)
         pixels = Pixels(scene.train, device)
         guide = None if scene.bounded else Guide(scene, pixels)
-        parts = {"nerf": nerf} | ({"guide": guide} if guide else {})
-        marched, kept, rays, most = cls.BATCH if device.type == "cpu" else cls.BATCH_GPU
-        drawn = 0
+        parts = {"nerf": nerf, "guide": guide} if guide else {"nerf": nerf}
+        (marched, kept, rays, most), drawn = cls.BATCH if device.type == "cpu" else cls.BATCH_GPU, 0
         if course.saved:
             for name, part in parts.items():
                 restore(part, course.saved[name], course.checkpoint)
             rays, drawn = course.saved["rays"], course.saved["drawn"]
-        groups = nerf.param_groups(2e-2, 7e-3) + ([guide.param_group()] if guide else [])
-        optimiser = torch.optim.Adam(groups, fused=True)
+        extra = [guide.param_group()] if guide else []
+        optimiser = torch.optim.Adam(nerf.param_groups(2e-2, 7e-3) + extra, fused=True)
         rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
         generator, = parallel.streams(seed, 1, device)
 
@@ -611,9 +611,7 @@ class NeRF(SampledField):
         for step in course.run(optimiser, generator, state, progress):
             for group in optimiser.param_groups:
                 group["lr"] = rates[group["name"]] * 0.1 ** course.share(step) * min(1, (step + 1) / 20)
-            if guide:
-                guide.share = course.share(step)
-            loss, colour, samples = nerf.fit_loss(pixels, rays, generator, guide=guide)
+            loss, colour, samples = nerf.fit_loss(pixels, rays, generator, guide=guide and guide.at(course.share(step)))
             optimiser.zero_grad()
             loss.backward()
             parallel.average(loss, optimiser.param_groups)

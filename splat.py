@@ -466,7 +466,7 @@ class Splats(Representation):
         """Fit new splats to the training views of a scene, one view per step: Adam on the absolute difference.
 
         Without the paper's structural similarity, which made a step on a CPU a third slower and no fit better. Objects
-        are fitted on random backgrounds, which only the true opacity explains.
+        are fitted on random backgrounds, which only the true opacity explains. Captures: see guide.Exposure, in_sight.
 
         Args:
             seconds: process CPU time on a CPU, wall time elsewhere; 60 if neither it nor steps is given.
@@ -483,7 +483,7 @@ class Splats(Representation):
         """
         device, scene = torch.device(device), undistorted(scene)
         sizes = cls.sizes(device) | sizes
-        checks = cls.CHECKS | ({} if scene.bounded else {"exposure": dictionary})
+        checks = cls.CHECKS if scene.bounded else cls.CHECKS | {"exposure": dictionary}
         course = Course(scene, sizes, checks, seconds, steps, checkpoint, device)
         generator, = parallel.streams(seed, 1)
         if course.saved:
@@ -491,10 +491,7 @@ class Splats(Representation):
         else:
             splats = cls.start(scene, _first_count(scene, sizes), sizes["degree"], parallel.shared(generator, seed))
         splats.to(device)
-        exposure = None if scene.bounded else Exposure(len(scene.train), device)
-        if course.saved and exposure:
-            restore(exposure, course.saved["exposure"], course.checkpoint)
-        clear = None if scene.bounded else _clear(scene).to(device)
+        exposure, clear = _exposure(scene, course, device), _clear(scene, device=device)
         # for each Gaussian, the sum of the gradients of its mean on the screen, and the number of pictures with one
         moved = course.saved["moved"] if course.saved else torch.zeros(2, len(splats.means), device=device)
         # several times the paper's rates: a minute on a CPU has 2,000 steps, not 30,000
@@ -503,28 +500,24 @@ class Splats(Representation):
         rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
 
         def state():
-            return dict(splats=splats.state_dict(), moved=moved) | (
-                {"exposure": exposure.state_dict()} if exposure else {})
+            return {"splats": splats.state_dict(), "moved": moved} | (exposure.kept() if exposure else {})
 
         for step in course.run(optimiser, generator, state, progress):
             for group in optimiser.param_groups:
                 group["lr"] = rates[group["name"]] * (0.01 if group["name"] == "means" else 0.2) ** course.share(step)
-            number = _in_turn(len(scene.train), step, seed)
-            view = scene.train[number]
+            view = scene.train[number := _in_turn(len(scene.train), step, seed)]
             loss, error, uv = splats._fit_step(view, generator, exposure, number)
             optimiser.zero_grad()
             loss.backward()
             parallel.average(loss, optimiser.param_groups)
             optimiser.step()
             splats.project_()
-            half = uv.new_tensor([[view.camera.width], [view.camera.height]]) / 2
-            pull = (uv.grad * half).norm(dim=0)  # in half pictures, whatever their size
-            moved += torch.stack((pull, (pull > 0).float()))
+            moved += _pull(uv, view.camera)
             if (step + 1) % cls.DENSIFY == 0:
                 moved = parallel.summed(moved)
-                splats._densify(optimiser, moved[0] / moved[1].clamp_min(1), sizes["limit"],
-                                0.15 if course.share(step + 1) < 0.6 else 0, parallel.shared(generator, seed + step),
-                                clear)
+                grow = 0.15 if course.share(step + 1) < 0.6 else 0
+                splats._densify(optimiser, moved[0] / moved[1].clamp_min(1), sizes["limit"], grow,
+                                parallel.shared(generator, seed + step), clear)
                 moved = moved.new_zeros(2, len(splats.means))
             course.report(loss, error, splats=len(splats.means))
         splats.fitted = {"steps": course.step, "seconds": course.spent}
@@ -601,6 +594,22 @@ class Splats(Representation):
         self.log_scales[twins] -= math.log(1.6)
 
 
+def _pull(uv, camera):
+    """Lengths of the gradients of uv [2,N] in half pictures, whatever their size, and whether there are any: [2,N]."""
+    pull = (uv.grad * uv.new_tensor([[camera.width], [camera.height]]) / 2).norm(dim=0)
+    return torch.stack((pull, (pull > 0).float()))
+
+
+def _exposure(scene, course, device):
+    """The Exposure of a capture's fit, as the resumed checkpoint holds it or new; None for an object."""
+    if scene.bounded:
+        return None
+    exposure = Exposure(len(scene.train), device)
+    if course.saved:
+        restore(exposure, course.saved["exposure"], course.checkpoint)
+    return exposure
+
+
 def _places(scene, count, generator):
     """Positions [count,3] that the pictures allow, and standard deviations [count] that fill the space between."""
     extent, cells = (1, 64) if scene.bounded else (2, 32)
@@ -627,9 +636,11 @@ def _places(scene, count, generator):
 CLEAR = 64  # cells along each side of the grid in which a capture is clear
 
 
-def _clear(scene, cells=CLEAR):
-    """The cells of a capture that can hold something, [cells^3] bool, see in_sight."""
-    return in_sight(scene.train, scene.points, scene.centre, scene.half, cells)[0]
+def _clear(scene, cells=CLEAR, device="cpu"):
+    """The cells of a capture that can hold something, [cells^3] bool, see in_sight; None for an object."""
+    if scene.bounded:
+        return None
+    return in_sight(scene.train, scene.points, scene.centre, scene.half, cells)[0].to(device)
 
 
 def _first_count(scene, sizes):

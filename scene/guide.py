@@ -28,6 +28,10 @@ class Exposure(torch.nn.Module):
         """The group of gain and bias for Adam."""
         return {"name": "exposure", "params": [self.gain, self.bias], "lr": self.RATE}
 
+    def kept(self):
+        """What a checkpoint of the fit holds of it."""
+        return {"exposure": self.state_dict()}
+
     def exposed(self, rgb, view):
         """Colours rgb [3,N] as photographs show them; view: numbers [N], or [1] for all."""
         gain, bias = ((x - x.mean(1, keepdim=True))[:, view] for x in (self.gain, self.bias))
@@ -42,7 +46,7 @@ class Guide(Exposure):
     """The exposures, the distances of the cloud's points in the pixels of a photographs.Pixels, and the levels.
 
     Attributes:
-        share: of the fit that is done, which the fit sets.
+        share: of the fit that is done.
         away: [M], distances in half sides of the box of the points that the pixels show, 0 elsewhere; None without
             points.
     """
@@ -61,6 +65,11 @@ class Guide(Exposure):
             if pixels.used is not None:
                 self.away *= torch.zeros_like(self.away).index_fill(0, pixels.used, 1)
             self.known = self.away.nonzero()[:, 0]
+
+    def at(self, share):
+        """The guide itself, at a share of the fit from 0."""
+        self.share = share
+        return self
 
     def draw(self, count, generator):
         """Random pixels: rays_o, rays_d [3,count], colours [3,count], numbers of the views [count], distances of the

@@ -105,7 +105,7 @@ def test_a_confined_nerf_changes_in_its_region_alone(kind, nerf_sphere, request,
         optimiser.step()
     with torch.no_grad():
         change = (nerf.render(camera) - was)[0].abs().amax(0)
-    assert change[outside].max() < 1e-3 and change[~outside].max() > 0.05
+    assert change[outside].max() < 1e-2 and change[~outside].max() > 0.05
     nerf.save(tmp_path / "a.safetensors")
     assert torch.equal(NeRF.load(tmp_path / "a.safetensors", scene).render(0, 16), nerf.render(0, 16))
 
