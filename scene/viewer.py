@@ -19,6 +19,7 @@ import socket
 import time
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from scene.cameras import Camera, sides
 from scene.gaussians import ATTRIBUTES
 from scene.representation import depth_picture
 
-SHARE, LONGEST, REST = 0.06, 0.1, 10.0  # share of an edit's time; seconds for a picture between steps, and at rest
+SHARE, LONGEST = 0.06, 0.1  # share of an edit's time; seconds for a picture between steps, at rest for a part of it
 COARSE, FINE = 64, 512  # height in pixels of a picture while the camera moves, and after a while without that
 PACE, GRACE = 0.25, 5.0  # seconds between two updates of text and Gaussians; without a page, until `stay` returns
 HALF = 10.0  # half side of the box of interest on the page, where variances of Gaussians are float16
@@ -76,6 +77,7 @@ class Viewer:
         self.server.request_share_url = lambda *_: None  # otherwise any page could open a public tunnel
         self.scene = self.source = self.splats = None
         self.paused = self.stopped = False
+        self.interrupt = SimpleNamespace(seen=False)
         self.pages, self.cameras, self.controls, self.step, self.sent = {}, [], 0, 0, None
         self.room, self.speed, self.told, self.left = LONGEST, 0.0, -math.inf, self.clock()
         self._controls()
@@ -140,7 +142,7 @@ class Viewer:
         Returns:
             Whether a page has requested to stop.
         """
-        start, text = self.clock(), f"**{stage}**, step {step} of {steps}, loss {loss:.4g}"
+        self.interrupt, start, text = interrupt, self.clock(), f"**{stage}**, step {step} of {steps}, loss {loss:.4g}"
         self.room = min(LONGEST, self.room + SHARE * (start - self.left))
         self.step += 1
         self._draw(text, 100 * step / steps, self.room > 0, LONGEST)
@@ -164,7 +166,7 @@ class Viewer:
     # ---- what the pages show
 
     @torch.no_grad()
-    def _draw(self, text, percent, allowed=True, longest=REST):
+    def _draw(self, text, percent, allowed=True, longest=math.inf):
         """Update the text and the Gaussians every PACE, and the picture of one page, in about `longest` seconds."""
         clients, now = self.server.get_clients(), self.clock()
         self.pages = {number: self.pages.get(number) or Page() for number in clients}
@@ -196,11 +198,16 @@ class Viewer:
         if look == "blank":
             pixels = to_uint8(self.scene.background[:, None, None].expand(3, 2, 2)).cpu().numpy()
         else:
-            pixels = self._look(self._camera(page.at, height), lambda: look != (_camera_of(client), self.controls))
+            state = self._state(client)
+            pixels = self._look(self._camera(page.at, height), lambda: height > COARSE and self._state(client) != state)
         if pixels is not None:
             with warnings.catch_warnings():  # about a page that has just been closed
                 warnings.simplefilter("ignore")
-                client.scene.set_background_image(pixels, "jpeg")
+                client.scene.set_background_image(pixels, "jpeg", jpeg_quality=90)
+
+    def _state(self, client):
+        """All that makes a picture that is being drawn useless once it changes."""
+        return _camera_of(client), self.controls, self.paused, self.stopped, self.interrupt.seen
 
     def _look(self, camera, late):
         """The picture of a Camera, uint8 [H,W,3]: of the source, of the scene now, or of both with a divider; None if

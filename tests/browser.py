@@ -35,7 +35,8 @@ class Chromium:
         os.close(theirs), os.close(ours)
         self.number, self.rest, self.requests, self.errors, self.session = 0, b"", [], [], None
         page = next(t for t in self("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        self.session = self("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
+        self.target = page["targetId"]
+        self.session = self("Target.attachToTarget", targetId=self.target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network"):
             self(f"{domain}.enable")
 
@@ -68,7 +69,7 @@ class Chromium:
     def goto(self, address):
         """Open a page and wait until it is loaded."""
         self("Page.navigate", url=address)
-        self.until("document.readyState == 'complete' && location.href != 'about:blank'")
+        self.until(f"document.readyState == 'complete' && location.href.startsWith({address!r})")
 
     def run(self, script):
         """The value of a JavaScript expression in the page."""
