@@ -10,6 +10,7 @@ The hash grid is Instant NGP's (Mueller et al., arXiv 2201.05989), the rendering
 [-1,1]^3; cameras stay in the units of the scene's file.
 """
 import copy
+import functools
 import json
 import math
 from typing import NamedTuple
@@ -340,12 +341,8 @@ class SampledField(Field):
 
 
 class Gate(torch.nn.Module):
-    """Where a field may change, and what it is elsewhere.
-
-    Attributes:
-        field: the frozen SampledField; cells: [C,C,C] of a Region, the share in [0,1] of the field that learns.
-        open: [G^3] bool, the cells of the occupancy that reach into the region.
-    """
+    """Where a field may change, and what it is elsewhere: a frozen `field`; `cells` of a Region, the share of the field
+    that learns; `open` [G^3] bool, the cells of the occupancy that reach into the region."""
 
     def __init__(self, field, region):
         super().__init__()
@@ -569,8 +566,8 @@ class NeRF(SampledField):
         """Fit a new NeRF to the training views of a scene.
 
         Batches of random pixels, Huber and distortion loss, Adam with a learning rate that decays tenfold. Objects are
-        fitted on random backgrounds, which only the true opacity explains: nothing white hides in front of white. For
-        what helps captures see guide.py and box.in_sight.
+        fitted on random backgrounds, which only the true opacity explains: nothing white hides in front of white.
+        Captures: see guide.Guide, box.in_sight.
 
         Args:
             seconds: process CPU time on a CPU, wall time elsewhere; 60 if neither it nor steps is given.
@@ -622,9 +619,13 @@ class NeRF(SampledField):
             samples = [parallel.largest(number) for number in samples]
             rays *= min(marched / max(samples[0], 1), kept / max(samples[1], 1), 2)
             rays = min(max(int(rays), 64), most)
-            course.report(loss, 2 * colour)  # near 0 the Huber loss is half the square
+            course.report(loss, 2 * colour, functools.partial(nerf.told, rays))  # near 0 Huber's is half the square
         nerf.open, nerf.fitted = None, {"steps": course.step, "seconds": course.spent, "rays": drawn}
         return nerf
+
+    def told(self, rays):
+        """Figures of a fit for its progress, a dict."""
+        return dict(views=len(self.scene.train), rays=rays, occupied=f"{self.occupied.float().mean().item():.0%}")
 
     def fit_loss(self, pixels, rays, generator, l1=False, guide=None):
         """Loss of a batch of random pixels, its colour term, and its numbers of samples (marched, shaded).

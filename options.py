@@ -34,8 +34,8 @@ SHIPPED = HERE / "models" / "emoji"
 INPUTS = {"svg": "svg", "image": "image", "scene": "nerf"}
 METHODS = (*LOSSES, *EDITORS)
 UP = ("x", "y", "z", "-x", "-y", "-z")
-OUTPUTS = {"source.png", "sheet.png", "masks.png", "progress.gif", "turntable.gif", "depth.png", "config.json",
-           "index.html", "checkpoint.pt"}  # of a run
+OUTPUTS = {"source.png", "sheet.png", "masks.png", "fit.png", "progress.gif", "turntable.gif", "depth.png",
+           "config.json", "index.html", "checkpoint.pt"}  # of a run
 PATHS = ("turntable", "input")  # camera paths of turntable.gif
 
 # modes: those that read the option, all if empty; elsewhere it is refused. kept: whether the result depends on it, so
@@ -130,7 +130,7 @@ GROUPS = {
     "scenes": [
         _option("--fit-seconds", "time of the fit, process CPU time on a CPU (default: %(default)g)", SCENES,
                 type=number(float, 0.001, 1e7), default=60.0),
-        _switch("--fit-only", "fit, print the PSNR of the test views, and stop", SCENES, kept=False),
+        _switch("--fit-only", "fit, print the PSNR of the test views, write fit.png, and stop", SCENES, kept=False),
         _option("--downscale", "reduce the photographs by this factor (default: %(default)s)", SCENES,
                 type=number(int, 1, 1000), default=1),
         _option("--images", "folder of the photographs inside the scene's, such as images_4 (default: the one that the "

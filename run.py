@@ -40,7 +40,7 @@ from files.checkpoint import fingerprint, read_run
 from files.messages import exit_code, one_line
 from files.page import run_page
 from files.pictures import read_picture, to_pil, to_tensor
-from files.sheets import beside, sheet, snapshot
+from files.sheets import beside, sheet, snapshot, thumbnail
 from files.writing import check_writable, locked, write
 from image.editors import EDITORS, TITLES, prompts
 from image.figures import outside
@@ -55,7 +55,7 @@ from prior import InstructPix2Pix, Prior
 from scene.cameras import input_path, sides, turntable
 from scene.reading import load_scene
 from scene.region import ball, box, lifted
-from scene.representation import depth_picture, evaluate, export, fit_report
+from scene.representation import depth_picture, evaluate, export, fit_pictures, fit_report
 from scene.viewer import Viewer
 from splat import Splats
 from svg_raster import SVG
@@ -359,6 +359,13 @@ def unedited(args, view):
         psnr, views = evaluate(scene, scene.scene)
         done = "" if args.fitted else ", {steps} steps, {seconds:.1f} s".format(**scene.fitted)
         print("\n".join([f"test PSNR {psnr:.1f} dB, {views} views{done}", *fit_report(scene, scene.scene)]))
+        if parallel.rank() == 0:
+            titles = ("photographs", "the fit", "its depth")
+            rows = [(title, "", [thumbnail(to_pil(picture), sheets.SIDE_SIZE) for picture in row])
+                    for title, row in zip(titles, fit_pictures(scene, scene.scene), strict=True)]
+            args.out.mkdir(parents=True, exist_ok=True)
+            write(args.out / "fit.png", sheet(rows))
+            print(f"done: {args.out / 'fit.png'}")
     if view:
         view.show(scene, edited=False)
         view.stay("Drag to rotate, scroll to zoom, drag with the right button to pan.", always=True)

@@ -519,7 +519,7 @@ class Splats(Representation):
                 splats._densify(optimiser, moved[0] / moved[1].clamp_min(1), sizes["limit"], grow,
                                 parallel.shared(generator, seed + step), clear)
                 moved = moved.new_zeros(2, len(splats.means))
-            course.report(loss, error, splats=len(splats.means))
+            course.report(loss, error, lambda: dict(views=len(scene.train), splats=len(splats.means)))
         splats.fitted = {"steps": course.step, "seconds": course.spent}
         return splats
 

@@ -47,6 +47,7 @@ class Course:
 
     Attributes:
         step, spent: number of steps done, and their seconds; for a resumed fit, since its beginning.
+        errors, ended: mean errors of the tenths of the time that are over; whether they have stopped falling.
         saved: contents of the checkpoint to be resumed, until `run`; None for a new fit.
     """
 
@@ -72,11 +73,13 @@ class Course:
         self.seconds, self.steps = 60 if seconds is None and steps is None else seconds, steps
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.step, self.spent, self.saved = 0, 0.0, None
+        self.errors, self.recent, self.tenth, self.ended = [], [], 0, False
         if self.checkpoint:
             check_writable(self.checkpoint.parent)  # fail before the fit, not after it
             if self.checkpoint.exists():
                 self.saved = self._read(checks, device)
                 self.step, self.spent = self.saved["step"], self.saved["spent"]
+                self.ended = self.saved.get("ended") is True
 
     def _read(self, checks, device):
         path = self.checkpoint
@@ -96,7 +99,10 @@ class Course:
         return saved
 
     def share(self, step):
-        """Share of the fit that is done before a step, from 0: of the steps or of the time, whichever is larger."""
+        """Share of the fit that is done before a step, from 0: of the steps or of the time, whichever is larger; 1 if
+        it has stopped gaining."""
+        if self.ended:
+            return 1.0
         of_steps = 0.0 if self.steps is None else step / self.steps if self.steps else 1.0
         return max(of_steps, self.spent / self.seconds if self.seconds else 0.0)
 
@@ -140,24 +146,36 @@ class Course:
         if parallel.rank():
             return
         whole = io.BytesIO()  # torch.save to a path hides a full disk behind a RuntimeError
-        torch.save(state() | dict(step=self.step, spent=self.spent, optimiser=optimiser.state_dict(),
+        torch.save(state() | dict(step=self.step, spent=self.spent, ended=self.ended, optimiser=optimiser.state_dict(),
                                   generator=first, others=others, sizes=self.sizes,
                                   fingerprint=self.scene.fingerprint), whole)
         with replacing(self.checkpoint) as part:
             part.write_bytes(whole.getbuffer())
 
-    def report(self, loss, error, **figures):
+    GAIN = 0.993  # a fit has stopped gaining if the error falls by less from two tenths of the time to the next two
+
+    def report(self, loss, error, figures=dict):
         """Update the figures beside the progress bar, every 20th step: each time waits for the device.
+
+        A fit that only the time limits ends once it has stopped gaining.
 
         Args:
             loss, error: tensors of one element; error is a mean square, shown as PSNR.
-            figures: further figures to show.
+            figures: a function that returns a dict of further figures to show.
         Raises:
             FloatingPointError: the loss is not finite.
         """
+        if self.steps is None:
+            self.recent.append(error)
         if self.step % 20:
             return
         if not torch.isfinite(loss):
             raise FloatingPointError(f"{self.scene.path}: the loss is {loss.item()} at step {self.step}")
         psnr = -10 * math.log10(error.item() + 1e-12)
-        self.bar.set_postfix(psnr=f"{psnr:.1f} dB", **figures, refresh=False)
+        self.bar.set_postfix(psnr=f"{psnr:.1f} dB", **figures(), refresh=False)
+        if self.steps is None and int(10 * self.spent / self.seconds) != self.tenth:
+            self.tenth = int(10 * self.spent / self.seconds)
+            self.errors.append(torch.stack(self.recent).mean().item())
+            self.recent = []
+            *_, a, b, c, d = 0, 0, 0, 0, *self.errors
+            self.ended = bool(parallel.largest(len(self.errors) > 5 and c + d > self.GAIN * (a + b)))

@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ PARAMETERS = {"SIMPLE_PINHOLE": ("f", "cx", "cy"), "PINHOLE": ("fl_x", "fl_y", "
               "SIMPLE_RADIAL": ("f", "cx", "cy", "k1"), "RADIAL": ("f", "cx", "cy", "k1", "k2"),
               "OPENCV": ("fl_x", "fl_y", "cx", "cy", "k1", "k2", "p1", "p2")}  # of the supported models
 TRACK, ERROR, FEWEST = 3, 2, 100  # see read_points
+UNSURE = 2  # median reprojection error in pixels, above which poses are doubtful
 
 
 def find_model(folder):
@@ -106,6 +108,9 @@ def read_points(path):
     if not (np.isfinite(rows).all() and np.abs(points).max(initial=0) <= FARTHEST):
         raise SceneError(f"{path}: a point that is not finite, or further than {FARTHEST:g}")
     known = error[error >= 0]  # -1 means that COLMAP has not measured it
+    if len(known) and np.median(known) > UNSURE:
+        warnings.warn(f"{path}: half of its points are off by more than {np.median(known):.1f} pixels in the pictures: "
+                      "the poses are uncertain, and a fit will be blurred", stacklevel=2)
     good = (track >= TRACK) & (error <= ERROR * np.median(known) if len(known) else True)
     rows = rows[good] if good.sum() >= FEWEST else rows
     return rows[:, :3], rows[:, 3:6].clip(0, 255) / 255

@@ -116,12 +116,25 @@ def fit_report(representation, scene):
     return lines
 
 
+@torch.no_grad()
+def fit_pictures(representation, scene, most=5):
+    """What a person should see of a fit: photographs of at most so many test views, or else of training views, their
+    renderings, and their depth: three lists of [1,3,H,W] in [0,1]."""
+    views = scene.test or scene.train
+    views = views[::math.ceil(len(views) / most)]
+    photographs = [over(view.picture(), scene.background)[None] for view in views]
+    return (photographs, [representation.render(view.camera) for view in views],
+            [depth_picture(representation.depth(view.camera)) for view in views])
+
+
 def depth_picture(depth):
     """Depth [1,1,H,W] of a representation -> [1,3,H,W] in [0,1]: near is white, far is dark, empty is black."""
     hit = depth > 0
     if not hit.any():
         return torch.zeros_like(depth).expand(-1, 3, -1, -1)
     low, high = depth[hit].min(), depth[hit].max()
+    if high > 5 * low:  # a capture: what is far would leave no shades for what is near
+        depth, low, high = (-1 / x.clamp_min(1e-9) for x in (depth, low, high))
     return torch.where(hit, 1 - 0.8 * (depth - low) / (high - low).clamp_min(1e-6), 0).expand(-1, 3, -1, -1)
 
 

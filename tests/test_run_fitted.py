@@ -82,6 +82,26 @@ def test_gaussians_are_edited_without_photographs(ball, edit, tmp_path):
     one_error(printed, f"{again}: the run would overwrite it: choose another --out")
 
 
+def test_an_edit_in_a_place_of_the_scene_shows_where_it_acts(ball, edit, tmp_path):
+    folder, file = ball
+    before = Splats.load(file, load_scene(folder))
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, 8:] = 255
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(mask).save(tmp_path / "masks" / "0.png")  # one of eight photographs
+    for name, flags in {"mask": ["--mask", tmp_path / "masks"], "ball": ["--ball", 0.75, 0, 0, 0.5],
+                        "box": ["--box", 0, -1, -1, 1, 1, 1]}.items():
+        code, told = edit("--mode", "splat", "--scene", folder, "--splats", file, *flags, out=name)
+        assert code == 0, told
+        assert (tmp_path / name / "masks.png").exists()
+        changed = (Splats.load(tmp_path / name / "result.ply", load_scene(folder)).sh_dc != before.sh_dc).any(1)
+        assert 0 < changed.float().mean() < 0.9
+    assert not changed[before.means[:, 0] < -0.1].any()
+    code, told = edit("--mode", "splat", "--scene", folder, "--splats", file, "--ball", 50, 0, 0, 0.1, out="none")
+    assert code == 2 and not (tmp_path / "none").exists()
+    one_error(told, "the box or ball of the edit is empty")
+
+
 @pytest.mark.parametrize("flags", [["--splats"], ["--scene"], ["--mode", "splat", "--fitted"],
                                    ["--mode", "splat", "--scene"]])
 def test_gaussians_can_be_named_by_any_of_the_flags(flags):
@@ -106,7 +126,10 @@ def test_a_saved_nerf_is_edited_without_a_fit(ball, edit, tmp_path, monkeypatch)
 def test_a_trained_model_is_measured(ball, tmp_path, capsys):
     folder, file = ball
     assert run.main(["--splats", str(file), "--scene", str(folder), "--fit-only", "--out", str(tmp_path / "out")]) == 0
-    printed, own = capsys.readouterr().out.splitlines()
+    printed, own, done = capsys.readouterr().out.splitlines()
+    assert done == f"done: {tmp_path / 'out' / 'fit.png'}"
+    with Image.open(tmp_path / "out" / "fit.png") as page:  # photographs, renderings, depth of two test views
+        assert page.width > 2 * 256 and page.height > 3 * 256
     assert printed.startswith("test PSNR ") and printed.endswith(" dB, 2 views") and float(printed.split()[2]) > 14
     assert own.startswith("training PSNR ") and own.endswith(" dB, 6 views") and float(own.split()[2]) > 14
 
@@ -116,6 +139,7 @@ def test_a_trained_model_is_measured(ball, tmp_path, capsys):
     (["--mode", "splat", "--fitted", "a.safetensors", "--scene", "."], "--mode nerf a .safetensors"),
     (["--fitted", "a.safetensors"], "a.safetensors: also give --scene DIR, the photographs that it was fitted to"),
     (["--mode", "nerf", "--scene", "a.splat"], "a.splat: --mode splat edits a .ply or .splat"),
+    (["--mode", "nerf", "--mask", "a", "--ball", "0", "0", "-1", "2"], "--mask and --ball name two places of the edit"),
     (["--mode", "svg", "--splats", "a.ply"], "--splats: only with --mode splat"),
     (["--mode", "image", "--images", "b"], "--images: only with --mode nerf and splat"),
     (["--mode", "nerf", "--up", "z"], "--up: only with --mode splat")])
@@ -158,7 +182,7 @@ def test_every_scene_and_every_size_has_its_own_fit(tmp_path):
              str(tmp_path / "out" / "x")]
     for scene, more in (("0", []), ("1", []), ("0", ["--downscale", "2"]), ("0", [])):
         assert run.main([*flags, "--scene", str(tmp_path / scene / "ball"), *more]) == 0
-    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    names = sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_file())
     assert len(names) == 3 and all(re.fullmatch("ball-splat-[0-9a-f]{8}-fit.pt", name) for name in names)
     scene = load_scene(tmp_path / "0" / "ball")
     found = {kept_in(tmp_path / "out" / "ball-splat", scene, kind.sizes(device)).name
