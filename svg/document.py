@@ -92,7 +92,8 @@ class Document:
         self.drawn, self.measured, self.nested, self.filters = [], 0, set(), []
         self.contexts, self.relative = {}, {}     # see context and outline
         self.pictures, self.decoded = {}, 0       # {<image>: its picture}, and the pixels of all
-        self.carried = None               # the marker or tile that is being visited, if it moves
+        self.carried = None               # the marker or tile being visited, if it moves
+        self.markers = self.tiles = 0     # counts of all so far
         self.active, self.followed, self.visited = [], 0, 0       # references being followed; counts of all so far
         root, width, height = source.root, source.width, source.height
         self.sides = (size, size) if isinstance(size, int) else size.sides(width, height)

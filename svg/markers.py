@@ -14,13 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from svg.outline import ANGLES, DIGITS, affine, box_outline, fit, length, numbers
+from svg.outline import ANGLES, DIGITS, SVGError, affine, box_outline, fit, length, numbers
 from svg.paint import Layer, Shape
 from svg.segments import take
 from svg.style import MARKERS, OWN
 
 MARKED = {"path", "line", "polyline", "polygon"}      # the elements that have markers
 NEAR = 1e-4                           # px; a control point this close to its vertex gives no direction
+MAX_MARKERS = 5000                    # of a drawing
 SEGMENTS = 3                          # segments to look back and ahead, as segments of no length have no direction
 KEYWORDS = {"left": "0%", "top": "0%", "center": "50%", "right": "100%", "bottom": "100%"}        # of refX and refY
 
@@ -72,6 +73,9 @@ def marker_ops(document, element, shape, matrix, style):
             document.paints.settled[element, name] = "none"
             continue
         shape.marked = True
+        document.markers += len(part)
+        if document.markers > MAX_MARKERS:
+            raise SVGError(f"more than {MAX_MARKERS} markers to draw")
         if not part:
             continue
         ops += standing(document, marker, element, name, [Place(shape, None, v, 0.0, False, 1.0, -1) for v in part],

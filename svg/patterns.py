@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from svg.outline import affine, box_outline, numbers, transform
+from svg.outline import SVGError, affine, box_outline, numbers, transform
 from svg.paint import Layer, share
 
-MAX_TILES = 1000                      # of a pattern on one shape
+MAX_TILES, MAX_ALL_TILES = 1000, 10_000       # of a pattern on one shape, of a drawing
 NOTHING = 1e-9                        # pixels per unit of a pattern that is too small to be visible
 
 
@@ -101,6 +101,9 @@ def pattern_ops(document, layer, element, name, pattern, style):
         return []
     box = low - origin, high - origin
     tiling.cells = cells_of(document, layer, tiling, own, matrix, box, what)
+    document.tiles += len(tiling.cells)
+    if document.tiles > MAX_ALL_TILES:
+        raise SVGError(f"more than {MAX_ALL_TILES} tiles of patterns to draw")
     ops = tile_ops(document, pattern, content, style, tiling, box)
     key = name + "-opacity"
     owner = element if element not in document.paints.shared else style[key][1]

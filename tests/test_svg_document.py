@@ -503,7 +503,8 @@ def test_clips_and_masks_in_box_units_are_saved_as_drawn(load_svg, tmp_path, res
 # ---- bad input
 
 LOWER = {"outline.MAX_POINTS": 5000, "document.MAX_SHAPES": 3000, "document.MAX_VISITS": 15_000,
-         "style.MAX_STEPS": 1_000_000, "style.MAX_RULES": 2000}    # cheap to exceed
+         "style.MAX_STEPS": 1_000_000, "style.MAX_RULES": 2000, "markers.MAX_MARKERS": 50,
+         "patterns.MAX_ALL_TILES": 500}   # cheap to exceed
 BAD_FILES = {
     "no element found": "",
     "not well-formed XML": "<svg",
@@ -557,6 +558,10 @@ BAD_FILES = {
     "pattern stroke on <rect> of more than 1000 tiles": svg_text(
         '<pattern id="p" patternUnits="userSpaceOnUse" width=".1" height=".1"><path d="M0 0H9"/></pattern>'
         '<rect width="9" height="9" fill="none" stroke="url(#p)"/>'),
+    "more than 500 tiles of patterns to draw": svg_text(
+        '<pattern id="p" width=".05" height=".05"><path d="M0 0H9"/></pattern>' + '<circle r="9" fill="url(#p)"/>' * 2),
+    "more than 50 markers to draw": svg_text(f'<marker id="m"><path d="M0 0H9"/></marker><path d="M0 0{"h1v1" * 30}" '
+                                             'marker-mid="url(#m)"/>'),
     "transform translate3d() on <g>": svg_text('<g style="transform:translate3d(0, 0, 9px)"/>'),
     "transform matrix3d() on <g>": svg_text('<g style="transform:matrix3d(1,0,0,0,0,1,0,0,0,0,1,0,9,2,0,2)"/>'),
     "transform rotate3d() on <g>": svg_text('<g style="transform:rotate3d(1, 1, 1, 9deg)"><rect width="9"/></g>'),
