@@ -160,7 +160,8 @@ class Standing(torch.nn.Module):
         at, *others = take(points, self.rows).split([1, 3 * SEGMENTS, 3 * SEGMENTS], 1)
         (came, has_come), (goes, will_go) = self.angle(at - others[0]), self.angle(others[1] - at)
         came, goes = torch.where(has_come, came, goes), torch.where(will_go, goes, came)
-        came = torch.where((came - goes).detach().abs() > math.pi, came + 2 * math.pi, came)
+        # a path that turns back exactly has two bisectors: rounding must not choose between them
+        came = torch.where((came - goes).detach().abs() > math.pi + 1e-3, came + 2 * math.pi, came)
         angle = self.turn + torch.where(self.auto, (came + goes) / 2, 0)
         size = torch.cat([widths, widths.new_ones(1)])
         size = self.factor * take(size, self.width).clamp_min(1e-6)

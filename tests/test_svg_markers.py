@@ -178,6 +178,15 @@ def test_a_marker_that_is_left_out_is_not_drawn_after_saving(load_svg, tmp_path)
     assert psnr(pixels(SVG.load(tmp_path / "saved.svg", size=32), 64), pixels(svg, 64)) > 50
 
 
+def test_a_path_that_turns_back_keeps_its_bisector_when_saved(load_svg, tmp_path):
+    svg = load_svg(marked(AUTO, f'<polygon points="5.57,6.1663 28.3,26.9797" {ALL}/>'))
+    for step in torch.randn(5, 2, generator=torch.Generator().manual_seed(0)):
+        with torch.no_grad():
+            svg.points[:2] += 0.1 * step
+        svg.save(tmp_path / "saved.svg")
+        assert psnr(pixels(SVG.load(tmp_path / "saved.svg", size=32), 32), pixels(svg, 32)) > 50
+
+
 REFUSED = {
     "marker-mid on <path> with arcs": marked(AUTO, f'<path d="M4 4A9 9 0 0 1 20 20" {ALL}/>'),
     "marker-end on <path> in a marker": marked(AUTO, '<marker id="n"><path d="M0 0H9" marker-end="url(#m)"/></marker>'
