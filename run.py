@@ -10,9 +10,10 @@
     python run.py --mode nerf --compare in2n inv2n sds dds pds                                   # the paper's Figure 1
     python run.py --mode toy                                  # SDS, DDS and PDS in the plane, the paper's Figure 2
 
-The output folder gets source.*, result.*, progress.gif, sheet.png (before and after; of a scene from several sides) and
-config.json; of a scene also turntable.gif and depth.png, and with --export every view in nerfstudio's format.
-python -m bench edits runs every edit of a list and prints one table.
+The output folder gets index.html (a page to open), source.*, result.*, progress.gif, sheet.png (before and after; of a
+scene from several sides) and config.json; of a scene also turntable.gif and depth.png, and with --export every view in
+nerfstudio's format. --view shows a scene in the browser while it is edited. python -m bench edits runs every edit of a
+list and prints one table.
 """
 import contextlib
 import copy

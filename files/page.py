@@ -88,7 +88,7 @@ def _page(title, body, width=""):
 
 
 def _text(value):
-    return html.escape(str(value))
+    return html.escape(str(value).encode("utf-8", "replace").decode())  # a name of a file need not be UTF-8
 
 
 def _facts(values):

@@ -1,7 +1,9 @@
 """files/page.py: index.html of a run and of a list of edits, its escaping, and what a browser shows of it."""
 import base64
+import html
 import io
 import re
+import shlex
 from html.parser import HTMLParser
 
 import pytest
@@ -9,6 +11,7 @@ from browser import Chromium
 from conftest import DRAWING, svg_text
 from PIL import Image
 
+import run
 from files.page import edits_page, run_page
 
 HOSTILE = '<script>document.title="hit"</script>"><img src=x onerror="document.title=1">\''
@@ -64,6 +67,21 @@ def test_pictures_are_bounded_and_drawings_embedded_as_they_are():
     page = a_run([(DRAWING.encode(), EVIL)])
     found = re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)
     assert [base64.b64decode(data) for data in found] == [DRAWING.encode(), EVIL]
+
+
+def test_a_run_writes_its_page(command, tmp_path):
+    """With hostile names of the file and the prompt: the drawings as they are, the command that makes it again."""
+    file = tmp_path / "<script>alert(1)\udcff.svg"
+    file.write_text(DRAWING)
+    assert command("--svg", file, "--target", HOSTILE) == 0
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    tags = Tags(page).found
+    assert [tag for tag, _ in tags].count("script") == 1
+    assert not [key for _, attributes in tags for key in attributes if key.startswith("on")]
+    drawings = [base64.b64decode(data) for data in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
+    assert drawings == [DRAWING.encode(), (tmp_path / "out" / "result.svg").read_bytes()]
+    assert f"--target {shlex.quote(HOSTILE)}" in html.unescape(page) and len(page) < 100_000
+    assert run.parse(["--svg", "a.svg", "--resume", "--seed", "1"]).command == ["--svg", "a.svg", "--seed", "1"]
 
 
 @pytest.fixture(scope="module")
