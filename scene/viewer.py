@@ -147,6 +147,8 @@ class Viewer:
         self.step += 1
         self._draw(text, 100 * step / steps, self.room > 0, LONGEST)
         self.room -= self.clock() - start
+        if self.paused:
+            self.told = -math.inf  # so that the page says so at once
         while self.paused and not (self.stopped or interrupt.seen):
             self._draw(f"{text}: paused", 100 * step / steps)
             time.sleep(0.02)
