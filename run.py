@@ -82,7 +82,7 @@ def load_svg(args, prior):
     if not any(p.numel() for g in groups for p in g["params"]):
         raise ValueError(f"{args.input}: nothing to edit: no filled or stroked shape in it")
     source = copy.deepcopy(scene)
-    scene.restrict(args.opacities, args.only, joints=args.smooth > 0)
+    scene.restrict(args.opacities, args.only, joints=args.smooth > 0, inside=args.spring > 0)
     return scene, groups, source
 
 

@@ -559,16 +559,19 @@ class SVG(torch.nn.Module):
         return ({"points": SmoothField(rest, sigma, frames=frames)} if len(rest) else {}) | (
             {"stroke_widths": SmoothField(middle, sigma)} if len(middle) else {})
 
-    def restrict(self, opacities=False, only=None, joints=True):
+    def restrict(self, opacities=False, only=None, joints=True, inside=False):
         """Set the constraints that every project_ restores from now on.
 
         Args:
             opacities: allow opacities that are 1 in the file to change; otherwise opaque shapes stay opaque.
             only: ids of the elements that may change, with all they contain and use; None: all.
             joints: keep joints smooth at which a curve goes on in the same direction, within 5 degrees.
+            inside: keep points within the picture; those that lie outside in the file go no farther.
         Raises SVGError for an id that is not in the file.
         """
         self.constraints = Constraints(self.document, self.loaded, opacities, only, joints)
+        if inside and len(self.points):
+            self.constraints.keep_inside(self.layers, self.frames.cpu())
 
     @torch.no_grad()
     def project_(self):

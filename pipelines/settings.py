@@ -45,7 +45,7 @@ SETTINGS = {setting.name: setting for setting in (
             "together, in pixels, or all colours of Gaussians change, in half sides of the scene's box; it falls to a "
             "quarter; 0: each on its own, as in the paper"),
     Setting("spring", float, 0, 0.0, ("svg",), "share of the way back to the source that points and stroke widths go "
-            "after each step; 0: none, as in the paper"),
+            "after each step, within the picture; 0: they are free, as in the paper"),
     Setting("colours", float, 0, 0.01, ("svg", "image", "splat"), "rate of colours and pixels"),
     Setting("steady", bool, 0, True, ("svg",), "one second moment of Adam for all points, and one for all colours"),
     Setting("opacities", bool, 0, False, ("svg",), "let opaque shapes become transparent"),

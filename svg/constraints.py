@@ -31,10 +31,23 @@ class Constraints:
                     fixed[name][row] = True
         self.fixed = {name: rows.nonzero()[:, 0] for name, rows in fixed.items() if rows.any()}
         self.joints = smooth_joints(document, loaded["points"]) if joints else None
+        self.picture, self.bounds = document.frame, None
+
+    def keep_inside(self, layers, frames):
+        """Keep the points within the picture from now on; arguments as of `places`."""
+        rest, turns, _ = places(layers, frames, self.loaded["points"], 0)
+        low, high = torch.tensor(self.picture).view(2, 2)
+        self.bounds = rest, turns, torch.linalg.inv(turns), torch.minimum(rest, low), torch.maximum(rest, high)
 
     @torch.no_grad()
     def apply_(self, svg):
         """Restore the constraints in the parameters of an SVG."""
+        if self.bounds is not None:
+            rest, turns, back, low, high = (x.to(svg.points.device) for x in self.bounds)
+            moved = (svg.points - self.loaded["points"].to(svg.points)).unsqueeze(-1)
+            beyond = rest + (turns @ moved)[..., 0]
+            beyond = beyond - beyond.clamp(low, high)
+            svg.points -= (back @ beyond[..., None])[..., 0]
         if self.joints is not None:
             straighten_(svg.points, *self.joints)
         svg.stop_colours[self.opaque_stops, 3] = 1
@@ -111,7 +124,7 @@ def places(layers, frames, points, strokes):
         if layer.shape.element is not None:
             rows = layer.shape.rows
             turns[rows], rest[rows] = frame[:, :2], points[rows] @ frame[:, :2].T + frame[:, 2]
-            if layer.stroke is not None:
+            if layer.stroke is not None and strokes:
                 middle[layer.stroke["width"]] = rest[rows].mean(0)
     flat = torch.linalg.det(turns).abs() < 1e-9
     turns[flat] = torch.eye(2)            # the points of a shape drawn as a line cannot follow the picture

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from bench.geometry import joint_angles, self_intersections
 from loop.optimiser import SteadyAdam
+from svg.constraints import places
 from svg.outline import SVGError
 from svg_raster import SVG
 
@@ -51,6 +52,25 @@ def test_all_shapes_share_one_field_in_the_picture(load_svg):
     moved = torch.einsum("sij,sj->si", a, (after[0] - before[0])[:, :2])
     assert_close(moved, torch.tensor([[2.0, -1.0]]).expand_as(moved), atol=1e-3, rtol=0)
     assert svg.fields(4.0)["stroke_widths"](torch.ones(1)) == 1
+
+
+def test_points_stay_within_the_picture(load_svg):
+    """Whatever pushes them out; under transforms too. A point that lies outside in the file goes no farther."""
+    svg = load_svg('<rect width="9" height="9" transform="translate(20 2) rotate(30) scale(1.3)"/>'
+                   '<path d="M-8 3L9 4L5 20Z"/>', 'viewBox="0 0 32 24"')  # the picture is 32 wide, 24 high, from y = 4
+    svg.restrict(inside=True)
+    free = svg.points.detach().clone()
+    rest, turns, _ = places(svg.layers, svg.frames, free, 0)
+    svg.project_()
+    assert_close(svg.points.detach(), free)
+    for push in (60.0, -60.0):
+        with torch.no_grad():
+            svg.points += torch.linalg.inv(turns) @ torch.full((2,), push)
+        svg.project_()
+        now = rest + (turns @ (svg.points.detach() - free)[..., None])[..., 0]
+        low, high = torch.minimum(rest, torch.tensor([0.0, 4.0])), torch.maximum(rest, torch.tensor([32.0, 28.0]))
+        assert (now > low - 1e-3).all() and (now < high + 1e-3).all()
+        assert_close(now, high if push > 0 else low, atol=1e-3, rtol=0)
 
 
 def test_a_flattened_shape_keeps_the_field_finite(load_svg):
