@@ -26,7 +26,7 @@ RUNS = {  # every kind of run with tiny settings
     "in2n": ["--mode", "splat", *SCENE, "--loss", "in2n", "--steps", "12"],
     "refine": ["--mode", "nerf", *SCENE, "--refine", "12"],
     "compare": ["--mode", "image", "--steps", "15", "--compare", "sds", "pds"]}
-SKIPPED = ("checkpoint.pt", "config.json")  # hold times and paths
+SKIPPED = ("checkpoint.pt", "config.json", "index.html", "fit.png")  # hold times and paths; of the fit
 
 
 def kills(args):

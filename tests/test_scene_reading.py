@@ -195,9 +195,9 @@ def opencv(rows):
     (nerf_broken(lambda f: f.update(test_filenames=[x["file_path"] for x in f["frames"]])), "leave no frame to fit"),
     (nerf_broken(lambda f: [nerf_matrix(f, opencv(x["transform_matrix"]), x) for x in f["frames"]]),
      "its cameras look away from the object: if they should look at it, the poses have OpenCV's axes"),
-    (nerf_broken(lambda f: f.update(aabb_scale=math.nan)), "aabb_scale is no number between"),
-    (nerf_broken(lambda f: f.update(aabb_scale=-4)), "aabb_scale is no number between"),
-    (nerf_broken(lambda f: f.update(aabb_scale=1e308)), "aabb_scale is no number between"),
+    (nerf_broken(lambda f: f.update(aabb_scale=math.nan)), "aabb_scale is not a number between"),
+    (nerf_broken(lambda f: f.update(aabb_scale=-4)), "aabb_scale is not a number between"),
+    (nerf_broken(lambda f: f.update(aabb_scale=1e308)), "aabb_scale is not a number between"),
     *((nerf_broken(lambda f, name=name: f["frames"][1].update(file_path=name)), message) for name, message in (
         ("train", "the file_path of frame 1, 'train', is not a picture"),
         ("/", "the file_path of frame 1, '/', is not a picture"),

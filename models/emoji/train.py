@@ -796,10 +796,9 @@ def train_unet(args, device, vae, log):
         )
         seed, plain = picker.randrange(1 << 30), torch.rand(count, generator=rng) < 0.7
         x, y = (latents_of(rows, plain, seed) for rows in (wrong, right))
-        t = 100 + 850 * (torch.arange(count) + torch.rand(count, generator=rng)) / count
-        # with little noise a colour is seen as it is: the way back to it grows with the noise, from 0 at 100 to all at
-        # 400
-        share = ((t - 100) / 300).clamp(max=1).to(device).view(-1, 1, 1, 1)
+        t = 200 + 750 * (torch.arange(count) + torch.rand(count, generator=rng)) / count
+        # at low noise the colour is visible and an error in it is costly, so the target moves with the noise level
+        share = ((t - 200) / 250).clamp(max=1).to(device).view(-1, 1, 1, 1)
         return x, torch.lerp(x, y, share), now, t.long().to(device)
 
     def batch_loss():
@@ -808,7 +807,7 @@ def train_unet(args, device, vae, log):
         early = 0 if flow else max(0, 1 - done / 0.75)
         set_dropout(unet, 0.1 * early)
         rows = torch.multinomial(weights, size, replacement=True, generator=rng)
-        plain = torch.rand(size, generator=rng) < 0.6 + 0.3 * done  # weaker augmentation towards the end
+        plain = torch.rand(size, generator=rng) < 0.4 + 0.2 * done  # weaker augmentation towards the end
         x0 = latents_of(rows, plain, picker.randrange(1 << 30))
         words = ["" if picker.random() < 0.1 else phrase(captions[i], picker) for i in rows.tolist()]
         ids = torch.stack([tokens[w] for w in words]).to(device)
@@ -1107,7 +1106,7 @@ DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, "ids": 3, "ssd": 3, **ED
             "inversion_steps": 25,
             "svg": {"identity": 0.5, "smooth": 6,
                     "smooth_points": {"steps": 75, "batch": 2, "points": 0.48, "colours": 0.04, "guidance": {"pds": 8},
-                                      "identity": 1.0}},
+                                      "identity": 0.75, "spring": 0.02}},
             "image": {"guidance": {"pds": 10, "dds": 3, "sds": 5, **EDITORS}},
             "nerf": {"guidance": {"pds": 10, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 500},
             "splat": {"guidance": {"pds": 15, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 600},
