@@ -234,9 +234,13 @@ DRAWING = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><g id="
 
 
 @pytest.fixture
-def small_pictures(monkeypatch):
-    """Few and small pictures in what a run reports."""
+def small_runs(monkeypatch):
+    """A small NeRF, few steps of a DDPM inversion, few and small pictures in what a run reports."""
     from files import sheets
+    from nerf import NeRF
+    from pipelines.settings import SETTINGS
+    monkeypatch.setattr(NeRF, "sizes", lambda device: NERF_SIZES)
+    monkeypatch.setitem(SETTINGS, "inversion_steps", SETTINGS["inversion_steps"]._replace(usual=20))
     for name, value in {"FRAMES": 2, "FRAME_SIZE": 24, "SIDE_SIZE": 24, "VIEWS": 4}.items():
         monkeypatch.setattr(sheets, name, value)
 
@@ -257,7 +261,7 @@ def loaded(pipelines):
 
 
 @pytest.fixture
-def command(pipelines, tmp_path, small_pictures, loaded, monkeypatch):
+def command(pipelines, tmp_path, small_runs, loaded, monkeypatch):
     """run.main on a drawing and the tiny pipeline, with small pictures; later flags win."""
     import run  # imports diffusers, which takes seconds and which the tests of the renderers do not need
     for name in ("Prior", "InstructPix2Pix"):

@@ -79,7 +79,7 @@ def test_a_non_finite_loss_stops_the_run(command, monkeypatch, capsys):
     assert "the loss is nan at step 0" in capsys.readouterr().err
 
 
-def test_a_nerf_is_fitted_measured_and_edited(small_pictures, pipelines, tmp_path, capsys, monkeypatch):
+def test_a_nerf_is_fitted_measured_and_edited(small_runs, pipelines, tmp_path, capsys, monkeypatch):
     nerf_scene(tmp_path / "scene")
     flags = ["--mode", "nerf", "--scene", str(tmp_path / "scene"), "--fit-seconds", "1", "--device", "cpu",
              "--out", str(tmp_path / "out" / "edit")]
@@ -118,7 +118,7 @@ def test_a_nerf_is_fitted_measured_and_edited(small_pictures, pipelines, tmp_pat
 
 
 @pytest.mark.parametrize("mode", ["nerf", "splat"])
-def test_datasets_are_updated_by_an_editor(small_pictures, pipelines, tmp_path, monkeypatch, mode):
+def test_datasets_are_updated_by_an_editor(small_runs, pipelines, tmp_path, monkeypatch, mode):
     monkeypatch.setattr(DatasetUpdate, "EVERY", 3)
     nerf_scene(tmp_path / "scene")
     flags = ["--mode", mode, "--scene", str(tmp_path / "scene"), "--fit-seconds", "1", "--device", "cpu", "--source",

@@ -155,7 +155,7 @@ def test_bad_values_of_these_flags_are_refused(command, tmp_path, capsys, flags,
 
 
 @pytest.mark.parametrize("mode", ["nerf", "splat"])
-def test_masks_confine_an_edit_of_a_scene(small_pictures, pipelines, tmp_path, mode, capsys):
+def test_masks_confine_an_edit_of_a_scene(small_runs, pipelines, tmp_path, mode, capsys):
     nerf_scene(tmp_path / "scene", views=8, size=16)
     names = [f["file_path"] for f in json.loads((tmp_path / "scene" / "transforms_train.json").read_text())["frames"]]
     (tmp_path / "masks").mkdir()

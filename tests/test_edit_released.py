@@ -37,7 +37,7 @@ TABLE = {  # the released code's settings by mode
 
 
 @pytest.mark.parametrize("mode", TABLE)
-def test_a_model_without_settings_gets_the_papers(mode, pipelines, tmp_path, monkeypatch, small_pictures):
+def test_a_model_without_settings_gets_the_papers(mode, pipelines, tmp_path, monkeypatch, small_runs):
     file = {"svg": tmp_path / "face.svg", "image": tmp_path / "face.png"}.get(mode, tmp_path / "scene")
     (tmp_path / "face.svg").write_text(
         "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 16'><rect width='9' height='9'/></svg>"
@@ -430,7 +430,7 @@ def test_in2n_denoises_all_20_steps_from_the_drawn_noise_level(pipelines):
     assert scene.calls[-1][0] and not torch.equal(stage.dataset.picture(1), torch.full((1, 3, 16, 16), 0.9))
 
 
-def test_in2n_adds_lpips_on_patches_where_it_is_installed(pipelines, tmp_path, monkeypatch, small_pictures):
+def test_in2n_adds_lpips_on_patches_where_it_is_installed(pipelines, tmp_path, monkeypatch, small_runs):
     sizes = []
 
     class LPIPS(torch.nn.Module):

@@ -413,7 +413,7 @@ def test_settings_of_a_flow_keep_the_noise_levels_of_the_paper(flows, kind):
 
 
 @pytest.mark.parametrize("mode", ["svg", "image"])
-def test_drawings_and_pictures_are_edited_with_stable_diffusion_3(command, flows, tmp_path, small_pictures, mode):
+def test_drawings_and_pictures_are_edited_with_stable_diffusion_3(command, flows, tmp_path, small_runs, mode):
     assert command("--model", flows["sd3"], "--steps", 2, mode=mode) == 0
     found = outputs(tmp_path / "out")
     assert {"source.png", "result.png", "sheet.png", f"result.{'svg' if mode == 'svg' else 'png'}"} <= found.keys()
@@ -421,7 +421,7 @@ def test_drawings_and_pictures_are_edited_with_stable_diffusion_3(command, flows
 
 
 @pytest.mark.parametrize("mode", ["nerf", "splat"])
-def test_scenes_are_edited_with_flux(flows, tmp_path, small_pictures, mode):
+def test_scenes_are_edited_with_flux(flows, tmp_path, small_runs, mode):
     import run
     nerf_scene(tmp_path / "scene", views=4, size=16)
     assert run.main(["--mode", mode, "--scene", str(tmp_path / "scene"), "--source", "a", "--target", "b",

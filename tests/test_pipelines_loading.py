@@ -587,7 +587,7 @@ def test_a_run_reports_a_bad_lora_in_one_line(command, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_in_half_precision_uses_a_learned_word(command, tmp_path, capsys, small_pictures):
+def test_a_run_in_half_precision_uses_a_learned_word(command, tmp_path, capsys, small_runs):
     from safetensors.torch import save_file
     save_file({"<mine>": rand(1, 16, dtype=torch.float32)}, tmp_path / "mine.safetensors")
     assert command("--dtype", "bfloat16", "--embedding", tmp_path / "mine.safetensors", "--target", "a <mine>",

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import NERF_SIZES, ROOT, nerf_scene
+from conftest import ROOT, nerf_scene
 from PIL import Image
 
 import run
@@ -41,13 +41,12 @@ def test_every_printed_command_of_run_py_parses(text, tmp_path, monkeypatch):
         assert run.parse(words).mode
 
 
-def test_every_example_of_the_help_runs(pipelines, small_pictures, loaded, tmp_path, monkeypatch):
+def test_every_example_of_the_help_runs(pipelines, small_runs, loaded, tmp_path, monkeypatch):
     """As printed, in a folder with the files that they name, but with a tiny model, two steps and a short fit."""
     from scene.reading import load_scene
     from splat import Splats
     for name in ("Prior", "InstructPix2Pix"):
         monkeypatch.setattr(run, name, loaded(getattr(run, name)))
-    monkeypatch.setattr(run.NeRF, "sizes", lambda device: NERF_SIZES)
     monkeypatch.setattr(toy, "STEPS", 100)
     monkeypatch.setitem(run.EXAMPLE, "nerf", (tmp_path / "DIR", *run.EXAMPLE["nerf"][1:]))  # smaller than the apple
     monkeypatch.chdir(tmp_path)

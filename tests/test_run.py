@@ -106,7 +106,7 @@ def test_the_change_outside_the_subject_is_measured():
         f"outside the subject, 75 % of the picture: PSNR {wanted:.1f} dB against the source")
 
 
-def test_splats_are_fitted_edited_refined_and_exported(small_pictures, pipelines, tmp_path, capsys, monkeypatch):
+def test_splats_are_fitted_edited_refined_and_exported(small_runs, pipelines, tmp_path, capsys, monkeypatch):
     nerf_scene(tmp_path / "scene")
     flags = ["--mode", "splat", "--scene", str(tmp_path / "scene"), "--fit-seconds", "2", "--device", "cpu", "--source",
              "a", "--target", "b", "--model", str(pipelines["sd"]), "--steps", "3", "--refine", "12", "--export"]

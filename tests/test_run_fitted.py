@@ -30,7 +30,7 @@ def ball(tmp_path):
 
 
 @pytest.fixture
-def edit(small_pictures, pipelines, tmp_path, capsys):
+def edit(small_runs, pipelines, tmp_path, capsys):
     """Call run.main with a tiny pipeline and two steps; returns its exit code and its output on stderr."""
     def call(*flags, out="out"):
         code = run.main([*map(str, flags), "--device", "cpu", "--source", "a", "--target", "b", "--model",

@@ -92,7 +92,7 @@ def test_a_picture_that_is_not_square_keeps_its_shape_and_its_alpha(pipelines, t
 
 
 @pytest.mark.parametrize("mode", ["nerf", "splat"])
-def test_a_capture_that_is_not_square_keeps_its_shape(pipelines, tmp_path, encoded, small_pictures, mode):
+def test_a_capture_that_is_not_square_keeps_its_shape(pipelines, tmp_path, encoded, small_runs, mode):
     scene = wide_capture(tmp_path / "scene")
     flags = ["--mode", mode, "--scene", str(scene), "--model", str(pipelines["sd"]), *FLAGS, "--local", "--refine", "2"]
     assert run.main([*flags, "--out", str(tmp_path / "out" / "edit")]) == 0

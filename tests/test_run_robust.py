@@ -119,7 +119,7 @@ def test_no_pickle_is_executed(tmp_path, monkeypatch):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_longer_fit_is_another_run(small_pictures, pipelines, tmp_path, capsys, monkeypatch):
+def test_a_longer_fit_is_another_run(small_runs, pipelines, tmp_path, capsys, monkeypatch):
     nerf_scene(tmp_path / "scene", views=4, size=16)
     for kind, sizes in ((NeRF, dict(levels=2, table=2 ** 8, width=8)), (Splats, dict(count=40, limit=60, degree=1))):
         monkeypatch.setattr(kind, "fit", functools.partial(kind.fit, **sizes))

@@ -142,7 +142,7 @@ def gone(*_, **__):
 
 
 @pytest.mark.parametrize("mode", ["nerf", "splat"])
-def test_an_edit_takes_the_same_steps_with_and_without_a_page(ball, mode, small_pictures, pipelines, loaded, tmp_path,
+def test_an_edit_takes_the_same_steps_with_and_without_a_page(ball, mode, small_runs, pipelines, loaded, tmp_path,
                                                               monkeypatch):
     """Every output is equal to the bit, though the page has moved and been sent pictures of all kinds."""
     monkeypatch.setattr(run, "Prior", loaded(run.Prior))
@@ -292,7 +292,7 @@ def turn(browser, before):
     raise AssertionError("the page does not turn")
 
 
-def test_the_page_shows_an_edit_turns_it_and_stops_it(ball, browser, small_pictures, pipelines, loaded, tmp_path,
+def test_the_page_shows_an_edit_turns_it_and_stops_it(ball, browser, small_runs, pipelines, loaded, tmp_path,
                                                       capsys, monkeypatch):
     """Not blank, another picture after a drag, nothing asked of others; "stop and keep" writes all files."""
     monkeypatch.setattr(run, "Prior", loaded(run.Prior))

@@ -509,7 +509,7 @@ def columns(count=40, scale=-2.5):
     return table | {f"rot_{i}": rng.normal(0, 1, count) for i in range(4)}
 
 
-def test_small_pictures_are_as_bright_as_large_ones(tmp_path):
+def test_small_runs_are_as_bright_as_large_ones(tmp_path):
     """A small picture equals the reduced large one, as the opacity compensates for the low-pass filter; fits made here
     are drawn without that. Most of these Gaussians would be dropped if each had to be visible by itself."""
     table = columns(3000, scale=-5.5) | {"opacity": np.full(3000, 0.5)}
