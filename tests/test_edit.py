@@ -81,7 +81,7 @@ def test_a_non_finite_loss_stops_the_run(command, monkeypatch, capsys):
 
 def test_a_nerf_is_fitted_measured_and_edited(small_runs, pipelines, tmp_path, capsys, monkeypatch):
     nerf_scene(tmp_path / "scene")
-    flags = ["--mode", "nerf", "--scene", str(tmp_path / "scene"), "--fit-seconds", "1", "--device", "cpu",
+    flags = ["--mode", "nerf", "--scene", str(tmp_path / "scene"), "--fit-seconds", "0.4", "--device", "cpu",
              "--out", str(tmp_path / "out" / "edit")]
     assert run.main([*flags, "--fit-only"]) == 0
     assert "test PSNR" in capsys.readouterr().out
@@ -121,7 +121,7 @@ def test_a_nerf_is_fitted_measured_and_edited(small_runs, pipelines, tmp_path, c
 def test_datasets_are_updated_by_an_editor(small_runs, pipelines, tmp_path, monkeypatch, mode):
     monkeypatch.setattr(DatasetUpdate, "EVERY", 3)
     nerf_scene(tmp_path / "scene")
-    flags = ["--mode", mode, "--scene", str(tmp_path / "scene"), "--fit-seconds", "1", "--device", "cpu", "--source",
+    flags = ["--mode", mode, "--scene", str(tmp_path / "scene"), "--fit-seconds", "0.3", "--device", "cpu", "--source",
              "a", "--target", "b", "--model", str(pipelines["sd"]), "--instruct", str(pipelines["instruct"]),
              "--steps", "7"]
     assert run.main([*flags, "--compare", "in2n", "inv2n", "--out", str(tmp_path / "out" / "whole")]) == 0
