@@ -28,9 +28,10 @@ from loop import parallel
 from loop.fit import Course
 from scene.box import cell_points, contract, in_sight, visual_hull
 from scene.captures import SceneError, check_pointer
+from scene.gate import Gate
 from scene.guide import Guide
 from scene.photographs import Pixels, over
-from scene.region import CELLS, Region, inside
+from scene.region import CELLS, Region
 from scene.representation import Representation, spherical_harmonics
 
 
@@ -279,15 +280,7 @@ class SampledField(Field):
         if self.gate is None:
             sigma, out = self.density(self.grid(x))
             return sigma, None if sh is None else self.colour(out, sh)
-        share, total, rgb = inside(self.gate.cells, x), torch.zeros_like(x[0]), torch.zeros_like(x)
-        for field, part in ((self, share), (self.gate.field, 1 - share)):
-            on = part.nonzero()[:, 0]
-            sigma, out = field.density(field.grid(x[:, on]))
-            sigma = sigma * part[on]
-            total = total.index_add(0, on, sigma)
-            if sh is not None:
-                rgb = rgb.index_add(1, on, sigma * field.colour(out, sh[:, on]))
-        return total, None if sh is None else rgb / total.clamp_min(1e-20)
+        return self.gate.blended(self, x, sh)
 
     def confine(self, region):
         """From now on change only in a region.Region: elsewhere density and colour remain those of a frozen copy."""
@@ -338,18 +331,6 @@ class SampledField(Field):
         x = torch.addcmul(rays_o, rays_d, t)
         x = x if self.scene.bounded else contract(x)
         return (x + self.extent).mul_(0.5 / self.extent)
-
-
-class Gate(torch.nn.Module):
-    """Where a field may change, and what it is elsewhere: a frozen `field`; `cells` of a Region, the share of the field
-    that learns; `open` [G^3] bool, the cells of the occupancy that reach into the region."""
-
-    def __init__(self, field, region):
-        super().__init__()
-        self.field = field
-        self.register_buffer("cells", region.cells.to(field.centre.device))
-        places = cell_points(torch.arange(field.cells ** 3, device=field.centre.device), field.cells)
-        self.register_buffer("open", inside(self.cells, places) > 0)
 
 
 class Samples(NamedTuple):
