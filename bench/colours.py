@@ -103,7 +103,8 @@ def hits(prior, items, noises=8, low=4, colours=COLOURS):
 
 def colours(args):
     """The colour probe on recoloured and on original drawings; returns the number of bars missed."""
-    trainer, prior = load_trainer(args.trainer), load_prior(args.model, torch.bfloat16).at(1.0)
+    fast = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None  # elsewhere far slower than float32
+    trainer, prior = load_trainer(args.trainer), load_prior(args.model, fast).at(1.0)
     names, rgba = drawings(trainer, args)
     missed, among = 0, args.among
     for title, items, bar in (

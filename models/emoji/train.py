@@ -1062,14 +1062,15 @@ def classify(pipe, pictures, captions, count=200, others=15, noises=8):
     noise = torch.randn(noises, 4, SIZE // 4, SIZE // 4, generator=rng)
     t = torch.linspace(200, 900, noises).long()
     abar = pipe.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
-    unet, hits = copy.deepcopy(pipe.unet).to(torch.bfloat16, memory_format=torch.channels_last), 0
+    dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    unet, hits = copy.deepcopy(pipe.unet).to(dtype, memory_format=torch.channels_last), 0
     chosen = torch.randperm(len(pictures), generator=rng)[:count].tolist()
     for i in chosen:
         x0 = pipe.vae.encode(pictures[i:i + 1] * 2 - 1).latent_dist.mean * pipe.vae.config.scaling_factor
         each = [captions[i], *picker.sample([n for n in names if n != captions[i]], others)]
         states = torch.cat([pipe.encode_prompt(c, "cpu", 1, False)[0] for c in each]).repeat_interleave(noises, 0)
         x_t = (abar.sqrt() * x0 + (1 - abar).sqrt() * noise).repeat(len(each), 1, 1, 1)
-        eps = unet(x_t.bfloat16(), t.repeat(len(each)), states.bfloat16()).sample.float()
+        eps = unet(x_t.to(dtype), t.repeat(len(each)), states.to(dtype)).sample.float()
         error = (eps - noise.repeat(len(each), 1, 1, 1)).square().mean((1, 2, 3)).view(len(each), noises).mean(1)
         hits += error.argmin().item() == 0
     return hits / len(chosen)
