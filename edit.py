@@ -61,6 +61,9 @@ class Distillation:
             self.options = dict(
                 stride=args.stride, coefficients=COEFFICIENTS[args.coefficients], identity=args.identity
             )
+        # the parameters whose identity term has a weight of its own
+        own = name == "pds" and args.colour_identity not in (None, 1) and args.identity
+        self.colours = [p for p in scene.colour_parameters() if p.numel()] if own else []
         if editor:
             self.prior = editor.at(args.guidance, args.image_guidance)
             self.y_src, self.y_tgt = editor.unconditional(), editor.embed(instruction(args))
@@ -91,6 +94,10 @@ class Distillation:
             # the released loss is divided by C H W, which only the eps of Adam notices
             scale = 1 / x0_tgt[0].numel() if self.args.rates == "released" else 1
             share = len(views) / len(looks)
+            if self.colours:
+                more = self.args.identity * (self.args.colour_identity - 1) * pds.identity_loss(
+                    self.prior, x0_tgt, x0_src, torch.cat(t), self.args.stride, self.options["coefficients"])
+                (scale * share * more).backward(inputs=self.colours, retain_graph=True)
             (scale * share * (loss + held)).backward()
             total = total + scale * share * loss.detach()
         return total

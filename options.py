@@ -57,7 +57,7 @@ def _setting(name):
     """The option of a setting that a model may bring, from pipelines/settings.py."""
     _, kind, least, _, modes, text = SETTINGS[name]
     types = {int: number(int, least, 10 ** 6), float: SHARE if name in ("t_min", "t_max", "decay") else RATE, str: str}
-    metavar = {"identity": "K", "smooth": "WIDTH"}.get(name, name.split("_")[-1].upper())
+    metavar = {"identity": "K", "colour_identity": "SHARE", "smooth": "WIDTH"}.get(name, name.split("_")[-1].upper())
     more = ({"action": argparse.BooleanOptionalAction} if kind is bool else
             {"choices": kind} if isinstance(kind, tuple) else {"type": types[kind], "metavar": metavar})
     return Option("--" + name.replace("_", "-"), text, () if modes == MODES else modes, True, more)
@@ -100,7 +100,7 @@ GROUPS = {
         _option("--image-guidance", "in2n: guidance towards the photograph (default: %(default)g)", type=RATE,
                 default=1.5),
         _option("--instruction", 'in2n: the instruction (default: "make it a TARGET")'),
-        _setting("identity"),
+        _setting("identity"), _setting("colour_identity"),
         _option("--coefficients", "psi and chi of PDS; dreamcatalyst brings the settings of its released code "
                 "(guidance 7.5, falling timesteps, FreeU; for scenes 3,000 steps, each with a new view; the shipped "
                 "model has its own settings) and, with --instruct, its InstructPix2Pix prior (default: %(default)s)",

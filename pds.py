@@ -55,6 +55,17 @@ def pds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, stride=2, 
     return as_loss(x0_tgt, pull + _masked(push, mask))
 
 
+def identity_loss(prior, x0_tgt, x0_src, t, stride=2, coefficients="official"):
+    """The identity term of PDS alone, psi(t) (x0_tgt - x0_src). Arguments as in pds_loss; t is required.
+
+    pds_loss contains it, times its `identity`. Parameters that are to have another weight K receive the difference by
+    ((K - identity) * identity_loss(...)).backward(inputs=parameters, retain_graph=True).
+    """
+    t = t.to(x0_tgt.device)
+    psi, _ = pds_coefficients(prior.abar, t, t - stride, coefficients)
+    return as_loss(x0_tgt, _rows(psi, x0_tgt) * (x0_tgt - x0_src).detach())
+
+
 def dds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, weight=1.0, mask=None, generator=None):
     """Delta Denoising Score: w(t) (eps_tgt - eps_src). Arguments as in pds_loss; weight: w(t), a number, a tensor [B]
     or a function (abar, t) -> [B]; 1 in DDS's own code.

@@ -329,6 +329,10 @@ class Splats(Representation):
                 | ({"shared": True} if shared and name.startswith("sh_") else {})
                 for name, rate in zip(ATTRIBUTES, rates, strict=True)]
 
+    def colour_parameters(self):
+        """The parameters of appearance: the coefficients of the spherical harmonics."""
+        return [self.sh_dc, self.sh_rest]
+
     def fields(self, sigma):
         """{name: SmoothField} of the colours, one field over all Gaussians; sigma: width in half sides of the box.
 

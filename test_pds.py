@@ -192,6 +192,7 @@ def test_identity_scales_the_pull_alone_and_a_mask_the_push_alone():
     push = grad_of(pds.pds_loss, *arguments) - pull
     for k in (0, 0.5, 1):
         assert_close(grad_of(pds.pds_loss, *arguments, identity=k), k * pull + push)
+    assert_close(grad_of(pds.identity_loss, prior, tgt, src, t), pull)
     mask = torch.tensor([[0.0, 1.0], [0.25, 1.0]]).expand(2, 1, 2, 2)
     for one in (mask, mask[:1]):
         assert_close(grad_of(pds.pds_loss, *arguments, mask=one), pull + mask * push)

@@ -33,6 +33,9 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("steps", int, 1, 1000, EVERY, "optimiser steps"),
     Setting("batch", int, 1, 1, EVERY, "views, timesteps and noises per step; the gradient is their mean"),
     Setting("identity", float, 0, 1.0, EVERY, "pds: scales the identity term, the pull to the source; 0 removes it"),
+    Setting("colour_identity", float, 0, 1.0, ("svg", "splat"), "pds: scales that term once more for colours "
+            "alone (and opacities of a drawing), so that geometry keeps to the source more than they do; 1: as in the "
+            "paper"),
     Setting("t_min", float, 0, 0.1, EVERY, "lowest timestep as a share of T"),
     Setting("t_max", float, 0, 0.98, EVERY, "highest timestep as a share of T"),
     Setting("schedule", ("uniform", "decreasing"), 0, "uniform", EVERY, "how timesteps are drawn"),
@@ -73,8 +76,8 @@ GUIDANCE = {"pds": 100.0, "dds": 7.5, "sds": 100.0, "ids": 7.5, "ssd": 7.5}
 RELEASED = {"identity": 1.0, "t_min": 0.02, "t_max": 0.98, "schedule": "uniform", "rates": "released"}
 # Those of DreamCatalyst's code, which edits scenes; they come with its coefficients.
 OF_ITS_SCENES = {"steps": 3000, "hold": 1, "warm": 100}
-DREAMCATALYST = {"guidance": {"pds": 7.5}, "identity": 1.0, "t_min": 0.2, "t_max": 0.9, "schedule": "decreasing",
-                 "freeu": True, "nerf": OF_ITS_SCENES, "splat": OF_ITS_SCENES}
+DREAMCATALYST = {"guidance": {"pds": 7.5}, "identity": 1.0, "colour_identity": 1.0, "t_min": 0.2, "t_max": 0.9,
+                 "schedule": "decreasing", "freeu": True, "nerf": OF_ITS_SCENES, "splat": OF_ITS_SCENES}
 PAPER = {
     "guidance": GUIDANCE,
     "svg": RELEASED

@@ -118,6 +118,27 @@ def test_a_larger_identity_weight_stays_closer_to_the_source(smiling):
     assert away[0] < away[1] < away[2]
 
 
+def test_colours_have_an_identity_weight_of_their_own(smiling):
+    """With a share of 0.25 points get the gradient of K = 0.8 and colours that of K = 0.2; so does every chunk."""
+    def gradients(identity, share, pixels=2 ** 16):
+        prior, scene, source, options = smiling("--steps", "1", "--identity", identity, "--colour-identity", share)
+        stage, = stages_of(scene, source, prior, "pds", options)
+        stage.PIXELS = pixels
+        scene.load_state_dict(scene.loaded | {"points": scene.loaded["points"] + 1})
+        with torch.no_grad():
+            scene.colours.lerp_(torch.ones(()), 0.3)
+        scene.zero_grad()
+        stage.backward(0, [torch.Generator().manual_seed(seed) for seed in range(2)])
+        return {name: p.grad for name, p in scene.named_parameters() if p.numel()}
+    strong, weak, both, chunks = (gradients("0.8", "1"), gradients("0.2", "1"), gradients("0.8", "0.25"),
+                                  gradients("0.8", "0.25", 1))
+    for name, grad in both.items():
+        wanted = weak if name in ("colours", "opacities", "stop_colours") else strong
+        assert_close(grad, wanted[name], atol=1e-6, rtol=1e-4)
+        assert_close(chunks[name], grad, atol=1e-6, rtol=1e-4)
+    assert (strong["colours"] - weak["colours"]).abs().max() > 0.01 * weak["colours"].abs().max()
+
+
 @pytest.mark.parametrize("flags", [["--local"], ["--mask", "mask.png"]])
 @pytest.mark.parametrize("mode", ["svg", "image"])
 def test_a_mask_confines_an_edit(command, tmp_path, mode, flags):
