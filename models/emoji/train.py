@@ -1106,14 +1106,14 @@ EDITORS = {"sdedit": 5, "inv2n": 6, "in2n": 7.5, "drfs": 3}
 DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, "ids": 3, "ssd": 3, **EDITORS}, "steps": 300, "points": 0.08,
             "inversion_steps": 25,
             "svg": {"identity": 0.5, "smooth": 6,
-                    "smooth_points": {"steps": 75, "batch": 2, "points": 0.48, "colours": 0.04, "guidance": {"pds": 8},
-                                      "identity": 0.75, "spring": 0.02}},
+                    "smooth_points": {"steps": 75, "batch": 2, "points": 0.7, "colours": 0.04, "guidance": {"pds": 8},
+                                      "identity": 1.0, "spring": 0.03, "colour_identity": 0.3}},
             "image": {"guidance": {"pds": 10, "dds": 3, "sds": 5, **EDITORS}},
             "nerf": {"guidance": {"pds": 10, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 500},
             "splat": {"guidance": {"pds": 15, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 600},
             "ids": {"t_min": 0.05, "t_max": 0.95}, "ssd": {"t_min": 0.02, "schedule": "decreasing"},
-            "dreamcatalyst": {"guidance": {"pds": 3}, "identity": 1.0, "t_min": 0.2, "t_max": 0.9,
-                              "schedule": "decreasing"}}
+            "dreamcatalyst": {"guidance": {"pds": 3}, "identity": 1.0, "colour_identity": 1.0, "t_min": 0.2,
+                              "t_max": 0.9, "schedule": "decreasing"}}
 
 
 def main():
