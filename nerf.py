@@ -13,7 +13,6 @@ import copy
 import functools
 import json
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from scene.guide import Guide
 from scene.photographs import Pixels, over
 from scene.region import CELLS, Region
 from scene.representation import Representation, spherical_harmonics
+from scene.volume import Samples, distortion, sums, volume_weights
 
 
 class HashGrid(torch.nn.Module):
@@ -193,12 +193,17 @@ class Field(Representation):
         return [{"name": "table", "params": [table], "lr": rate} | adam,
                 {"name": "mlps", "params": others, "lr": mlps} | adam]
 
+    def focus(self, scene, size):
+        super().focus(scene, size)
+        self.learn_from(size)
+
     def learn_from(self, size):
         """Freeze the levels of the grid that are finer than the pixels of pictures of a size, see Camera.framed.
 
         Pictures of that size say nothing about them. The coarsest level always keeps learning.
         """
-        pixels = 2 * self.camera(None, size).lens[0] / self.distance  # across the box
+        camera = self.camera(None if self.edited is self.scene else 0, size)
+        pixels = 2 * camera.lens[0] / self.distance  # across the box
         self.grid.learning = max(1, sum(cells <= pixels for cells in self.grid.cells))
 
 
@@ -292,11 +297,22 @@ class SampledField(Field):
         parts = max(1, math.ceil(tensors[0].shape[-1] / self.batch))
         return [call(*part) for part in zip(*(x.tensor_split(parts, -1) for x in tensors), strict=True)]
 
-    def march(self, rays_o, rays_d, jitter):
+    def slabs(self, count):
+        """The first step and the one after the last of each part of a march of so many rays; None: to the end.
+
+        What absorbs the light of a capture's ray in one part spares the next ones. A part has a batch of points.
+        """
+        if self.scene.bounded:
+            return [(0, None)]
+        steps = math.ceil(math.log(self.far / self.near) / self.growth)
+        part = max(1, self.batch // max(count, 1))
+        return [(first, min(first + part, steps)) for first in range(0, steps, part)]
+
+    def march(self, rays_o, rays_d, jitter, first=0, last=None):
         """Samples in occupied cells, packed ray after ray: x [3,N] in [0,1], t [N], ray [N]; N may be 0.
 
         rays_o [3,R] in units of the box, rays_d [3,R] of length 1; jitter [R,1] in [0,1) shifts the samples of a ray by
-        that share of a step.
+        that share of a step; first, last: steps of a capture, see `slabs`.
         """
         if self.scene.bounded:
             d = torch.where(rays_d.abs() < 1e-9, torch.full_like(rays_d, 1e-9), rays_d)
@@ -306,11 +322,11 @@ class SampledField(Field):
             steps = math.ceil((far - near).amax().clamp_min(0).item() / self.step)
         else:
             near = far = rays_d[0]  # unused
-            steps = math.ceil(math.log(self.far / self.near) / self.growth)
+            steps = (last or math.ceil(math.log(self.far / self.near) / self.growth)) - first
         size, found = max(2 * self.batch // max(steps, 1), 1), []
         parts = zip(*(x.split(size, -1) for x in (rays_o, rays_d, near, far)), jitter.split(size), strict=True)
-        for first, (o, d, near, far, jitter) in enumerate(parts):
-            t = torch.arange(steps, device=o.device) + jitter  # [R,K]
+        for part, (o, d, near, far, jitter) in enumerate(parts):
+            t = torch.arange(first, first + steps, device=o.device) + jitter  # [R,K]
             t = near[:, None] + t * self.step if self.scene.bounded else self.near * (t * self.growth).exp()
             x = self.place(o[:, :, None], d[:, :, None], t)  # [3,R,K]
             cell = (x * self.cells).int().clamp_(0, self.cells - 1)
@@ -319,7 +335,7 @@ class SampledField(Field):
             if self.scene.bounded:
                 alive &= (t < far[:, None]).view(-1)
             alive = alive.nonzero()[:, 0]
-            found.append((x.reshape(3, -1)[:, alive], t.view(-1)[alive], alive // max(steps, 1) + first * size))
+            found.append((x.reshape(3, -1)[:, alive], t.view(-1)[alive], alive // max(steps, 1) + part * size))
         return tuple(torch.cat(parts, -1) for parts in zip(*found, strict=True))
 
     def length(self, t):
@@ -331,54 +347,6 @@ class SampledField(Field):
         x = torch.addcmul(rays_o, rays_d, t)
         x = x if self.scene.bounded else contract(x)
         return (x + self.extent).mul_(0.5 / self.extent)
-
-
-class Samples(NamedTuple):
-    """Samples of R rays, packed ray after ray.
-
-    x: [3,N] in [0,1]. t: [N], distance along the ray. ray: [N], its number. features: [2L,N] of the grid, or None.
-    marched: number of samples in occupied cells, including those that were dropped.
-    """
-    x: torch.Tensor
-    t: torch.Tensor
-    ray: torch.Tensor
-    features: torch.Tensor = None
-    marched: int = 0
-
-
-def volume_weights(tau, ray, count):
-    """Weights [N] = T (1 - exp(-tau)) with the transmittance T = exp(-sum of earlier tau on the ray).
-
-    tau [N] = sigma dt; ray [N]: ascending numbers below `count`. One sum in float64 runs over all rays: in float32 the
-    differences of the long sum would be wrong in the second digit.
-    """
-    return torch.exp(-_sum_before(tau, ray, count)).to(tau.dtype) * -torch.expm1(-tau)
-
-
-def distortion(weights, s, ds, ray, count):
-    """Mean over rays of sum_ij w_i w_j |s_i - s_j| + sum_i w_i^2 ds / 3 (mip-NeRF 360, eq. 15), packed.
-
-    It concentrates the weights of a ray: fewer floaters, fewer samples to evaluate. s [N] ascends along a ray, so the
-    double sum needs only sums over earlier samples.
-    """
-    before, before_s = _sum_before(weights, ray, count), _sum_before(weights * s, ray, count)
-    pairs, own = 2 * (weights * (s * before - before_s)).sum(), (weights * weights).sum() * ds / 3
-    return (pairs + own).to(s.dtype) / count
-
-
-def _sums(values, ray, count):
-    """[C,N] -> [C,count], sums over the samples of each ray."""
-    index = ray + count * torch.arange(len(values), device=ray.device)[:, None]
-    return values.new_zeros(len(values) * count).index_add(0, index.view(-1), values.reshape(-1)).view(-1, count)
-
-
-def _sum_before(values, ray, count):
-    """[N] -> [N] float64, sums of the earlier values on the same ray."""
-    length = torch.bincount(ray, minlength=count)
-    first = (length.cumsum(0) - length).index_select(0, ray)
-    values = values.double()
-    before = values.cumsum(0) - values
-    return before - before.index_select(0, first)
 
 
 class NeRF(SampledField):
@@ -404,17 +372,28 @@ class NeRF(SampledField):
         """The Samples along rays_o, rays_d [3,R], in units of the scene, whose weight exceeds LIGHT."""
         count = rays_o.shape[1]
         jitter = torch.as_tensor(jitter, device=rays_o.device).expand(count, 1)
-        x, t, ray = self.march((rays_o - self.centre[:, None]) / self.scene.half, rays_d, jitter)
-        if self.gate:
-            tau = torch.cat([self.at(part)[0] for part in x.split(self.batch, 1)]) * self.length(t)
-            keep = (volume_weights(tau, ray, count) > self.LIGHT).nonzero()[:, 0]
-            return Samples(x[:, keep], t[keep], ray[keep], None, len(t))
-        features = self._in_batches(self.grid, x)
-        tau = torch.cat([self.density(part)[0] for part in features]) * self.length(t)
-        on = volume_weights(tau, ray, count) > self.LIGHT
-        keep, within = on.nonzero()[:, 0], [part.nonzero()[:, 0] for part in on.tensor_split(len(features))]
-        features = torch.cat([part.index_select(1, at) for part, at in zip(features, within, strict=True)], 1)
-        return Samples(x[:, keep], t[keep], ray[keep], features, len(t))
+        rays_o = (rays_o - self.centre[:, None]) / self.scene.half
+        alive, passed = torch.arange(count, device=rays_o.device), rays_o.new_zeros(count)  # passed: the sums of tau
+        found, marched = [], 0
+        for first, last in self.slabs(count):
+            x, t, ray = self.march(rays_o[:, alive], rays_d[:, alive], jitter[alive], first, last)
+            features = None if self.gate else self._in_batches(self.grid, x)
+            sigma = self._in_batches(lambda part: self.at(part)[0], x) if self.gate else [
+                self.density(part)[0] for part in features]
+            tau = torch.cat(sigma) * self.length(t)
+            on = volume_weights(tau, ray, len(alive)) * (-passed[alive]).exp()[ray] > self.LIGHT
+            keep, within = on.nonzero()[:, 0], [part.nonzero()[:, 0] for part in on.tensor_split(len(sigma))]
+            if features:
+                features = torch.cat([p.index_select(1, at) for p, at in zip(features, within, strict=True)], 1)
+            found.append((x[:, keep], t[keep], alive[ray[keep]], features))
+            marched += len(t)
+            passed.index_add_(0, alive[ray], tau)
+            alive = alive[passed[alive] < -math.log(self.LIGHT)]
+        x, t, ray, features = (None if parts[0] is None else torch.cat(parts, -1) for parts in zip(*found, strict=True))
+        if len(found) > 1:
+            ray, order = ray.sort(stable=True)
+            x, t, features = x[:, order], t[order], None if features is None else features[:, order]
+        return Samples(x, t, ray, features, marched)
 
     def shade(self, rays_o, rays_d, jitter=0.5, found=None):
         """Volume rendering (NeRF, eq. 3) of rays_o, rays_d [3,R] in the units of the scene.
@@ -439,8 +418,8 @@ class NeRF(SampledField):
             sigma, out = self.density(features)
         weights = volume_weights(sigma * self.length(t), ray, count)
         values = (rgb if self.gate else self.colour(out, sh)) * weights
-        sums = _sums(torch.cat((values, weights[None], (weights.detach() * t)[None])), ray, count)
-        return sums[:3], sums[3], sums[4], (weights, t, ray, marched)
+        total = sums(torch.cat((values, weights[None], (weights.detach() * t)[None])), ray, count)
+        return total[:3], total[3], total[4], (weights, t, ray, marched)
 
     def draw(self, rays_o, rays_d, found=None):
         """Rays rays_o, rays_d [3,R] -> rgb [3,R] on the background; found: see `shade`."""
@@ -451,15 +430,20 @@ class NeRF(SampledField):
     def rgb(self, camera):
         """The picture [3,H,W] of a Camera.
 
-        Gradients of more than 4 `chunk` rays are deferred, see _Deferred: memory is then that of one chunk, the picture
-        and the positions of its samples.
+        A step of a confined edit draws only the pixels that can change. Gradients of more than 4 `chunk` rays are
+        deferred, see _Deferred: memory is then that of one chunk, the picture and the positions of its samples.
         """
         rays_o, rays_d = camera.rays(self.centre.device)
         learnt = torch.is_grad_enabled()
+        still = self.gate.still(camera) if self.gate and learnt else None
+        if still:
+            rays_o, rays_d = rays_o[:, still[0]], rays_d[:, still[0]]
         if learnt and rays_o.shape[1] <= 4 * self.chunk:
             rgb = self.draw(rays_o, rays_d)
         else:
             rgb = _Deferred.apply(self, learnt, rays_o, rays_d, *self.parameters())
+        if still:
+            rgb = still[1].index_copy(1, still[0], rgb)
         return rgb.view(3, camera.height, camera.width)
 
     @torch.no_grad()

@@ -156,7 +156,8 @@ def where_of(scene, source, prior, args):
     around, size = args.mode in SCENES, args.frame
     views = range(len(scene.scene.train)) if around else [None]
     if around and (region := region_of(scene, args)):
-        masks = [region.seen(scene, view, size) for view in views]
+        scene.focus(region.closer(), size)
+        masks = [region.seen(scene, view, size) for view in range(len(scene.edited.train))]
         scene.confine(region)
         return Where(masks)
     if args.mask:

@@ -4,9 +4,10 @@
     sigma, rgb = gate.blended(field, x, sh)        # of the field where the region is, of the copy elsewhere
 """
 import torch
+from torch.nn.functional import max_pool2d
 
 from scene.box import cell_points
-from scene.region import inside
+from scene.region import Region, inside
 
 
 class Gate(torch.nn.Module):
@@ -24,6 +25,27 @@ class Gate(torch.nn.Module):
         self.register_buffer("cells", region.cells.to(field.centre.device))
         places = cell_points(torch.arange(field.cells ** 3, device=field.centre.device), field.cells)
         self.register_buffer("open", inside(self.cells, places) > 0)
+        self.pictures = {}  # see `still`
+
+    def still(self, camera):
+        """What stays in a view that the edit looks at: the numbers [M] of the other pixels, whose rays meet the region
+        or pass within a pixel of it, and the picture [3,H*W] of the frozen field, of the view without its shift.
+
+        None for other cameras. No other pixel can change, so that a step need not draw it again.
+        """
+        views, size = self.field.edited.train, self.field.size
+        view = next((i for i, view in enumerate(views) if view.camera.pose is camera.pose), None)
+        if view is None or size is None:
+            return None
+        plain = self.field.camera(view, size)
+        if (plain.width, plain.height, plain.lens[0]) != (camera.width, camera.height, camera.lens[0]):
+            return None
+        if view not in self.pictures:
+            met = Region(self.field.scene, self.cells.cpu()).crossed(plain, 0.0).float()
+            with torch.no_grad():
+                picture = self.field.rgb(plain).flatten(1)
+            self.pictures[view] = max_pool2d(met, 3, 1, 1).view(-1).nonzero()[:, 0].to(picture.device), picture
+        return self.pictures[view]
 
     def blended(self, learning, x, sh=None):
         """Density [N] at places x [3,N] in [0,1] and, with harmonics sh [16,N] of directions, rgb [3,N] or None.

@@ -4,10 +4,12 @@
     region = ball(scene, centre, radius)
     share = region.at(x)                             # [N] in [0,1] at points x [3,N]
     mask = region.seen(nerf, view=0, size=64)        # [1,1,H,W], where a view sees it
+    nerf.focus(region.closer(), size=64)             # windows of the training views, around the region
 
 Cells are those of a grid over the box, of captures over the contracted space, see box.py.
 """
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from scene.box import cell_points, contract, uncontract
 from scene.cameras import Camera, in_picture
 
 CELLS = 64  # of the grid, along each side
+MOST = 24  # views that masks are lifted with, and closer views: more show hardly anything new
 
 
 class Region:
@@ -25,11 +28,11 @@ class Region:
     Attributes:
         scene: the Scene.
         cells: [CELLS,CELLS,CELLS] in [0,1], the share of each cell; x changes first, as in cell_points.
-        looks: what the training views show, where that is known already: a list of Look, or None.
     """
+    FILLED, SMALLEST = 0.6, 16  # share of the side of a closer view that the region takes; least side in pixels
 
-    def __init__(self, scene, cells, looks=None):
-        self.scene, self.cells, self.looks = scene, cells.float(), looks
+    def __init__(self, scene, cells):
+        self.scene, self.cells = scene, cells.float()
 
     def at(self, x):
         """The share [N] in [0,1] at points x [3,N] in units of the scene."""
@@ -38,22 +41,49 @@ class Region:
     @torch.no_grad()
     def seen(self, representation, view, size):
         """Where a training view sees the region, in front of the surface or on it: [1,1,H,W], 0 or 1."""
-        look = self.looks[view] if self.looks else Look.of(representation, view, size)
+        look = Look.of(representation, view, size)
+        # up to the surface, which is as uncertain as a cell is large
+        return self.crossed(look.camera, 0.5, torch.where(look.depth > 0, look.depth, math.inf)).float()
+
+    def crossed(self, camera, least, limit=math.inf):
+        """The pixels [1,1,H,W] bool of a Camera whose rays meet a share above `least` before a distance, [H*W] or one
+        number, or half a cell behind it."""
         on = self.cells.view(-1).nonzero()[:, 0]
         if not len(on):
-            return torch.zeros(1, 1, look.camera.height, look.camera.width)
+            return torch.zeros(1, 1, camera.height, camera.width, dtype=torch.bool)
         x = _centres(self.scene, on)
-        away, sides = (x - look.camera.pose[:, 3:]).norm(dim=0), _size(self.scene, x)
+        away, sides = (x - camera.pose[:, 3:]).norm(dim=0), _size(self.scene, x)
         low, high = (away.min() - sides.max()).clamp_min(0), away.max() + sides.max()
         steps = int(((high - low) / (0.5 * sides.min())).clamp(2, 256))
-        rays_o, rays_d = look.camera.rays()
+        rays_o, rays_d = camera.rays()
         found = torch.zeros(rays_o.shape[1], dtype=torch.bool)
-        # up to the surface, which is as uncertain as a cell is large
-        limit = torch.where(look.depth > 0, look.depth, math.inf)
         for t in torch.linspace(low, high, steps):
             x = rays_o + t * rays_d
-            found |= (t <= limit + 0.5 * _size(self.scene, x)) & (self.at(x) > 0.5)
-        return found.float().view(1, 1, look.camera.height, look.camera.width)
+            found |= (t <= limit + 0.5 * _size(self.scene, x)) & (self.at(x) > least)
+        return found.view(1, 1, camera.height, camera.width)
+
+
+    def closer(self):
+        """The scene with closer views for training: of photographs that show most of the region a square around it.
+
+        A prior sees pictures of a fixed size, and of a thing that is small in a photograph hardly anything. Photographs
+        that the region fills, and a scene of which none shows most of the region, stay as they are.
+        """
+        x, views = _centres(self.scene, (self.cells.view(-1) > 0.5).nonzero()[:, 0]), []
+        for view in self.scene.train:
+            camera, (u, v, _, within) = view.camera, in_picture(view.camera, x)
+            if not len(x) or within.float().mean() < 0.5:
+                continue
+            low, high = (torch.stack((u, v))[:, within].quantile(share, 1) for share in (0.01, 0.99))
+            side = max(int((high - low).max().item() / self.FILLED), self.SMALLEST)
+            if side < min(camera.width, camera.height):
+                left, top = (min(max(round(middle - side / 2), 0), n - side) for middle, n in zip(
+                    ((low + high) / 2).tolist(), (camera.width, camera.height), strict=True))
+                rows, columns = slice(top, top + side), slice(left, left + side)
+                view = replace(view, camera=camera.window(left, top, side), pixels=view.pixels[rows, columns],
+                               mask=None if view.mask is None else view.mask[rows, columns])
+            views.append(view)
+        return replace(self.scene, train=views[::math.ceil(len(views) / MOST)]) if views else self.scene
 
 
 def inside(cells, place):
@@ -142,21 +172,19 @@ def lifted(representation, masks, size):
     where changes of colour, and colours unlike those with that label, make a way longer (geodesic segmentation, Bai and
     Sapiro 2009). The region is what all views see inside of the labelled surface.
     """
-    scene, looks = representation.scene, []
-    sums = torch.zeros(7, CELLS ** 3)  # of points, colours and ones
-    for view in range(len(scene.train)):
-        look = Look.of(representation, view, size)
+    scene, looks = representation.scene, {}
+    sums, many = torch.zeros(7, CELLS ** 3), len(scene.train)  # sums: of points, colours and ones
+    for view in sorted({*range(0, many, math.ceil(many / MOST)), *(view for view in masks if view < many)}):
+        look = looks[view] = Look.of(representation, view, size)
         colour = representation.photograph(view, size).cpu().view(3, -1)
         hit = look.depth > 0
         rows = torch.cat((look.points, colour, torch.ones_like(colour[:1])))
         sums.index_add_(1, look.cell[hit], rows[:, hit])
-        looks.append(look)
     cell = sums[6].nonzero()[:, 0]
     points, colours = (sums[:6, cell] / sums[6, cell]).split(3)
     votes = torch.zeros(2, len(cell))
     for view, mask in masks.items():
-        held_out = view >= len(looks)
-        look = Look.of(representation, scene.test[view - len(looks)].camera, size) if held_out else looks[view]
+        look = looks[view] if view < many else Look.of(representation, scene.test[view - many].camera, size)
         own = interpolate(mask.cpu().float(), size=(look.camera.height, look.camera.width), mode="bilinear")
         # Beside the mask it is uncertain which surface a pixel shows: the far side must not get its label from there.
         clear = ((own > 0.5) | (max_pool2d(own, 5, 1, 2) <= 0.5)).view(-1)
@@ -167,7 +195,7 @@ def lifted(representation, masks, size):
     chosen, other = (torch.zeros(CELLS ** 3, dtype=torch.bool).index_fill(0, cell[on], True) for on in (label, ~label))
     if not chosen.any():
         raise ValueError(f"{scene.path}: the masks show no surface of the scene")
-    return Region(scene, _filled(scene, looks, chosen, other).view(CELLS, CELLS, CELLS), looks)
+    return Region(scene, _filled(scene, looks.values(), chosen, other).view(CELLS, CELLS, CELLS))
 
 
 # By how much a step along the surface is longer that goes from black to white, and one that enters a cell whose colour

@@ -38,12 +38,15 @@ class Representation(torch.nn.Module):
 
     Attributes:
         scene: the Scene.
+        edited: the Scene whose training views an edit looks at and their numbers mean: the same, see `focus`.
+        size: at which it looks at them, if `focus` has been called, else None.
         centre, background: the scene's, [3]; buffers, so they follow the module to its device.
     """
 
     def __init__(self, scene):
         super().__init__()
-        self.scene = scene
+        self.scene = self.edited = scene
+        self.size = None
         self.register_buffer("centre", scene.centre.clone())
         self.register_buffer("background", scene.background.clone())
 
@@ -61,12 +64,18 @@ class Representation(torch.nn.Module):
         if view is None:
             position = torch.stack([v.camera.pose[:, 3] for v in self.scene.train])
             view = (position - position.mean(0)).norm(dim=1).argmin().item()
-        camera = view if isinstance(view, Camera) else self.scene.train[view].camera
+            view = self.scene.train[view].camera
+        camera = view if isinstance(view, Camera) else self.edited.train[view].camera
         return camera if size is None else camera.framed(size)
+
+    def focus(self, scene, size):
+        """From now on an edit looks at the training views of another Scene of the same space, such as closer ones, at a
+        size, see Camera.framed."""
+        self.edited, self.size = scene, size
 
     def photograph(self, view, size):
         """Training picture number `view` on the background, [1,3,H,W], at the size of camera(view, size)."""
-        pixels, camera = self.scene.train[view].picture(self.centre.device), self.camera(view, size)
+        pixels, camera = self.edited.train[view].picture(self.centre.device), self.camera(view, size)
         if frame_of(size).square:
             side = min(pixels.shape[1:])
             top, left = ((n - side) // 2 for n in pixels.shape[1:])
@@ -76,11 +85,11 @@ class Representation(torch.nn.Module):
 
     def sample_view(self, generator=None):
         """The number of a random training view; generator: a CPU's."""
-        return int(torch.randint(len(self.scene.train), (), generator=generator))
+        return int(torch.randint(len(self.edited.train), (), generator=generator))
 
     def dataset(self, size, look):
         """Pixels of the pictures look(view, size) [1,3,H,W] of all training views, for an edit to replace."""
-        cameras = [self.camera(i, size) for i in range(len(self.scene.train))]
+        cameras = [self.camera(i, size) for i in range(len(self.edited.train))]
         with torch.no_grad():
             pictures = [to_uint8(look(i, size)[0]).cpu() for i in range(len(cameras))]
         views = [View(c, p, str(i)) for i, (c, p) in enumerate(zip(cameras, pictures, strict=True))]

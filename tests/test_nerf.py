@@ -12,11 +12,12 @@ from torch.testing import assert_close
 
 import nerf
 from files.checkpoint import CheckpointError
-from nerf import HashGrid, NeRF, _Interpolate, volume_weights
+from nerf import HashGrid, NeRF, _Interpolate
 from scene.box import cell_points
 from scene.captures import SceneError
 from scene.reading import load_scene
 from scene.representation import depth_picture, evaluate
+from scene.volume import volume_weights
 
 
 class SmallNeRF(NeRF):

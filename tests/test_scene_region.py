@@ -123,3 +123,39 @@ def test_confined_gaussians_keep_the_others(nerf_sphere):
         own = parameter.grad.flatten(1).abs().sum(1) if parameter.ndim > 1 else parameter.grad.abs()
         assert (own[means[:, 0] < -0.02] == 0).all()
     assert (splats.sh_dc.grad[means[:, 0] > 0.02].abs().sum(1) > 0).float().mean() > 0.8
+
+
+def test_an_edit_looks_at_the_region_from_close_by(nerf_sphere):
+    balls = Balls(nerf_sphere)
+    region = ball(nerf_sphere, (-0.35, 0.0, 0.0), 0.3)
+    balls.focus(region.closer(), 32)
+    views = balls.edited.train
+    assert 0 < len(views) <= len(nerf_sphere.train) and nerf_sphere.train is balls.scene.train
+    whole = {view.name: view for view in nerf_sphere.train}
+    for number, view in enumerate(views):
+        camera, own = view.camera, whole[view.name]
+        assert camera.width == camera.height == view.pixels.shape[0] == view.pixels.shape[1] < own.camera.width
+        left, top = (round(own.camera.lens[i] - camera.lens[i]) for i in (2, 3))
+        assert torch.equal(view.pixels, own.pixels[top:top + camera.height, left:left + camera.width])
+        far, near = (region.seen(Empty(nerf_sphere), view.camera, 32).mean() for view in (own, view))
+        assert near > 2 * far > 0
+        assert balls.photograph(number, 32).shape == (1, 3, 32, 32)
+    everything = ball(nerf_sphere, (0.0, 0.0, 0.0), 1.0).closer()
+    assert [view.camera for view in everything.train] == [view.camera for view in nerf_sphere.train]
+
+
+@pytest.mark.parametrize("kind", ["bounded", "capture"])
+def test_a_step_draws_only_what_can_change(kind, nerf_sphere, request):
+    scene = nerf_sphere if kind == "bounded" else request.getfixturevalue("capture")
+    nerf = NeRF.fit(scene, steps=60, progress=False, **NERF_SIZES)
+    region = ball(scene, (0.0, 0.0, 0.5), 0.3)
+    nerf.focus(region.closer(), 24)
+    nerf.confine(region)
+    camera, drawn = nerf.camera(0, 24), []
+    draw = nerf.draw
+    nerf.draw = lambda rays_o, *rest, **more: drawn.append(rays_o.shape[1]) or draw(rays_o, *rest, **more)
+    step = nerf.render(camera.shifted(0.0, 0.0))
+    assert 0 < drawn[0] < camera.width * camera.height and step.requires_grad
+    with torch.no_grad():
+        assert_close(step.detach(), nerf.render(camera), rtol=0, atol=1e-5)
+        assert drawn[-1] == camera.width * camera.height or len(drawn) > 2
