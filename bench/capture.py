@@ -1,10 +1,11 @@
-"""Fits of a small ray-traced capture by number of views: a statuette on a table in a room, in COLMAP's format.
+"""Fits of a small ray-traced capture by number of views: a statuette or fruit on a table in a room, COLMAP's format.
 
 As in photographs, poses are off by about a pixel, exposures differ by a tenth, points are noisy and a few are wrong.
 """
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +22,26 @@ from splat import Splats
 WIDTH, HEIGHT, DISTANCE, ANGLE = 126, 84, 3.2, 44  # pixels, units from the statuette, degrees of horizontal view
 SHARP = 0.33  # distance from the statuette in units; beyond it photographs are blurred and few points are found
 ROOM = (torch.tensor([-5.0, -4.5, -1.2]), torch.tensor([4.5, 5.0, 2.6]))
-# spheres: centre, radius, colour; the ellipsoid of the body is the second one, stretched upwards
-STATUETTE = [((0.0, 0.0, 0.62), 0.21, (0.85, 0.68, 0.52)), ((0.0, 0.0, 0.18), 0.33, (0.25, 0.42, 0.70)),
-             ((0.10, -0.17, 0.67), 0.05, (0.10, 0.10, 0.12)), ((-0.10, -0.17, 0.67), 0.05, (0.10, 0.10, 0.12)),
-             ((0.36, -0.05, 0.25), 0.12, (0.80, 0.30, 0.22)), ((-0.36, -0.05, 0.25), 0.12, (0.92, 0.78, 0.25)),
-             ((0.0, 0.05, 0.84), 0.10, (0.45, 0.20, 0.12))]
-STRETCH = torch.tensor([1.0, 1.0, 0.75])  # of space around the spheres, which makes them higher than wide
+
+
+class Things(NamedTuple):
+    """What stands on the table.
+
+    spheres: a centre, a radius and a colour each; subject: the number of those, from the first one, that an edit is
+    about; stretch: factors on space around each centre, so that with a small one a sphere is an ellipsoid, long there.
+    """
+    spheres: list
+    subject: int
+    stretch: tuple
+
+
+STATUETTE = Things([((0.0, 0.0, 0.62), 0.21, (0.85, 0.68, 0.52)), ((0.0, 0.0, 0.18), 0.33, (0.25, 0.42, 0.70)),
+                    ((0.10, -0.17, 0.67), 0.05, (0.10, 0.10, 0.12)), ((-0.10, -0.17, 0.67), 0.05, (0.10, 0.10, 0.12)),
+                    ((0.36, -0.05, 0.25), 0.12, (0.80, 0.30, 0.22)), ((-0.36, -0.05, 0.25), 0.12, (0.92, 0.78, 0.25)),
+                    ((0.0, 0.05, 0.84), 0.10, (0.45, 0.20, 0.12))], 7, (1.0, 1.0, 0.75))
+FRUIT = Things([((-0.18, 0.0, 0.24), 0.37, (0.86, 0.12, 0.10)), ((-0.18, 0.0, 0.60), 0.045, (0.36, 0.22, 0.10)),
+                ((-0.15, 0.02, 0.66), 0.035, (0.36, 0.22, 0.10)), ((0.42, -0.05, 0.11), 0.23, (0.95, 0.80, 0.16))],
+               3, (1.0, 1.0, 1.08))  # an apple with its stem beside a lemon
 TABLE, TOP = 1.3, -0.1  # half side of the square table, height of its top
 
 
@@ -38,8 +53,8 @@ def pattern(x, size):
     return (a.sin() * b.sin() + b.sin() * c.cos() + c.sin() * a.cos()) / 6 + 0.5
 
 
-def nearest(rays_o, rays_d, statuette=STATUETTE):
-    """Rays [3,R] -> distance [R] to the first hit, its colour [3,R], and whether that is table or statuette."""
+def nearest(rays_o, rays_d, things=STATUETTE):
+    """Rays [3,R] -> distance [R] to the first hit, its colour [3,R], and whether that is the table or on it."""
     far = torch.maximum((ROOM[0][:, None] - rays_o) / rays_d, (ROOM[1][:, None] - rays_o) / rays_d)
     t, wall = far.min(0)
     x = rays_o + t * rays_d
@@ -58,8 +73,9 @@ def nearest(rays_o, rays_d, statuette=STATUETTE):
     grain = pattern(x * torch.tensor([[1], [3], [1]]), 0.5)
     wood = torch.tensor([0.60, 0.40, 0.24])[:, None] * (0.5 + 1.0 * grain)
     meet(torch.where(inside, top, math.inf), wood * shade)
-    for centre, radius, paint in statuette:
-        o, d = ((rays_o - torch.tensor(centre)[:, None]) * STRETCH[:, None], rays_d * STRETCH[:, None])
+    stretch = torch.tensor(things.stretch)[:, None]
+    for centre, radius, paint in things.spheres:
+        o, d = (rays_o - torch.tensor(centre)[:, None]) * stretch, rays_d * stretch
         a, b, c = (d * d).sum(0), (o * d).sum(0), (o * o).sum(0) - radius ** 2
         root = b * b - a * c
         at = torch.where(root > 0, (-b - root.clamp_min(0).sqrt()) / a, math.inf)
@@ -70,22 +86,23 @@ def nearest(rays_o, rays_d, statuette=STATUETTE):
     return t, colour, thing
 
 
-def photograph(camera):
+def photograph(camera, things=STATUETTE):
     """The picture [3,H,W] of a Camera, averaged over 3 x 3 rays per pixel."""
-    _, colour, _ = nearest(*camera.framed(3 * HEIGHT).rays())
-    return torch.nn.functional.avg_pool2d(colour.view(1, 3, 3 * HEIGHT, 3 * WIDTH), 3)[0].clamp(0, 1)
+    fine = camera.framed(3 * min(camera.width, camera.height))
+    _, colour, _ = nearest(*fine.rays(), things)
+    return torch.nn.functional.avg_pool2d(colour.view(1, 3, fine.height, fine.width), 3)[0].clamp(0, 1)
 
 
-def silhouette(camera):
-    """Where the statuette is in the picture of a Camera, [1,1,H,W] bool: the mask that a hand would draw."""
-    rays = camera.rays()
-    return (nearest(*rays)[0] < nearest(*rays, ())[0]).view(1, 1, camera.height, camera.width)
+def silhouette(camera, things=STATUETTE):
+    """Where the subject is in the picture of a Camera, [1,1,H,W] bool: the mask that a hand would draw."""
+    rays, others = camera.rays(), things._replace(spheres=things.spheres[things.subject:])
+    return (nearest(*rays, things)[0] < nearest(*rays, others)[0]).view(1, 1, camera.height, camera.width)
 
 
-def ring(count, seed=0):
-    """`count` Cameras of a hand-held walk around the statuette."""
-    g = torch.Generator().manual_seed(seed)
-    focal = WIDTH / 2 / math.tan(math.radians(ANGLE) / 2)
+def ring(count, sides=(WIDTH, HEIGHT), seed=0):
+    """`count` Cameras of a hand-held walk around the table, with pictures of (W, H) pixels."""
+    (width, height), g = sides, torch.Generator().manual_seed(seed)
+    focal = width / 2 / math.tan(math.radians(ANGLE) / 2)
     cameras = []
     for i in range(count):
         wobble = torch.randn(4, generator=g) * torch.tensor([0.03, 0.05, 0.06, 0.03])
@@ -93,16 +110,16 @@ def ring(count, seed=0):
         back = torch.tensor([math.cos(rise) * math.sin(turn), -math.cos(rise) * math.cos(turn), math.sin(rise)])
         target = torch.tensor([wobble[3].item(), wobble[3].item(), 0.25])
         pose = look_at(target + (DISTANCE + wobble[2].item()) * back, back, torch.tensor([0.0, 0, 1]))
-        cameras.append(Camera(pose, (focal, focal, WIDTH / 2, HEIGHT / 2, *[0.0] * 6), WIDTH, HEIGHT))
+        cameras.append(Camera(pose, (focal, focal, width / 2, height / 2, *[0.0] * 6), width, height))
     return cameras
 
 
-def matched(cameras, count, seed=0):
+def matched(cameras, count, things=STATUETTE, seed=0):
     """Points as COLMAP finds them: positions [N,3], colours uint8 [N,3], errors [N], a list of views for each."""
     g, found = torch.Generator().manual_seed(seed), []
     for camera in cameras:
         rays = torch.stack(camera.rays(), 0)
-        t, colour, thing = nearest(*rays)
+        t, colour, thing = nearest(*rays, things)
         off = (rays[0] + t * rays[1] - torch.tensor([[0.0], [0], [0.25]])).norm(dim=0)  # from the focus
         chance = torch.where(thing, 1.0, 0.4) * (0.2 + colour.std(0)) * (torch.exp(-(off / SHARP) ** 2) + 0.002)
         at = torch.multinomial(chance, 1 + 3 * count // len(cameras), generator=g)
@@ -112,7 +129,7 @@ def matched(cameras, count, seed=0):
     for i, camera in enumerate(cameras):
         way = points - camera.pose[:, 3:]
         distance = way.norm(dim=0)
-        t, _, _ = nearest(camera.pose[:, 3:].expand_as(way), way / distance)
+        t, _, _ = nearest(camera.pose[:, 3:].expand_as(way), way / distance, things)
         sees[i] = in_picture(camera, points)[3] & (t > 0.98 * distance) & (torch.rand(len(distance), generator=g) < 0.6)
     keep = (sees.sum(0) >= 3).nonzero()[:, 0]
     keep = keep[torch.randperm(len(keep), generator=g)[:count]]
@@ -132,20 +149,20 @@ def quaternion(rotation):
     return np.linalg.eigh(form)[1][:, -1]
 
 
-def write(folder, count, points=1200):
-    """Write the capture with `count` views, its pictures and its COLMAP model in text, to a folder."""
-    folder, cameras = Path(folder), ring(count)
+def write(folder, count, points=1200, things=STATUETTE, sides=(WIDTH, HEIGHT)):
+    """Write the capture with `count` views of (W, H) pixels, its pictures and its COLMAP model in text, to a folder."""
+    folder, cameras = Path(folder), ring(count, sides)
     model = folder / "sparse" / "0"
     for place in (model, folder / "images"):
         place.mkdir(parents=True, exist_ok=True)
     g = torch.Generator().manual_seed(1)
     for i, camera in enumerate(cameras):
         gain = (0.1 * torch.randn((), generator=g)).exp() if i % 8 else 1.0  # test views have the mean exposure
-        picture = (photograph(camera) * gain).clamp(0, 1)
+        picture = (photograph(camera, things) * gain).clamp(0, 1)
         Image.fromarray(to_uint8(picture).numpy()).save(folder / "images" / f"{i:03}.png")
-    positions, colours, errors, tracks = matched(cameras, points)
+    positions, colours, errors, tracks = matched(cameras, points, things)
     fx, fy, cx, cy, *_ = cameras[0].lens
-    (model / "cameras.txt").write_text(f"1 PINHOLE {WIDTH} {HEIGHT} {fx} {fy} {cx} {cy}\n")
+    (model / "cameras.txt").write_text(f"1 PINHOLE {sides[0]} {sides[1]} {fx} {fy} {cx} {cy}\n")
     lines, features = [], [[] for _ in cameras]
     for number, track in enumerate(tracks):
         for i in track:
