@@ -63,9 +63,9 @@ def joint_angles(svg, points):
         angles.append(torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))[:len(curves) if closed else len(curves) - 1])
     return torch.cat(angles) if angles else torch.zeros(0)
 
-    """Edit a drawing by PDS with these flags: figures {"odds", *JUDGED, "crossings", "kinks"}, and the picture."""
+
 def measured(prior, file, source, target, flags):
-    """Edit a drawing by PDS with these flags: figures {"odds", "PSNR", "crossings", "kinks"}, and the picture."""
+    """Edit a drawing by PDS with these flags: figures {"odds", *JUDGED, "crossings", "kinks"}, and the picture."""
     options = run.parse(["--mode", "svg", f"--svg={file}", f"--source={source}", f"--target={target}", *flags])
     options = run.complete(options, prior)
     scene, groups, original = run.LOAD["svg"](options, prior)
