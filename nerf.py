@@ -14,7 +14,6 @@ import functools
 import json
 import math
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
@@ -28,105 +27,12 @@ from loop.fit import Course
 from scene.box import cell_points, contract, in_sight, visual_hull
 from scene.captures import SceneError, check_pointer
 from scene.gate import Gate
+from scene.grid import HashGrid
 from scene.guide import Guide
 from scene.photographs import Pixels, over
 from scene.region import CELLS, Region
 from scene.representation import Representation, spherical_harmonics
 from scene.volume import Samples, distortion, sums, volume_weights
-
-
-class HashGrid(torch.nn.Module):
-    """Trilinear features at several resolutions from one flat table (Mueller et al., eq. 1 to 4).
-
-    A level with at most `size` corners has an entry for each; a finer level hashes its corners to `size` entries.
-    Arrays are level-major with the N points contiguous, so each operation is one long vector operation. The two
-    features of an entry form one complex number: one gather, one scatter.
-    """
-    # Entry = x + P1 y + P2 z mod size. Instant NGP combines the three by XOR. With a sum the eight corners differ by
-    # eight constants, neighbours in x share a cache line, and dense levels use the same formula with other strides.
-    STRIDES = (1, -1640531535, 805459861)
-
-    def __init__(self, levels, size, coarsest, finest):
-        """levels; size: entries per level, a power of two; coarsest, finest: cells per side of these levels."""
-        super().__init__()
-        if size & (size - 1) or levels < 1 or coarsest < 1:
-            raise ValueError(f"the table size must be a power of two, got {size}")
-        growth = (finest / coarsest) ** (1 / max(levels - 1, 1))
-        self.cells = [round(coarsest * growth ** level) for level in range(levels)]
-        self.size, self.dense = size, [(n + 1) ** 3 <= size for n in self.cells]
-        entries = [(n + 1) ** 3 if dense else size for n, dense in zip(self.cells, self.dense, strict=True)]
-        start = np.cumsum([0, *entries])
-        self.start = start.tolist()
-        self.table = torch.nn.Parameter(torch.empty(self.start[-1], 2).uniform_(-1e-4, 1e-4))
-        strides = [(1, n + 1, (n + 1) ** 2) if d else self.STRIDES for n, d in zip(self.cells, self.dense, strict=True)]
-        strides = torch.tensor(strides, dtype=torch.int32)  # [L,3]
-        corner = torch.tensor([(i & 1, i >> 1 & 1, i >> 2) for i in range(8)], dtype=torch.int32)
-        offsets = (strides[:, None] * corner).sum(-1, dtype=torch.int32)  # [L,8], x changes first
-        self.register_buffer("strides", strides, persistent=False)
-        self.register_buffer("offsets", offsets, persistent=False)
-        self.learning = levels  # number of levels, from the coarsest, that get a gradient
-
-    def corners(self, x, level):
-        """Entries int32 [8,N] of the corners around x [3,N] in [0,1], and weights [3,2N] of the upper ones.
-
-        Each weight occurs twice, once per feature, to multiply complex entries as plain pairs.
-        """
-        x = x * self.cells[level]
-        low = x.int().clamp_(max=self.cells[level] - 1)  # [3,N]
-        weight = (x - low)[:, :, None].expand(-1, -1, 2).reshape(3, -1)
-        low = low * self.strides[level, :, None]
-        entry = (low[0] + low[1] + low[2]) + self.offsets[level, :, None]
-        return entry if self.dense[level] else entry.bitwise_and_(self.size - 1), weight
-
-    def forward(self, x, known=None):
-        """Features [2L,N] at x [3,N] in [0,1]: the first features of all levels, then the second ones.
-
-        Differentiable in the table, not in x. `known`, features of an earlier call for the same x, avoids the gather.
-        """
-        return _Interpolate.apply(self.table, x, self, known)
-
-
-class _Interpolate(torch.autograd.Function):
-    """Gather and trilinear interpolation; the backward pass is one scatter per level.
-
-    Autograd would keep eight products per level and scatter a dense [N,8,2] gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, table, x, grid, known):
-        ctx.grid, ctx.shape = grid, table.shape
-        ctx.save_for_backward(x)
-        if known is not None:
-            return known.clone()
-        entries = torch.view_as_complex(table)
-        out = table.new_empty(2, len(grid.cells), x.shape[1])
-        for level in range(len(grid.cells)):
-            entry, weight = grid.corners(x, level)
-            v = entries[grid.start[level]:grid.start[level + 1]].index_select(0, entry.view(-1))
-            v = torch.view_as_real(v).view(8, -1)  # [8,2N]
-            for axis in (2, 1, 0):
-                v = torch.lerp(v[:len(v) // 2], v[len(v) // 2:], weight[axis])
-            out[:, level] = v.view(-1, 2).T
-        return out.view(2 * len(grid.cells), x.shape[1])
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,), grid = ctx.saved_tensors, ctx.grid
-        grad = grad.reshape(2, len(grid.cells), -1)
-        out = grad.new_zeros(ctx.shape)
-        entries = torch.view_as_complex(out)
-        v = grad.new_empty(8, 2 * x.shape[1])
-        for level in range(grid.learning):
-            entry, weight = grid.corners(x, level)  # recomputed: cheaper than storing them
-            v[0].view(-1, 2).copy_(grad[:, level].T)
-            for axis in range(3):  # each axis splits the gradient into an upper and a lower share
-                n = 1 << axis
-                torch.mul(v[:n], weight[axis], out=v[n:2 * n])
-                v[:n] -= v[n:2 * n]
-            entries[grid.start[level]:grid.start[level + 1]].index_add_(
-                0, entry.view(-1), torch.view_as_complex(v.view(-1, 2)))
-        return out, None, None, None
-
 
 LEAK = 0.05  # slope of the ReLUs: at learning rates that suit the table, a layer of 32 plain ReLUs can die
 
@@ -154,6 +60,7 @@ class Field(Representation):
         self.distance, self.pixel = distance.median().item(), (distance / focal).median().item()
         self.extent = 1.0 if scene.bounded else 2.0
         self.grid, self.open = HashGrid(levels, table, 16, min(max(4 / self.pixel, 64), 2048)), None
+        self.shape = None  # see split
 
         def weights(rows, columns):
             return torch.nn.Parameter(torch.empty(rows, columns).uniform_(-1, 1) * 1.7 / columns ** 0.5)
@@ -175,23 +82,50 @@ class Field(Representation):
         hidden = leaky_relu(self.rgb_in @ torch.cat((out, sh)), LEAK)
         return torch.sigmoid(self.rgb_out @ leaky_relu(self.rgb_mid @ hidden, LEAK))
 
+    def look(self, x, sh=None, known=None):
+        """Density [N] at places x [3,N] in [0,1] and, with harmonics sh [16,N] of directions, rgb [3,N] or None.
+
+        known: the features of the densities at x, from an earlier call of their grid.
+        """
+        sigma, out = self.solid.density(self.solid.grid(x, known))
+        if sh is None:
+            return sigma, None
+        return sigma, self.colour(out if self.shape is None else self.density(self.grid(x))[1], sh)
+
+    @property
+    def solid(self):
+        """What gives the densities: the field itself or, after `split`, its Shape."""
+        return self.shape or self
+
+    def split(self):
+        """From now on densities have a table and an MLP of their own: what changes a colour leaves the shape alone."""
+        if self.shape is None:
+            self.shape = Shape(self)
+
     def behind(self, rays_d):
         """rgb [3,R] behind all samples: the background, or in a capture a colour per direction."""
         if self.scene.bounded:
             return self.background[:, None]
         return torch.sigmoid(self.sky_out @ leaky_relu(self.sky_in @ spherical_harmonics(rays_d), LEAK))
 
-    def param_groups(self, rate=1e-2, mlps=1e-3):
-        """Two groups for Adam: the table, and the MLPs.
+    def param_groups(self, rate=1e-2, mlps=1e-3, densities=1.0):
+        """Two groups for Adam: the table, and the MLPs; after `split` two more for the densities alone.
 
         Table entries get gradients rarely, hence the small eps. All samples share the MLPs, hence their lower rate: an
         edit of one place must not tint the others.
+
+        densities: their share of both rates after `split`; at 0 they are frozen, which saves their backward pass.
         """
-        table, *others = self.grid.table, *(p for name, p in self.named_parameters()
-                                            if p is not self.grid.table and not name.startswith("gate."))
-        adam = {"betas": (0.9, 0.99), "eps": 1e-15}
-        return [{"name": "table", "params": [table], "lr": rate} | adam,
-                {"name": "mlps", "params": others, "lr": mlps} | adam]
+        table, *others = self.grid.table, *(p for name, p in self.named_parameters() if p is not self.grid.table
+                                            and not name.startswith(("gate.", "shape.")))
+        own = [("table", [table], rate), ("mlps", others, mlps)]
+        if self.shape is not None:
+            shape = self.shape.requires_grad_(densities > 0)
+            if densities:
+                own += [("shape table", [shape.grid.table], densities * rate),
+                        ("shape mlps", [shape.sigma_in, shape.sigma_out], densities * mlps)]
+        return [{"name": name, "params": parameters, "lr": lr, "betas": (0.9, 0.99), "eps": 1e-15}
+                for name, parameters, lr in own]
 
     def focus(self, scene, size):
         super().focus(scene, size)
@@ -205,6 +139,23 @@ class Field(Representation):
         camera = self.camera(None if self.edited is self.scene else 0, size)
         pixels = 2 * camera.lens[0] / self.distance  # across the box
         self.grid.learning = max(1, sum(cells <= pixels for cells in self.grid.cells))
+        if self.shape is not None:
+            self.shape.grid.learning = self.grid.learning
+
+
+class Shape(torch.nn.Module):
+    """A table and an MLP that give the densities of a field alone; at first they are the field's own."""
+
+    def __init__(self, field):
+        super().__init__()
+        self.grid, self.thin = copy.deepcopy(field.grid), 0.0 if field.scene.bounded else field.thin.item()
+        self.sigma_in, self.sigma_out = (torch.nn.Parameter(weights.detach().clone())
+                                         for weights in (field.sigma_in, field.sigma_out[:1]))
+
+    def density(self, features):
+        """Features [2L,N] -> sigma [N] as Field.density gives it, and None."""
+        out = self.sigma_out @ leaky_relu(self.sigma_in @ features, LEAK)
+        return (out[0] + self.thin).clamp(max=11).exp(), None
 
 
 class SampledField(Field):
@@ -282,10 +233,7 @@ class SampledField(Field):
 
     def at(self, x, sh=None):
         """Density [N] at places x [3,N] in [0,1] and, with harmonics sh [16,N] of directions, rgb [3,N] or None."""
-        if self.gate is None:
-            sigma, out = self.density(self.grid(x))
-            return sigma, None if sh is None else self.colour(out, sh)
-        return self.gate.blended(self, x, sh)
+        return self.look(x, sh) if self.gate is None else self.gate.blended(self, x, sh)
 
     def confine(self, region):
         """From now on change only in a region.Region: elsewhere density and colour remain those of a frozen copy."""
@@ -377,9 +325,9 @@ class NeRF(SampledField):
         found, marched = [], 0
         for first, last in self.slabs(count):
             x, t, ray = self.march(rays_o[:, alive], rays_d[:, alive], jitter[alive], first, last)
-            features = None if self.gate else self._in_batches(self.grid, x)
+            features = None if self.gate else self._in_batches(self.solid.grid, x)
             sigma = self._in_batches(lambda part: self.at(part)[0], x) if self.gate else [
-                self.density(part)[0] for part in features]
+                self.solid.density(part)[0] for part in features]
             tau = torch.cat(sigma) * self.length(t)
             on = volume_weights(tau, ray, len(alive)) * (-passed[alive]).exp()[ray] > self.LIGHT
             keep, within = on.nonzero()[:, 0], [part.nonzero()[:, 0] for part in on.tensor_split(len(sigma))]
@@ -410,14 +358,9 @@ class NeRF(SampledField):
         count = rays_o.shape[1]
         x, t, ray, features, marched = found or self.find(rays_o, rays_d, jitter)
         sh = spherical_harmonics(rays_d).index_select(1, ray)
-        if self.gate:
-            sigma, rgb = self.at(x, sh)
-        else:
-            if features is None or torch.is_grad_enabled():
-                features = self.grid(x, features)
-            sigma, out = self.density(features)
+        sigma, rgb = self.at(x, sh) if self.gate else self.look(x, sh, features)
         weights = volume_weights(sigma * self.length(t), ray, count)
-        values = (rgb if self.gate else self.colour(out, sh)) * weights
+        values = rgb * weights
         total = sums(torch.cat((values, weights[None], (weights.detach() * t)[None])), ray, count)
         return total[:3], total[3], total[4], (weights, t, ray, marched)
 
@@ -505,6 +448,8 @@ class NeRF(SampledField):
             raise SceneError(f"{path}: no readable NeRF: it is smaller than it says")
         try:
             nerf = cls(scene, **config)
+            if "shape.sigma_in" in state:
+                nerf.split()
             if any(name.startswith("gate.") for name in state):
                 nerf.confine(Region(scene, torch.zeros(CELLS, CELLS, CELLS)))
             restore(nerf, state, path)

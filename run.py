@@ -19,6 +19,7 @@ import contextlib
 import copy
 import functools
 import json
+import math
 import os
 import shlex
 import signal
@@ -45,7 +46,7 @@ from files.sheets import beside, sheet, snapshot, thumbnail
 from files.writing import check_writable, locked, write
 from image.editors import EDITORS, TITLES, prompts
 from image.figures import outside
-from image.masks import Where, agree, local_masks, read_mask, read_masks, subject_masks
+from image.masks import Where, agree, local_masks, photograph_masks, read_mask, read_masks, subject_masks
 from image.picture import Picture
 from loop import parallel
 from loop.fit import kept_in
@@ -55,7 +56,7 @@ from options import HERE, check_prompts, complete, kept_apart, settings, slug
 from prior import InstructPix2Pix, Prior
 from scene.cameras import input_path, sides, turntable
 from scene.reading import load_scene
-from scene.region import ball, box, lifted
+from scene.region import MOST, ball, box, lifted
 from scene.representation import depth_picture, evaluate, export, fit_pictures, fit_report
 from scene.viewer import Viewer
 from splat import Splats
@@ -126,8 +127,10 @@ def fit(args, size=256):
 def load_nerf(args, prior):
     """A scene as a NeRF, fitted before."""
     nerf = fit(args)
+    if args.densities != 1:
+        nerf.split()
     nerf.learn_from(args.frame)
-    groups = nerf.param_groups(args.table, args.mlps)
+    groups = nerf.param_groups(args.table, args.mlps, args.densities)
     if args.rates == "released":  # nerfstudio's Adam; rates fall to a tenth in 100,000 steps
         groups = [group | {"betas": (0.9, 0.999), "warm": args.warm or 1000, "fall": (0.1, 99000)} for group in groups]
     return nerf, groups, Photographs(nerf)
@@ -155,7 +158,7 @@ def where_of(scene, source, prior, args):
     with --local the masks of the prompts; None: everywhere."""
     around, size = args.mode in SCENES, args.frame
     views = range(len(scene.scene.train)) if around else [None]
-    if around and (region := region_of(scene, args)):
+    if around and (region := region_of(scene, source, prior, args)):
         scene.focus(region.closer(), size)
         masks = [region.seen(scene, view, size) for view in range(len(scene.edited.train))]
         scene.confine(region)
@@ -169,8 +172,17 @@ def where_of(scene, source, prior, args):
     return Where(agree(scene, found, size)) if around else Where(found, scene.sides)
 
 
-def region_of(scene, args):
-    """The part of a scene's space that --mask, --box or --ball names, a region.Region; None without them."""
+def region_of(scene, source, prior, args):
+    """The part of a scene's space that --mask, --box or --ball names or, in a capture, --local finds: a region.Region;
+    None without them."""
+    if args.local and not (scene.scene.bounded or args.mask or args.box or args.ball):
+        for _ in range(2):  # first in whole photographs, then from close by
+            views = range(0, len(scene.edited.train), math.ceil(len(scene.edited.train) / MOST))
+            pictures = [source.render(view, args.frame) for view in views]
+            masks = photograph_masks(prior, pictures, *prompts(args))
+            region = lifted(scene, dict(zip(views, masks, strict=True)), args.frame)
+            scene.focus(region.closer(), args.frame)
+        return region
     if args.box:
         return box(scene.scene, args.box[:3], args.box[3:])
     if args.ball:

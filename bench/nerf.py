@@ -14,7 +14,8 @@ import torch
 
 from bench.measure import cpu_time, peak_memory, table
 from files.pictures import Frame
-from nerf import Field, HashGrid, NeRF, SampledField, _Interpolate
+from nerf import Field, NeRF, SampledField
+from scene.grid import HashGrid, _Interpolate
 from scene.reading import load_scene
 from scene.representation import evaluate
 

@@ -57,6 +57,9 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("decay", float, 0, 0.0, ("image",), "weight decay of AdamW on the latent"),
     Setting("table", float, 0, 0.01, ("nerf",), "rate of the hash table"),
     Setting("mlps", float, 0, 1e-3, ("nerf",), "rate of the MLPs"),
+    Setting("densities", float, 0, 1.0, ("nerf",), "share of both rates at which densities learn, which then have a "
+            "table and an MLP of their own, so that colours change without the shape; 0: the shape stays; 1: one table "
+            "for both, as in the paper"),
     Setting("means", float, 0, 3e-5, ("splat",), "rate of the means, in extents of the cameras"),
     Setting("scales", float, 0, 1e-3, ("splat",), "rate of the log scales"),
     Setting("rotations", float, 0, 2e-4, ("splat",), "rate of the quaternions"),
@@ -67,7 +70,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("freeu", bool, 0, None, EVERY, None),  # whether the UNet runs with FreeU, see Prior.with_freeu
     Setting("inversion_steps", int, 1, None, EVERY, None))}
 GUIDED = ("pds", "dds", "sds", "ids", "sdedit", "inv2n", "in2n", "drfs")  # methods with a guidance of their own
-PARTS = (*EVERY, "in2n", "ids", "ssd", "dreamcatalyst", "smooth_points")  # what a pds.json may hold settings under
+# what a pds.json may hold settings under
+PARTS = (*EVERY, "pds", "in2n", "ids", "ssd", "dreamcatalyst", "smooth_points")
 
 # The guidance of the paper's code for PDS, DreamFusion's for SDS, and the others' own; in SSD it is a weight.
 GUIDANCE = {"pds": 100.0, "dds": 7.5, "sds": 100.0, "ids": 7.5, "ssd": 7.5}
@@ -118,8 +122,10 @@ def settings_for(defaults, mode, method, size=64, width=None, coefficients="offi
     own = {name: setting.usual for name, setting in SETTINGS.items() if setting.usual is not None} | defaults
     if mode == "splat":  # a width outside of the part of a mode is one in pixels
         own.pop("smooth", None)
-    for part in (mode, method):
-        own = _overlaid(own, own.get(part, {}))
+    own = _overlaid(own, own.get(mode, {}))
+    # a mode's own settings of a method are for its official form, everywhere in a scene
+    whole = not local and coefficients != "dreamcatalyst"
+    own = _overlaid(own, (own if whole else defaults).get(method, {}))
     usual = own.get("smooth", size / 8 if mode == "svg" else 0.0) if width is None else width
     own["smooth"] = usual if mode in SETTINGS["smooth"].modes else 0.0
     if own["smooth"] and mode == "svg":

@@ -55,9 +55,9 @@ class Gate(torch.nn.Module):
         share, total, rgb = inside(self.cells, x), torch.zeros_like(x[0]), torch.zeros_like(x)
         for field, part in ((learning, share), (self.field, 1 - share)):
             on = part.nonzero()[:, 0]
-            sigma, out = field.density(field.grid(x[:, on]))
+            sigma, colour = field.look(x[:, on], None if sh is None else sh[:, on])
             sigma = sigma * part[on]
             total = total.index_add(0, on, sigma)
             if sh is not None:
-                rgb = rgb.index_add(1, on, sigma * field.colour(out, sh[:, on]))
+                rgb = rgb.index_add(1, on, sigma * colour)
         return total, None if sh is None else rgb / total.clamp_min(1e-20)

@@ -132,6 +132,8 @@ def test_every_setting_of_the_paper_has_a_flag_that_wins(pipelines):
         "warm",
         "freeu",
         "spring",
+        "densities",
+        "colour_identity",
         "inversion_steps",
     } == {*SETTINGS, "guidance"}
     assert options.complete(run.parse(["--mode", "image", "--refine", "7"]), prior, "pds").refine == 7

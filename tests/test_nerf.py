@@ -12,9 +12,10 @@ from torch.testing import assert_close
 
 import nerf
 from files.checkpoint import CheckpointError
-from nerf import HashGrid, NeRF, _Interpolate
+from nerf import NeRF
 from scene.box import cell_points
 from scene.captures import SceneError
+from scene.grid import HashGrid, _Interpolate
 from scene.reading import load_scene
 from scene.representation import depth_picture, evaluate
 from scene.volume import volume_weights
