@@ -176,7 +176,7 @@ def region_of(scene, source, prior, args):
     """The part of a scene's space that --mask, --box or --ball names or, in a capture, --local finds: a region.Region;
     None without them."""
     if args.local and not (scene.scene.bounded or args.mask or args.box or args.ball):
-        for _ in range(2):  # first in whole photographs, then from close by
+        for _ in range(3):  # first in whole photographs, then from ever closer by
             views = range(0, len(scene.edited.train), math.ceil(len(scene.edited.train) / MOST))
             pictures = [source.render(view, args.frame) for view in views]
             masks = photograph_masks(prior, pictures, *prompts(args))

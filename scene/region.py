@@ -164,15 +164,15 @@ class Look(NamedTuple):
 
 @torch.no_grad()
 def lifted(representation, masks, size):
-    """The Region that masks show: {number of a view: [1,1,h,w] in [0,1]}, one at least; held-out views come after those
-    for training.
+    """The Region that masks show: {number of a view that an edit looks at: [1,1,h,w] in [0,1]}, one at least; held-out
+    views come after those for training.
 
     The surface that the views of `size` show is cut into cells. Every mask votes on those that its view sees; a cell
     that none of them sees gets the label of the cell with a label from which the way along the surface is shortest,
     where changes of colour, and colours unlike those with that label, make a way longer (geodesic segmentation, Bai and
     Sapiro 2009). The region is what all views see inside of the labelled surface.
     """
-    scene, looks = representation.scene, {}
+    scene, looks = representation.edited, {}
     sums, many = torch.zeros(7, CELLS ** 3), len(scene.train)  # sums: of points, colours and ones
     for view in sorted({*range(0, many, math.ceil(many / MOST)), *(view for view in masks if view < many)}):
         look = looks[view] = Look.of(representation, view, size)
