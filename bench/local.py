@@ -1,17 +1,21 @@
-"""What --local preserves: edits of the shipped ball, alone and on a ground under a sky, with and without it."""
+"""What --local and --mask preserve: edits of the shipped ball, alone and on a ground, and of a ray-traced capture."""
 import contextlib
 import json
+import math
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import max_pool2d
 
 import run
+from bench.capture import FRUIT, ring, silhouette, write
 from bench.edits import pictures_of
-from bench.figures import figures
+from bench.figures import figures, log_odds
 from bench.measure import table
-from files.pictures import to_tensor
+from files.pictures import to_pil, to_tensor
 from image.figures import outside
 from image.masks import subject_masks
 from prior import Prior
@@ -59,7 +63,7 @@ def local(args):
                 raise ValueError(f"{place}: the edit failed")
             before, after = (pictures_of(place / f"{file}.png", args.mode) for file in ("source", "result"))
             pictures = [to_tensor(p.resize((prior.size,) * 2, Image.LANCZOS)).float() for p in before]
-            masks = subject_masks(prior, pictures, PROMPTS[1], PROMPTS[3], 16)
+            masks = subject_masks(prior, pictures, PROMPTS[1], PROMPTS[3])
             line = outside(before, after, masks)
             kept = float(line.rpartition("PSNR ")[2].split()[0])
             options = run.parse(["--mode", args.mode, "--scene", str(scene), *PROMPTS])
@@ -76,3 +80,48 @@ def local(args):
             (f"{scene.name}: PSNR of all, dB", f"{np.round(free['PSNR'], 1)}, {np.round(own['PSNR'], 1)}", "", None),
         ]
     return table("edited everywhere, and with --local", rows)
+
+
+FRUITS, SIDES = ["--source", "red apple", "--target", "green apple"], (134, 100)  # prompts, pixels of a photograph
+
+
+def captured(args):
+    """Edit a ray-traced capture of an apple beside a lemon with one mask of one photograph, and with --local alone."""
+    out, rows, prior = Path(args.out), [], Prior.from_pretrained(str(run.HERE / "models" / "emoji"))
+    folder = out / f"fruit-{args.views}"
+    if not folder.exists():
+        write(folder, args.views, things=FRUIT, sides=SIDES)
+    drawn = [silhouette(camera, FRUIT) for camera in ring(args.views, SIDES)]
+    to_pil(drawn[1].float().expand(-1, 3, -1, -1)).save(out / "001.png")
+    for name, flags in {"one mask": ["--mask", str(out / "001.png")], "--local": ["--local"]}.items():
+        options = run.parse(["--mode", args.mode, "--scene", str(folder), *FRUITS, *flags, "--device", "cpu",
+                             "--fit-seconds", str(args.fit_seconds), "--out", str(out / flags[0].strip("-")),
+                             "--steps", str(args.steps), "--identity", "0.5"])
+        options.fit = out / f"fruit-{args.views}-{args.mode}"
+        before, started = run.fit(options), time.process_time()
+        run.run_one(prior, "pds", options, options.out)
+        spent, file = time.process_time() - started, options.out / f"result{run.SUFFIX[args.mode]}"
+        after = run.FITTED[args.mode].load(file, before.scene)
+        kept, odds = [], []
+        with torch.no_grad():
+            for view in before.scene.test:
+                mask = drawn[int(Path(view.name).stem)]
+                change = (after.render(view.camera) - before.render(view.camera)).square().mean(1, keepdim=True)
+                kept.append(change[max_pool2d(mask.float(), 5, 1, 2) == 0].mean())  # two pixels of rim aside
+                odds.append([_odds(prior, scene, view.camera, mask) for scene in (before, after)])
+        kept, (was, now) = -10 * torch.stack(kept).mean().clamp_min(1e-12).log10().item(), np.mean(odds, 0)
+        bar = 35 if flags[0] == "--mask" else 27
+        rows += [(f"{name}: outside the drawn masks, dB", f"{kept:.1f}", f">= {bar}", kept >= bar),
+                 (f"{name}: log-odds before and after", f"{was:.1f}, {now:.1f}", "> 0", now > 0),
+                 (f"{name}: seconds of the process, the fit aside", f"{spent:.0f}", "", None)]
+    return table(f"an apple beside a lemon on a table, {args.views} photographs", rows)
+
+
+def _odds(prior, scene, camera, mask):
+    """The log-odds of the target in a scene from close by, where a mask [1,1,H,W] bool shows the subject."""
+    at = mask[0, 0].nonzero()
+    low, high = at.amin(0).tolist(), at.amax(0).tolist()
+    side = math.ceil(max(b - a for a, b in zip(low, high, strict=True)) / 0.6)
+    top, left = ((a + b - side) // 2 for a, b in zip(low, high, strict=True))
+    picture = scene.render(camera.window(left, top, side).framed(prior.size))
+    return log_odds(prior, prior.encode(picture), prior.embed(FRUITS[3]), prior.embed(FRUITS[1]))
