@@ -180,8 +180,13 @@ def region_of(scene, source, prior, args):
             views = range(0, len(scene.edited.train), math.ceil(len(scene.edited.train) / MOST))
             pictures = [source.render(view, args.frame) for view in views]
             masks = photograph_masks(prior, pictures, *prompts(args))
-            region = lifted(scene, dict(zip(views, masks, strict=True)), args.frame)
-            scene.focus(region.closer(), args.frame)
+            region = lifted(scene, dict(zip(views, masks, strict=True)), args.frame).main()
+            if not region.cells.any():
+                raise ValueError(f"{scene.scene.path}: --local finds no subject amid the scene: give --mask")
+            closer, width = region.closer(), max(view.camera.width for view in scene.edited.train)
+            scene.focus(closer, args.frame)
+            if max(view.camera.width for view in closer.train) >= width:
+                break
         return region
     if args.box:
         return box(scene.scene, args.box[:3], args.box[3:])

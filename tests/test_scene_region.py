@@ -159,3 +159,11 @@ def test_a_step_draws_only_what_can_change(kind, nerf_sphere, request):
     with torch.no_grad():
         assert_close(step.detach(), nerf.render(camera), rtol=0, atol=1e-5)
         assert drawn[-1] == camera.width * camera.height or len(drawn) > 2
+
+
+@pytest.mark.parametrize("kind", ["bounded", "capture"])
+def test_the_main_part_of_a_region_is_connected(kind, nerf_sphere, request):
+    scene = nerf_sphere if kind == "bounded" else request.getfixturevalue("capture")
+    large, small = (ball(scene, (x, 0.0, 0.0), r).cells for x, r in ((0.35, 0.3), (-0.5, 0.2)))
+    main = Region(scene, torch.maximum(large, small)).main()
+    assert torch.equal(main.cells, (large > 0.5).float())
