@@ -373,15 +373,18 @@ class NeRF(SampledField):
     def rgb(self, camera):
         """The picture [3,H,W] of a Camera.
 
-        A step of a confined edit draws only the pixels that can change. Gradients of more than 4 `chunk` rays are
-        deferred, see _Deferred: memory is then that of one chunk, the picture and the positions of its samples.
+        A step of a confined edit draws only the pixels that can change, as does every further picture of it from the
+        same camera. Gradients of more than 4 `chunk` rays are deferred, see _Deferred: memory is then that of one
+        chunk, the picture and the positions of its samples.
         """
         rays_o, rays_d = camera.rays(self.centre.device)
         learnt = torch.is_grad_enabled()
-        still = self.gate.still(camera) if self.gate and learnt else None
+        still = (self.gate.still if learnt else self.gate.again)(camera) if self.gate else None
         if still:
             rays_o, rays_d = rays_o[:, still[0]], rays_d[:, still[0]]
-        if learnt and rays_o.shape[1] <= 4 * self.chunk:
+        if not (learnt or rays_o.shape[1]):  # nothing of the region is in the picture
+            rgb = rays_o
+        elif learnt and rays_o.shape[1] <= 4 * self.chunk:
             rgb = self.draw(rays_o, rays_d)
         else:
             rgb = _Deferred.apply(self, learnt, rays_o, rays_d, *self.parameters())

@@ -25,7 +25,7 @@ class Gate(torch.nn.Module):
         self.register_buffer("cells", region.cells.to(field.centre.device))
         places = cell_points(torch.arange(field.cells ** 3, device=field.centre.device), field.cells)
         self.register_buffer("open", inside(self.cells, places) > 0)
-        self.pictures = {}  # see `still`
+        self.pictures, self.last = {}, (None, None)  # see `still`, `again`
 
     def still(self, camera):
         """What stays in a view that the edit looks at: the numbers [M] of the other pixels, whose rays meet the region
@@ -41,11 +41,24 @@ class Gate(torch.nn.Module):
         if (plain.width, plain.height, plain.lens[0]) != (camera.width, camera.height, camera.lens[0]):
             return None
         if view not in self.pictures:
-            met = Region(self.field.scene, self.cells.cpu()).crossed(plain, 0.0).float()
-            with torch.no_grad():
-                picture = self.field.rgb(plain).flatten(1)
-            self.pictures[view] = max_pool2d(met, 3, 1, 1).view(-1).nonzero()[:, 0].to(picture.device), picture
+            self.pictures[view] = self._frozen(plain)
         return self.pictures[view]
+
+    def again(self, camera):
+        """The same for any camera, of which the last picture was, too; else None: progress is shown from one camera."""
+        key = (*camera.pose.flatten().tolist(), *camera.lens, camera.width, camera.height)
+        if key != self.last[0]:
+            self.last = key, None
+            return None
+        if self.last[1] is None:
+            self.last = key, self._frozen(camera)
+        return self.last[1]
+
+    @torch.no_grad()
+    def _frozen(self, camera):
+        met = Region(self.field.scene, self.cells.cpu()).crossed(camera, 0.0).float()
+        picture = self.field.rgb(camera).flatten(1)
+        return max_pool2d(met, 3, 1, 1).view(-1).nonzero()[:, 0].to(picture.device), picture
 
     def blended(self, learning, x, sh=None):
         """Density [N] at places x [3,N] in [0,1] and, with harmonics sh [16,N] of directions, rgb [3,N] or None.

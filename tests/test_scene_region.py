@@ -159,6 +159,11 @@ def test_a_step_draws_only_what_can_change(kind, nerf_sphere, request):
     with torch.no_grad():
         assert_close(step.detach(), nerf.render(camera), rtol=0, atol=1e-5)
         assert drawn[-1] == camera.width * camera.height or len(drawn) > 2
+        whole, drawn[:] = nerf.render(camera), []
+        assert_close(nerf.render(camera), whole, rtol=0, atol=1e-5)  # from a camera that has just been drawn
+        assert 0 < sum(drawn) < camera.width * camera.height
+        nerf.render(nerf.camera(1, 24))
+        assert sum(drawn) > camera.width * camera.height
 
 
 @pytest.mark.parametrize("kind", ["bounded", "capture"])
