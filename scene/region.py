@@ -62,7 +62,6 @@ class Region:
             found |= (t <= limit + 0.5 * _size(self.scene, x)) & (self.at(x) > least)
         return found.view(1, 1, camera.height, camera.width)
 
-
     def main(self):
         """The largest connected part of the region in the box of interest, a Region: a subject that nobody drew."""
         quarter, on = CELLS // 4, self.cells > 0.5

@@ -76,7 +76,9 @@ def device(place, flows):
         patch.setattr(DatasetUpdate, "EVERY", 2)
         patch.setattr(Flux, "SIDE", 8)
         patch.setattr(run, "Prior", SimpleNamespace(from_pretrained=functools.cache(Prior.from_pretrained)))
-        patch.setattr(masks, "diffedit_map", lambda *args, **more: diffedit_map(*args[:4], 1, *args[5:], **more))  # 1 noise
+        def one_noise(*args, **more):
+            return diffedit_map(*args[:4], 1, *args[5:], **more)
+        patch.setattr(masks, "diffedit_map", one_noise)
         patch.setattr(NeRF, "BATCH_GPU", (2 ** 11, 2 ** 9, 64, 2 ** 9))
         for kind, sizes in SIZES.items():
             patch.setattr(kind, "fit", functools.partial(kind.fit, **sizes))
