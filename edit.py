@@ -62,7 +62,7 @@ class Distillation:
                 stride=args.stride, coefficients=COEFFICIENTS[args.coefficients], identity=args.identity
             )
         # the parameters whose identity term has a weight of its own
-        own = name == "pds" and args.colour_identity not in (None, 1) and args.identity
+        own = name == "pds" and args.colour_identity != 1 and args.identity
         self.colours = [p for p in scene.colour_parameters() if p.numel()] if own else []
         if editor:
             self.prior = editor.at(args.guidance, args.image_guidance)

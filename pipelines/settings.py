@@ -133,6 +133,8 @@ def settings_for(defaults, mode, method, size=64, width=None, coefficients="offi
     if coefficients == "dreamcatalyst" and method == "pds":
         part = own.get("dreamcatalyst", DREAMCATALYST)
         own = _overlaid(_overlaid(own, part), part.get(mode, {}))
+    if mode not in SETTINGS["colour_identity"].modes:  # whose colours and geometry share their weights
+        own["colour_identity"] = 1.0
     if mode == "nerf" and local:
         own = own | {"mlps": own["mlps"] / 10, "table": own["table"] * 2}
     return own

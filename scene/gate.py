@@ -56,6 +56,7 @@ class Gate(torch.nn.Module):
 
     @torch.no_grad()
     def _frozen(self, camera):
+        """The numbers [M] of the pixels of a Camera that can change, and the frozen field's picture [3,H*W]."""
         met = Region(self.field.scene, self.cells.cpu()).crossed(camera, 0.0).float()
         picture = self.field.rgb(camera).flatten(1)
         return max_pool2d(met, 3, 1, 1).view(-1).nonzero()[:, 0].to(picture.device), picture

@@ -158,6 +158,13 @@ def test_dreamcatalyst_brings_its_released_settings(pipelines):
     assert (other.guidance, other.steps, other.hold, other.freeu) == (7.5, 30000, None, None)  # DDS's own
 
 
+def test_only_modes_with_colours_apart_weigh_them_apart():
+    """Wherever a pds.json sets it: a Picture and a NeRF have no such parameters."""
+    for part in ({"colour_identity": 0.3}, {"pds": {"colour_identity": 0.3}}):
+        shares = {mode: settings_for(PAPER | part, mode, "pds")["colour_identity"] for mode in TABLE}
+        assert shares == {"svg": 0.3, "image": 1, "nerf": 1, "splat": 0.3}
+
+
 def test_the_shipped_model_has_shorter_settings_for_dreamcatalyst():
     defaults = read_defaults(options.SHIPPED / "pds.json")
     for mode, steps in (("svg", 75), ("image", 300), ("nerf", 500), ("splat", 600)):
