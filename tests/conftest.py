@@ -71,7 +71,6 @@ def darkness(svg, **options):
         return float((1 - svg.render(**options)[0, 0]).double().sum())
 
 
-
 # ---- a scene ------------------------------------------------------------------------------------------
 
 NERF_SIZES = dict(levels=6, table=2 ** 14, width=16)
@@ -122,6 +121,38 @@ def nerf_sphere(tmp_path_factory):
     from scene.reading import load_scene
     return load_scene(nerf_scene(tmp_path_factory.mktemp("sphere")))
 
+
+# ---- Gaussians ----------------------------------------------------------------------------------------
+
+SPLAT_SIZES = dict(count=300, limit=800, degree=1)
+
+
+def splat_camera(size=32, width=None, distance=4.0, angle=0.6):
+    """A camera on the z axis at `distance`, looking at the origin."""
+    from scene.cameras import Camera
+    pose = torch.eye(4)[:3].clone()
+    pose[2, 3] = distance
+    width = width or size
+    focal = size / 2 / math.tan(angle / 2)
+    return Camera(pose, (focal, focal, width / 2, size / 2, 0, 0, 0, 0, 0, 0), width, size)
+
+
+def splat_random(scene, count=60, degree=3, seed=0, spread=0.7, dtype=torch.float32):
+    """Gaussians of many sizes, shapes and opacities, some of them behind the camera or outside the picture."""
+    from splat import Splats
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+    splats = Splats(scene, draw(count, 3) * spread, -2.0 + 0.6 * draw(count, 3), draw(count, 4), draw(count) * 2,
+                    draw(count, 3), 0.3 * draw(count, (degree + 1) ** 2 - 1, 3))
+    return splats.to(dtype)
+
+
+@pytest.fixture(scope="module")
+def splat_fitted(nerf_sphere):
+    from splat import Splats
+    return Splats.fit(nerf_sphere, steps=180, progress=False, **SPLAT_SIZES)
 
 
 # ---- tiny random pipelines ----------------------------------------------------------------------------
@@ -224,7 +255,6 @@ def flows(pipelines, tmp_path_factory):
         pipe.save_pretrained(root / kind)
         made[kind] = root / kind
     return made
-
 
 
 # ---- the command line ---------------------------------------------------------------------------------
