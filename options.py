@@ -23,6 +23,7 @@ from files.pictures import Frame
 from files.reading import digest
 from image.editors import EDITORS
 from loop import parallel
+from pipelines.captions import recolours
 from pipelines.loading import PriorError
 from pipelines.settings import SETTINGS, read_defaults, settings_for
 from scene.captures import SceneError
@@ -254,7 +255,8 @@ def complete(args, prior, name=None):
     """
     args, name = copy.copy(args), name or args.losses[0]
     own = settings_for(prior.defaults, args.mode, name, prior.size, args.smooth,
-                       args.coefficients, local=bool(args.local or args.mask or args.box or args.ball))
+                       args.coefficients, local=bool(args.local or args.mask or args.box or args.ball),
+                       recolour=recolours(args.source or "", args.target or ""))
     for key in SETTINGS:
         if getattr(args, key, None) is None:
             setattr(args, key, own.get(key))

@@ -1,6 +1,8 @@
 """Captions that a small model was trained on: reading the list, and prompts in its plain form."""
 import re
 
+COLOUR_WORDS = frozenset("red orange yellow green blue purple pink brown white grey gray black golden silver turquoise "
+                         "cyan violet beige".split())
 
 def read_captions(text):
     """captions.txt -> list of captions.
@@ -22,3 +24,10 @@ def plain(prompt):
     words = re.sub(r"[\W_]+", " ", prompt.lower())  # keeps the letters of every script, which distinguish prompts
     words = re.sub(r"^ *((an?|the) +)?((picture|drawing|emoji|photo|image|icon) +of +)?((an?|the) +)?", "", words)
     return " ".join(words.split())
+
+
+def recolours(source, target):
+    """Whether two prompts differ in a colour alone: "red heart" and "blue heart", or "umbrella" and "red umbrella"."""
+    before, after = (plain(prompt).split() for prompt in (source, target))
+    things = [[word for word in words if word not in COLOUR_WORDS] for words in (before, after)]
+    return before != after and things[0] == things[1] != []

@@ -4,7 +4,8 @@
     own = settings_for(defaults, "svg", "pds")                 # {name: value} for one mode and method
 
 A pds.json may hold any setting, and under the name of a mode, of a method, "smooth_points" (an SVG whose points move as
-one field) or "dreamcatalyst" what differs there. "guidance" is a dict with a scale for each method.
+one field), "recolour" (such an SVG, where the prompts differ in a colour alone) or "dreamcatalyst" what differs there.
+"guidance" is a dict with a scale for each method.
 """
 from typing import NamedTuple
 
@@ -42,7 +43,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("rates", ("settle", "released"), 0, "settle", EVERY, "learning-rate schedule: a short warm-up and a linear "
             "decay over the second half, or the one of the paper's code"),
     Setting("suffix", str, 0, "", EVERY, "words appended to both prompts"),
-    Setting("points", float, 0, None, ("svg",), "rate of the points in pixels of the model"),
+    Setting("points", float, 0, None, ("svg",), "rate of the points in pixels of the model; the shipped "
+            "model keeps them where the prompts differ in a colour alone"),
     Setting("canvas_points", float, 0, None, ("svg",), None),  # the same in units of the canvas, as in the paper's code
     Setting("smooth", float, 0, None, ("svg", "splat"), "width of the field in which all points of a drawing move "
             "together, in pixels, or all colours of Gaussians change, in half sides of the scene's box; it falls to a "
@@ -71,7 +73,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("inversion_steps", int, 1, None, EVERY, None))}
 GUIDED = ("pds", "dds", "sds", "ids", "sdedit", "inv2n", "in2n", "drfs")  # methods with a guidance of their own
 # what a pds.json may hold settings under
-PARTS = (*EVERY, "pds", "in2n", "ids", "ssd", "dreamcatalyst", "smooth_points")
+PARTS = (*EVERY, "pds", "in2n", "ids", "ssd", "dreamcatalyst", "smooth_points", "recolour")
 
 # The guidance of the paper's code for PDS, DreamFusion's for SDS, and the others' own; in SSD it is a weight.
 GUIDANCE = {"pds": 100.0, "dds": 7.5, "sds": 100.0, "ids": 7.5, "ssd": 7.5}
@@ -108,16 +110,18 @@ PAPER = {
 }
 
 
-def settings_for(defaults, mode, method, size=64, width=None, coefficients="official", local=False):
+def settings_for(defaults, mode, method, size=64, width=None, coefficients="official", local=False,
+                 recolour=False):
     """The settings {name: value} of a mode and a method under the defaults of a model, before any flag.
 
-    Later layers win: the usual values, the model's settings, those of the mode, of the method, of smooth points and of
-    DreamCatalyst's coefficients, which are the released ones for a model that brings none.
+    Later layers win: the usual values, the model's settings, those of the mode, of the method, of smooth points, of
+    recolouring, and of DreamCatalyst's coefficients, which are the released ones for a model that brings none.
 
     Args:
         size: side in pixels of the model's pictures; width: of the smooth field, see SETTINGS, 0: none, None: the
             model's own, else an eighth of `size` for a drawing and none for Gaussians.
         local: the edit is confined to a mask; weights that all of a NeRF shares would carry it out of place.
+        recolour: the prompts differ in a colour alone, see pipelines.captions.recolours; only smooth points ask.
     """
     own = {name: setting.usual for name, setting in SETTINGS.items() if setting.usual is not None} | defaults
     if mode == "splat":  # a width outside of the part of a mode is one in pixels
@@ -130,6 +134,7 @@ def settings_for(defaults, mode, method, size=64, width=None, coefficients="offi
     own["smooth"] = usual if mode in SETTINGS["smooth"].modes else 0.0
     if own["smooth"] and mode == "svg":
         own = _overlaid(own, own.get("smooth_points", {}))
+        own = _overlaid(own, own.get("recolour", {}) if recolour else {})
     if coefficients == "dreamcatalyst" and method == "pds":
         part = own.get("dreamcatalyst", DREAMCATALYST)
         own = _overlaid(_overlaid(own, part), part.get(mode, {}))

@@ -165,6 +165,21 @@ def test_only_modes_with_colours_apart_weigh_them_apart():
         assert shares == {"svg": 0.3, "image": 1, "nerf": 1, "splat": 0.3}
 
 
+def test_points_stay_where_only_a_colour_changes():
+    """With the shipped settings: a rate in the command, free points, and the paper's settings move them."""
+    shipped, released = (types.SimpleNamespace(defaults=own, size=64, multiple=8, abar=ABAR) for own in (
+        read_defaults(options.SHIPPED / "pds.json"), PAPER))
+
+    def rate(prior, source, target, *flags):
+        args = options.parse(["--mode", "svg", "--source", source, "--target", target, *flags])
+        return options.complete(args, prior).points
+    usual = rate(shipped, "dog face", "panda")
+    assert usual > 0 == rate(shipped, "red book", "green book") == rate(shipped, "red book", "green book", "--loss=sds")
+    assert rate(shipped, "red book", "green book", "--points", "0.3") == 0.3
+    assert rate(shipped, "red book", "green book", "--smooth", "0") == 0.08
+    assert rate(released, "red book", "green book") == rate(released, "dog face", "panda")
+
+
 def test_the_shipped_model_has_shorter_settings_for_dreamcatalyst():
     defaults = read_defaults(options.SHIPPED / "pds.json")
     for mode, steps in (("svg", 75), ("image", 300), ("nerf", 500), ("splat", 600)):

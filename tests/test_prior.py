@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import pds
 from image.editors import ddim, ddim_timesteps, instruct_pix2pix
-from pipelines.captions import plain, read_captions
+from pipelines.captions import plain, read_captions, recolours
 from pipelines.loading import PriorError
 from prior import InstructPix2Pix, Prior
 from svg_raster import SVG
@@ -243,6 +243,15 @@ def test_a_prompt_outside_the_vocabulary_warns_and_names_the_nearest(pipelines, 
         prior.embed("a drawing of a blue apple")
         prior.embed("")
         Prior.from_pretrained(pipelines["sd"]).embed("anything")  # no captions, no warning
+
+
+@pytest.mark.parametrize("source, target, only", [
+    ("red heart", "blue heart", True), ("a picture of a red heart", "Blue heart!", True),
+    ("umbrella", "red umbrella", True), ("dark red car", "dark green car", True), ("red heart", "a red heart", False),
+    ("red apple", "green pear", False),
+    ("orange", "red", False), ("bear", "polar bear", False), ("red light", "light", True), ("", "red", False)])
+def test_prompts_that_differ_in_a_colour_alone_are_known(source, target, only):
+    assert recolours(source, target) == recolours(target, source) == only
 
 
 def test_the_shipped_prior_tells_the_example_drawings_apart():

@@ -1105,7 +1105,7 @@ def measure(args, log):
 EDITORS = {"sdedit": 5, "inv2n": 6, "in2n": 7.5, "drfs": 3}
 DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, "ids": 3, "ssd": 3, **EDITORS}, "steps": 300, "points": 0.08,
             "inversion_steps": 25,
-            "svg": {"identity": 0.5, "smooth": 6,
+            "svg": {"identity": 0.5, "smooth": 6, "recolour": {"points": 0.0},
                     "smooth_points": {"steps": 75, "batch": 2, "points": 0.7, "colours": 0.04, "guidance": {"pds": 8},
                                       "identity": 1.0, "spring": 0.03, "colour_identity": 0.3}},
             "image": {"guidance": {"pds": 10, "dds": 3, "sds": 5, **EDITORS}},
