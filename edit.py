@@ -65,10 +65,12 @@ class Distillation:
         own = name == "pds" and args.colour_identity != 1 and args.identity
         self.colours = [p for p in scene.colour_parameters() if p.numel()] if own else []
         if editor:
+            if name == "pds" and args.source_guidance is not None:
+                raise ValueError("--source-guidance: an InstructPix2Pix has a guidance by picture instead")
             self.prior = editor.at(args.guidance, args.image_guidance)
             self.y_src, self.y_tgt = editor.unconditional(), editor.embed(instruction(args))
         else:
-            self.prior = prior.at(args.guidance)
+            self.prior = prior.at(args.guidance, args.source_guidance if name == "pds" else None)
             self.y_src, self.y_tgt = map(prior.embed, prompts(args))
         if args.freeu:
             self.prior = self.prior.with_freeu()

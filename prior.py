@@ -72,7 +72,7 @@ class Prior:
                 spare_memory(block)
         self.vae.to(torch.float32)  # SDXL's autoencoder overflows in fp16, and gradients run through this one
         self.abar, self.size, self.multiple = self.network.abar, self.network.size, self.network.multiple
-        self.guidance = self.network.guidance if guidance is None else guidance
+        self.guidance, self.source_guidance = self.network.guidance if guidance is None else guidance, None
         for part, module in modules.items():
             wrong = [key for key, value in module.named_parameters() if not _finite(value)]
             if wrong:
@@ -128,10 +128,16 @@ class Prior:
             raise PriorError("an InstructPix2Pix model edits pictures; it is not a text-to-image prior")
         return pipe
 
-    def at(self, scale):
-        """A copy with another guidance scale; it shares the weights and the embedded prompts."""
+    def at(self, scale, source=None):
+        """A copy with another guidance scale; it shares the weights and the embedded prompts.
+
+        source: the scale of the second half of the rows of `eps`, which are the source's in pds.pds_loss; None: the
+            same. Raises ValueError for it if the model was distilled to take its guidance as an input.
+        """
+        if source is not None and self.network.embedded:
+            raise ValueError("--source-guidance: this model takes one guidance scale as an input")
         twin = copy.copy(self)
-        twin.guidance = scale
+        twin.guidance, twin.source_guidance = scale, source
         return twin
 
     def with_freeu(self):
@@ -214,6 +220,9 @@ class Prior:
         Returns:
             [B,C,h,w] float32 for any number format of the network.
         """
+        if self.source_guidance is not None:
+            scales = x_t.new_tensor([self.guidance, self.source_guidance]).repeat_interleave(len(x_t) // 2)
+            return guided(self._predict(x_t, t, [self.unconditional(), y]), scales.view(-1, 1, 1, 1))
         if self.guidance == 1:
             return self._predict(x_t, t, [y])[0]
         if 1 < self.guidance <= self.network.embedded:  # a guidance-distilled model: one call

@@ -37,6 +37,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("colour_identity", float, 0, 1.0, ("svg", "splat"), "pds: scales that term once more for colours "
             "alone (and opacities of a drawing), so that geometry keeps to the source more than they do; 1: as in the "
             "paper"),
+    Setting("source_guidance", float, 0, None, EVERY, "pds: guidance of the source's prediction, as DDPM inversion has "
+            "one of its own; none: that of the target, as in the paper"),
     Setting("t_min", float, 0, 0.1, EVERY, "lowest timestep as a share of T"),
     Setting("t_max", float, 0, 0.98, EVERY, "highest timestep as a share of T"),
     Setting("schedule", ("uniform", "decreasing"), 0, "uniform", EVERY, "how timesteps are drawn"),

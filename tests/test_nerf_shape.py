@@ -60,6 +60,12 @@ def test_the_shape_changes_at_its_own_rate_alone(fitted, densities):
     assert (before[1] - after[1]).abs().max() > 0.01
 
 
+def test_a_table_of_colours_alone_has_one_second_moment(fitted):
+    assert not any(group.get("shared") for group in fitted.param_groups())
+    _, groups = split(fitted, 0.5)
+    assert [group["name"] for group in groups if group.get("shared")] == ["table"]
+
+
 def test_a_split_field_can_be_confined(fitted, nerf_sphere):
     nerf, _ = split(fitted, 0.0)
     nerf.confine(ball(nerf_sphere, nerf_sphere.centre.tolist(), nerf_sphere.half / 2))

@@ -1,4 +1,5 @@
 """prior.py: Prior and InstructPix2Pix against diffusers, prompts, bad models, the shipped model."""
+import copy
 import json
 import shutil
 import time
@@ -44,6 +45,21 @@ def test_eps_matches_a_hand_written_call_of_the_unet(pipelines, kind):
     x0 = rand(2, 4, 8, 8, dtype=torch.float32).requires_grad_()
     pds.pds_loss(prior, x0, torch.zeros(2, 4, 8, 8), y, prior.embed("a dog"), t).backward()
     assert x0.grad.isfinite().all() and all(p.grad is None for p in prior.network.module.parameters())
+
+
+def test_the_source_may_have_a_guidance_of_its_own(pipelines):
+    prior = Prior.from_pretrained(pipelines["sd"])
+    x_t, t = rand(4, 4, 8, 8, dtype=torch.float32), torch.tensor([40, 900, 40, 900])
+    y = tuple(torch.cat(parts) for parts in zip(*map(prior.embed, ("a cat", "a cat", "a dog", "a dog")), strict=True))
+    rows = prior.at(7.5, 2.0).eps(x_t, t, y)
+    assert_close(rows[:2], prior.at(7.5).eps(x_t, t, y)[:2])
+    assert_close(rows[2:], prior.at(2.0).eps(x_t, t, y)[2:])
+    assert_close(prior.at(7.5, 1.0).eps(x_t, t, y)[2:], prior.at(1.0).eps(x_t, t, y)[2:], atol=1e-6, rtol=1e-5)
+    assert prior.at(7.5, 2.0).at(3.0).source_guidance is None  # other methods know no source
+    prior.network = copy.copy(prior.network)
+    prior.network.embedded = 10.0
+    with pytest.raises(ValueError, match="--source-guidance: this model takes one guidance scale"):
+        prior.at(3.0, 2.0)
 
 
 @pytest.mark.parametrize("kind", ["sd", "v", "xl"])
