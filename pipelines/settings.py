@@ -117,7 +117,7 @@ def settings_for(defaults, mode, method, size=64, width=None, coefficients="offi
     Args:
         size: side in pixels of the model's pictures; width: of the smooth field, see SETTINGS, 0: none, None: the
             model's own, else an eighth of `size` for a drawing and none for Gaussians.
-        local: the edit is confined to a mask; weights that all of a NeRF shares would carry it out of place.
+        local: the edit is held to masks of pictures; weights that all of a NeRF shares would carry it out of place.
     """
     own = {name: setting.usual for name, setting in SETTINGS.items() if setting.usual is not None} | defaults
     if mode == "splat":  # a width outside of the part of a mode is one in pixels
