@@ -30,7 +30,7 @@ from scene.gate import Gate
 from scene.grid import HashGrid
 from scene.guide import Guide
 from scene.photographs import Pixels, over
-from scene.region import CELLS, Region
+from scene.region import Region, side_of
 from scene.representation import Representation, spherical_harmonics
 from scene.volume import Samples, distortion, sums, volume_weights
 
@@ -310,6 +310,13 @@ class NeRF(SampledField):
         self.register_buffer("edits", torch.zeros((), dtype=torch.int64))  # number of calls of project_
 
     @property
+    def shown(self):
+        """Pixels of the shorter side of a picture that shows all details of the photographs. A ray of a capture takes
+        fifty samples or more, so that a finer picture costs much and shows nothing new."""
+        sides = [min(view.camera.width, view.camera.height) for view in self.scene.train]
+        return math.inf if self.scene.bounded else math.ceil(4 / 3 * max(sides))
+
+    @property
     def chunk(self):
         """Number of rays rendered at a time, which bounds the memory of a picture of any size."""
         return 1024 if self.centre.device.type == "cpu" else 2 ** 14
@@ -376,15 +383,17 @@ class NeRF(SampledField):
     def rgb(self, camera):
         """The picture [3,H,W] of a Camera.
 
-        A step of a confined edit draws only the pixels that can change, as does every further picture of it from the
-        same camera. Gradients of more than 4 `chunk` rays are deferred, see _Deferred: memory is then that of one
+        A step of a confined edit draws only the pixels that can change, as does a picture of it from a camera that has
+        been drawn before. Gradients of more than 4 `chunk` rays are deferred, see _Deferred: memory is then that of one
         chunk, the picture and the positions of its samples.
         """
         rays_o, rays_d = camera.rays(self.centre.device)
         learnt = torch.is_grad_enabled()
         still = (self.gate.still if learnt else self.gate.again)(camera) if self.gate else None
+        if still and not learnt and self.gate.unchanged(self):
+            return still.picture.view(3, camera.height, camera.width)
         if still:
-            rays_o, rays_d = rays_o[:, still[0]], rays_d[:, still[0]]
+            rays_o, rays_d = rays_o[:, still.open], rays_d[:, still.open]
         if not (learnt or rays_o.shape[1]):  # nothing of the region is in the picture
             rgb = rays_o
         elif learnt and rays_o.shape[1] <= 4 * self.chunk:
@@ -392,17 +401,35 @@ class NeRF(SampledField):
         else:
             rgb = _Deferred.apply(self, learnt, rays_o, rays_d, *self.parameters())
         if still:
-            rgb = still[1].index_copy(1, still[0], rgb)
+            rgb = still.picture.index_copy(1, still.open, rgb)
         return rgb.view(3, camera.height, camera.width)
 
     @torch.no_grad()
     def depth(self, view=None, size=None):
         """Expected depth [1,1,H,W] along the rays in units of the scene; 0 where a ray meets nothing opaque."""
         camera = self.camera(view, size)
-        parts = zip(*(rays.split(self.chunk, 1) for rays in camera.rays(self.centre.device)), strict=True)
-        depth = [torch.where(opacity > 0.5, depth / opacity.clamp_min(0.5), 0)
-                 for _, opacity, depth, _ in (self.shade(*rays) for rays in parts)]
-        return torch.cat(depth).view(1, 1, camera.height, camera.width) * self.scene.half
+        rays_o, rays_d = camera.rays(self.centre.device)
+        still = self.gate.again(camera) if self.gate else None
+        if still and self.gate.unchanged(self):
+            depth = still.depth
+        elif still:
+            _, depth = self.looked(rays_o[:, still.open], rays_d[:, still.open])
+            depth = still.depth.index_copy(0, still.open, depth)
+        else:
+            _, depth = self.looked(rays_o, rays_d)
+        return depth.view(1, 1, camera.height, camera.width) * self.scene.half
+
+    @torch.no_grad()
+    def looked(self, rays_o, rays_d):
+        """Rays rays_o, rays_d [3,R] -> rgb [3,R] on the background, and expected depth [R] along them in half sides of
+        the box, 0 where they meet nothing opaque."""
+        rgb, far, field = torch.empty_like(rays_d), torch.empty_like(rays_d[0]), self.gate.field if self.gate else self
+        for at in torch.arange(rays_o.shape[1], device=rays_o.device).split(self.chunk):
+            o, d = rays_o[:, at], rays_d[:, at]
+            colour, opacity, depth, _ = self.shade(o, d)
+            rgb[:, at] = colour + field.behind(d) * (1 - opacity)
+            far[at] = torch.where(opacity > 0.5, depth / opacity.clamp_min(0.5), 0)
+        return rgb, far
 
     # ---- interface of the editing loop
 
@@ -457,7 +484,7 @@ class NeRF(SampledField):
             if "shape.sigma_in" in state:
                 nerf.split()
             if any(name.startswith("gate.") for name in state):
-                nerf.confine(Region(scene, torch.zeros(CELLS, CELLS, CELLS)))
+                nerf.confine(Region(scene, torch.zeros([side_of(scene)] * 3)))
             restore(nerf, state, path)
         except ValueError as e:  # a table that is no power of two, other parts, NaN
             raise SceneError(e if str(path) in str(e) else f"{path}: no readable NeRF: {e}") from e

@@ -108,7 +108,8 @@ GROUPS = {
                 choices=COEFFICIENTS, default="official"),
         _option("--stride", "t - s of the PDS posterior (default: %(default)s)", type=POSITIVE, default=2),
         _setting("t_min"), _setting("t_max"), _setting("schedule"), _setting("rates"),
-        _switch("--local", "edit only where the two prompts disagree about the source (DiffEdit's mask)", MODES),
+        _switch("--local", "edit only where the two prompts disagree about the source (DiffEdit's mask); in a capture, "
+                "the thing that the source's prompt explains", MODES),
         _option("--mask", "edit only where this picture is white; for scenes a mask named like a photograph, or a "
                 "folder of some: what they show is found in all views", MODES, type=Path, metavar="FILE"),
         _option("--box", "edit a scene only between two corners, in the units of its file", SCENES, type=COORDINATE,
@@ -245,17 +246,18 @@ def _is_gaussians(path):
     return path is not None and path.suffix.lower() in endings and not path.is_dir()
 
 
-def complete(args, prior, name=None):
+def complete(args, prior, name=None, confined=False):
     """A copy of the options with everything that the model decides filled in; what the user gave stays.
 
     `own` of the copy holds the model's settings for this mode and method, `frame` the sides that the model sees.
+    confined: a scene can change in one part of its space only, so that what is right for the whole is right there.
 
     Raises:
         ValueError: timesteps outside of the model's schedule.
     """
     args, name = copy.copy(args), name or args.losses[0]
     own = settings_for(prior.defaults, args.mode, name, prior.size, args.smooth,
-                       args.coefficients, local=bool(args.local or args.mask or args.box or args.ball),
+                       args.coefficients, local=bool(args.local or args.mask) and not confined,
                        recolour=recolours(args.source or "", args.target or ""))
     for key in SETTINGS:
         if getattr(args, key, None) is None:

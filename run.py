@@ -46,7 +46,7 @@ from files.sheets import beside, sheet, snapshot, thumbnail
 from files.writing import check_writable, locked, write
 from image.editors import EDITORS, TITLES, prompts
 from image.figures import outside
-from image.masks import Where, agree, local_masks, photograph_masks, read_mask, read_masks, subject_masks
+from image.masks import Where, agree, local_masks, photograph_maps, read_mask, read_masks, subject_masks
 from image.picture import Picture
 from loop import parallel
 from loop.fit import kept_in
@@ -56,8 +56,8 @@ from options import HERE, check_prompts, complete, kept_apart, settings, slug
 from prior import InstructPix2Pix, Prior
 from scene.cameras import input_path, sides, turntable
 from scene.reading import load_scene
-from scene.region import MOST, ball, box, lifted
-from scene.representation import depth_picture, evaluate, export, fit_pictures, fit_report
+from scene.region import MOST, ball, box, found, lifted
+from scene.representation import depth_of, evaluate, export, fit_pictures, fit_report
 from scene.viewer import Viewer
 from splat import Splats
 from svg_raster import SVG
@@ -124,9 +124,14 @@ def fit(args, size=256):
         return kind.fit(scene, args.fit_seconds, checkpoint=file, device=args.device)
 
 
-def load_nerf(args, prior):
+def confined(args, scene):
+    """Whether an edit of a Scene is confined to a part of its space, see `region_of`, and not only by masks."""
+    return bool(args.mask or args.box or args.ball or args.local and not scene.bounded)
+
+
+def load_nerf(args, prior, nerf=None):
     """A scene as a NeRF, fitted before."""
-    nerf = fit(args)
+    nerf = nerf or fit(args)
     if args.densities != 1:
         nerf.split()
     nerf.learn_from(args.frame)
@@ -136,9 +141,9 @@ def load_nerf(args, prior):
     return nerf, groups, Photographs(nerf)
 
 
-def load_splat(args, prior):
+def load_splat(args, prior, splats=None):
     """A scene as 3D Gaussians, fitted before."""
-    splats = fit(args, max(256, args.frame.short))
+    splats = splats or fit(args, max(256, args.frame.short))
     groups = splats.param_groups(args.means, args.scales, args.rotations, args.opacity, args.colours,
                                  shared=args.smooth > 0)
     if args.rates == "released":
@@ -175,19 +180,13 @@ def where_of(scene, source, prior, args):
 def region_of(scene, source, prior, args):
     """The part of a scene's space that --mask, --box or --ball names or, in a capture, --local finds: a region.Region;
     None without them."""
-    if args.local and not (scene.scene.bounded or args.mask or args.box or args.ball):
-        for _ in range(3):  # first in whole photographs, then from ever closer by
-            views = range(0, len(scene.edited.train), math.ceil(len(scene.edited.train) / MOST))
-            pictures = [source.render(view, args.frame) for view in views]
-            masks = photograph_masks(prior, pictures, *prompts(args))
-            region = lifted(scene, dict(zip(views, masks, strict=True)), args.frame).main()
-            if not region.cells.any():
-                raise ValueError(f"{scene.scene.path}: --local finds no subject amid the scene: give --mask")
-            closer, width = region.closer(), max(view.camera.width for view in scene.edited.train)
-            scene.focus(closer, args.frame)
-            if max(view.camera.width for view in closer.train) >= width:
-                break
-        return region
+    if args.local and not (args.mask or args.box or args.ball):
+        if not confined(args, scene.scene):
+            return None
+        views = range(0, len(scene.edited.train), math.ceil(len(scene.edited.train) / MOST))
+        pictures = [source.render(view, args.frame) for view in views]
+        maps = photograph_maps(prior, pictures, *prompts(args))
+        return found(scene, dict(zip(views, maps, strict=True)), args.frame)
     if args.box:
         return box(scene.scene, args.box[:3], args.box[3:])
     if args.ball:
@@ -234,12 +233,16 @@ def run_one(prior, name, args, out, view=None):
         KeyboardInterrupt: after Ctrl-C, once the files of the edit so far are written.
         ValueError, OSError: bad input; nothing has been written then.
     """
+    given, ready = args, ()
     args, editor = complete(args, prior, name), editor_of(name, args, prior)
-    scene, groups, source = LOAD[args.mode](args, editor if editor and name in LOSSES else prior)
-    shown = Shown(scene, args)
+    if args.mode in SCENES:
+        ready = fit(args, max(256, args.frame.short)),
+        args = complete(given, prior, name, name in LOSSES and confined(args, ready[0].scene))
+    scene, groups, source = LOAD[args.mode](args, editor if editor and name in LOSSES else prior, *ready)
+    where = where_of(scene, source, prior, args) if name in LOSSES else None
+    shown = Shown(scene, args)  # a confined scene remembers these pictures, and draws what has changed in them
     if view:
         view.show(scene)
-    where = where_of(scene, source, prior, args) if name in LOSSES else None
     stages = stages_of(scene, source, prior, name, args, editor, where)
     config = settings(args, prior, name) | ({"fit": fingerprint(scene)} if args.mode in SCENES else {})
     kept_apart(args, out)
@@ -310,7 +313,7 @@ class Shown:
             for stage in stages:
                 if stage.state.get("edited"):
                     write(out / f"{stage.name}-views.png", sheet(stage.pictures()))
-            write(out / "depth.png", beside([to_pil(depth_picture(scene.depth(view))) for view in self.views]))
+            write(out / "depth.png", beside([depth_of(scene, view, sheets.SIDE_SIZE) for view in self.views]))
         if args.export:
             export(scene, out / "export", [view.camera for view in scene.scene.train])
         return after

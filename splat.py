@@ -22,7 +22,7 @@ from files.pictures import to_uint8
 from files.writing import replacing
 from loop import parallel
 from loop.fit import Course
-from loop.optimiser import SmoothField
+from loop.optimiser import FieldOfSome, SmoothField
 from scene.box import cell_points, contract, in_sight, uncontract, visual_hull
 from scene.cameras import around
 from scene.captures import SceneError
@@ -264,6 +264,7 @@ class Splats(Representation):
         # the unit of the means' learning rate, as in the paper's code
         self.extent = 1.1 * (position - position.mean(0)).norm(dim=1).max().clamp_min(0.1 * scene.half).item()
         self.near = 0.05 * scene.half
+        self.learning = None  # [N] bool, the Gaussians that may change; None: all, see confine
 
     def colours(self, camera):
         """rgb [N,3] of the Gaussians in the directions of a Camera."""
@@ -308,7 +309,10 @@ class Splats(Representation):
 
     def confine(self, region):
         """From now on only Gaussians learn whose centre lies in a region.Region."""
-        inside = (region.at(self.means.detach().cpu().T) > 0.5).to(self.means)
+        self.learning = region.at(self.means.detach().cpu().T).to(self.means.device) > 0.5
+        if not self.learning.any():
+            raise ValueError(f"{self.scene.path}: no Gaussian lies in the region of the edit")
+        inside = self.learning.to(self.means)
         for name in ATTRIBUTES:
             parameter = getattr(self, name)
             shape = -1, *[1] * (parameter.ndim - 1)
@@ -339,7 +343,8 @@ class Splats(Representation):
         Beyond the box, where they lie ever farther apart, the Gaussians are as close as in `contract`.
         """
         centre = torch.as_tensor(self.scene.centre).to(self.means)
-        field = SmoothField(contract((self.means.detach() - centre).T / self.scene.half).T.contiguous(), sigma)
+        places = contract((self.means.detach() - centre).T / self.scene.half).T.contiguous()
+        field = SmoothField(places, sigma) if self.learning is None else FieldOfSome(places, sigma, self.learning)
         return {"sh_dc": field, "sh_rest": field}
 
     @torch.no_grad()

@@ -91,7 +91,8 @@ COMMANDS = {  # name: (module and function of this folder, help, arguments)
     "local-capture": ("local.captured", "edits of a ray-traced capture with one mask, and with --local alone", [
         ("--mode", dict(choices=["nerf", "splat"], default="nerf")),
         ("--views", dict(type=number(int, 9), default=80)), ("--fit-seconds", dict(type=float, default=60)),
-        ("--steps", dict(type=COUNT, default=150, help="steps of the edit (default: 150)")),
+        ("--steps", dict(type=COUNT, help="steps of the edit (default: the model's)")),
+        ("--only", dict(nargs="+", choices=["one mask", "--local", "--local, the lemon"], help="default: all three")),
         ("--out", dict(default="out/local-capture", help="folder of the results (default: out/local-capture)"))]),
     "colours": ("colours.colours", "which colours a prior recognises, in recoloured and in original drawings", [
         *PROBE, ("--nouns", dict(type=COUNT, default=60)), ("--natural", dict(type=COUNT, default=20)),

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn.functional import max_pool2d
 
 import run
-from bench.capture import FRUIT, ring, silhouette, write
+from bench.capture import FRUIT, Things, ring, silhouette, write
 from bench.edits import pictures_of
 from bench.figures import figures, log_odds
 from bench.measure import table
@@ -82,7 +82,10 @@ def local(args):
     return table("edited everywhere, and with --local", rows)
 
 
-FRUITS, SIDES = ["--source", "red apple", "--target", "green apple"], (134, 100)  # prompts, pixels of a photograph
+SIDES = (134, 100)  # pixels of a photograph
+LEMON = Things([*FRUIT.spheres[3:], *FRUIT.spheres[:3]], 1, FRUIT.stretch)  # the same, with the lemon as the subject
+CAPTURED = {"one mask": (FRUIT, "red apple", "green apple", 35), "--local": (FRUIT, "red apple", "green apple", 27),
+            "--local, the lemon": (LEMON, "lemon", "lime", 27)}  # things, prompts, dB
 
 
 def captured(args):
@@ -91,37 +94,52 @@ def captured(args):
     folder = out / f"fruit-{args.views}"
     if not folder.exists():
         write(folder, args.views, things=FRUIT, sides=SIDES)
-    drawn = [silhouette(camera, FRUIT) for camera in ring(args.views, SIDES)]
-    to_pil(drawn[1].float().expand(-1, 3, -1, -1)).save(out / "001.png")
-    for name, flags in {"one mask": ["--mask", str(out / "001.png")], "--local": ["--local"]}.items():
-        options = run.parse(["--mode", args.mode, "--scene", str(folder), *FRUITS, *flags, "--device", "cpu",
-                             "--fit-seconds", str(args.fit_seconds), "--out", str(out / flags[0].strip("-")),
-                             "--steps", str(args.steps), "--identity", "0.5"])
+    first = silhouette(ring(args.views, SIDES)[1], FRUIT)
+    to_pil(first.float().expand(-1, 3, -1, -1)).save(out / "001.png")
+    for name in args.only or CAPTURED:
+        things, source, target, bar = CAPTURED[name]
+        drawn = [silhouette(camera, things) for camera in ring(args.views, SIDES)]
+        flags = ["--mask", str(out / "001.png")] if name == "one mask" else ["--local"]
+        options = run.parse(["--mode", args.mode, "--scene", str(folder), "--source", source, "--target", target,
+                             *flags, "--device", "cpu", "--fit-seconds", str(args.fit_seconds), "--out",
+                             str(out / f"{args.mode}-{run.slug(name)}"),
+                             *(["--steps", str(args.steps)] if args.steps else [])])
         options.fit = out / f"fruit-{args.views}-{args.mode}"
         before, started = run.fit(options), time.process_time()
         run.run_one(prior, "pds", options, options.out)
         spent, file = time.process_time() - started, options.out / f"result{run.SUFFIX[args.mode]}"
-        after = run.FITTED[args.mode].load(file, before.scene)
-        kept, odds = [], []
+        after, options = run.FITTED[args.mode].load(file, before.scene), run.complete(options, prior)
+        region = run.region_of(before, run.Photographs(before), prior, options)
+        kept, worst, odds, ious = [], [], [], []
         with torch.no_grad():
             for view in before.scene.test:
-                mask = drawn[int(Path(view.name).stem)]
+                mask, seen = drawn[int(Path(view.name).stem)], region.seen(before, view.camera, None) > 0
                 change = (after.render(view.camera) - before.render(view.camera)).square().mean(1, keepdim=True)
-                kept.append(change[max_pool2d(mask.float(), 5, 1, 2) == 0].mean())  # two pixels of rim aside
-                odds.append([_odds(prior, scene, view.camera, mask) for scene in (before, after)])
-        kept, (was, now) = -10 * torch.stack(kept).mean().clamp_min(1e-12).log10().item(), np.mean(odds, 0)
-        bar = 35 if flags[0] == "--mask" else 27
+                kept.append(change[~_wider(mask)].mean())
+                worst.append(change[~_wider(seen)].max())
+                if mask.sum() > 20:  # the subject is not hidden
+                    odds.append([_odds(prior, scene, view.camera, mask, target, source) for scene in (before, after)])
+                    ious.append(((mask & seen).sum() / (mask | seen).sum()).item())
+        kept, worst = (-10 * x.clamp_min(1e-12).log10().item() for x in (torch.stack(kept).mean(), max(worst)))
+        (was, now), iou = np.mean(odds, 0), np.mean(ious)
         rows += [(f"{name}: outside the drawn masks, dB", f"{kept:.1f}", f">= {bar}", kept >= bar),
+                 (f"{name}: worst pixel outside the lifted mask, dB", f"{worst:.1f}", ">= 35", worst >= 35),
+                 (f"{name}: IoU of the masks", f"{iou:.2f}, {min(ious):.2f}", ">= 0.6", iou >= 0.6),
                  (f"{name}: log-odds before and after", f"{was:.1f}, {now:.1f}", "> 0", now > 0),
                  (f"{name}: seconds of the process, the fit aside", f"{spent:.0f}", "", None)]
-    return table(f"an apple beside a lemon on a table, {args.views} photographs", rows)
+    return table(f"an apple beside a lemon on a table, {args.views} photographs, {args.mode}", rows)
 
 
-def _odds(prior, scene, camera, mask):
+def _wider(mask):
+    """A mask [1,1,H,W] bool with two pixels of rim, which is as uncertain as the poses."""
+    return max_pool2d(mask.float(), 5, 1, 2) > 0
+
+
+def _odds(prior, scene, camera, mask, target, source):
     """The log-odds of the target in a scene from close by, where a mask [1,1,H,W] bool shows the subject."""
     at = mask[0, 0].nonzero()
     low, high = at.amin(0).tolist(), at.amax(0).tolist()
     side = math.ceil(max(b - a for a, b in zip(low, high, strict=True)) / 0.6)
     top, left = ((a + b - side) // 2 for a, b in zip(low, high, strict=True))
     picture = scene.render(camera.window(left, top, side).framed(prior.size))
-    return log_odds(prior, prior.encode(picture), prior.embed(FRUITS[3]), prior.embed(FRUITS[1]))
+    return log_odds(prior, prior.encode(picture), prior.embed(target), prior.embed(source))

@@ -9,9 +9,15 @@ SIDES, SIDE_SIZE, SHEET_SIZE = 5, 256, 512  # sheet.png: views of a scene, pixel
 
 
 def snapshot(scene, size=None, view=None):
-    """PIL picture of the whole scene; `size`: pixels of the shorter side, FRAME_SIZE by default."""
+    """PIL picture of the whole scene; `size`: pixels of the shorter side, FRAME_SIZE by default.
+
+    A scene may say at how many pixels it has `shown` all that it knows: it is drawn at those, and enlarged.
+    """
+    size = size or FRAME_SIZE
+    side = min(size, getattr(scene, "shown", size))
     with torch.no_grad():
-        return to_pil(scene.render(view, size or FRAME_SIZE))
+        picture = to_pil(scene.render(view, side))
+    return picture if side == size else thumbnail(picture, size)
 
 
 def thumbnail(picture, side):

@@ -63,40 +63,24 @@ def subject_masks(prior, pictures, source, target):
 
 
 @torch.no_grad()
-def photograph_masks(prior, pictures, source, target, noises=16):
-    """The subject of an edit in photographs [1,3,S,S], to be lifted onto a scene: [1,1,h,w], 0 or 1 each.
+def photograph_maps(prior, pictures, source, target, noises=8, level=0.5):
+    """How much better the source's prompt explains photographs [1,3,S,S] than the target's, place by place: a list of
+    [1,1,h,w], to be lifted onto a scene, see region.found.
 
-    In a photograph the prompts disagree about everything a little, so that the levels of DiffEdit's map differ from
-    picture to picture. Otsu's threshold parts the surroundings from what is near the subject, a second one this from
-    the subject, whose largest connected part is the mask.
+    The log-odds of the diffusion classifier (Li et al., arXiv 2303.16203) before they are summed: at timestep `level` T
+    |noise - eps(y_tgt)|^2 - |noise - eps(y_src)|^2, the mean over noises and channels. In a photograph the prompts
+    disagree about everything a little, which is all that DiffEdit's map can say; but only of the subject is one right.
     """
-    prior, generator, masks = prior.at(1.0), torch.Generator().manual_seed(0), []
-    y_tgt, y_src = prior.embed(target), prior.embed(source)
+    prior, generator, maps = prior.at(1.0), torch.Generator().manual_seed(0), []
+    y_tgt, y_src, t = prior.embed(target), prior.embed(source), int(level * len(prior.abar))
     for picture in progress(pictures, desc="masks", unit="view"):
-        found = diffedit_map(prior, prior.encode(picture), y_tgt, y_src, noises, generator=generator).cpu()
-        found = found.clamp(max=1.5)
-        masks.append(largest_part(found > otsu(found[found > otsu(found)])).float())
-    return masks
-
-
-def otsu(values):
-    """The threshold [] that splits values of any shape into two groups with the most variance between them (Otsu 1979):
-    the largest value of the lower group."""
-    values = values.flatten().double().sort().values
-    low = torch.arange(1, len(values), device=values.device)
-    sums = values.cumsum(0)
-    apart = sums[:-1] / low - (sums[-1] - sums[:-1]) / (len(values) - low)
-    return values[(low * (len(values) - low) * apart.square()).argmax()].float()
-
-
-def largest_part(mask):
-    """The largest part of a mask [1,1,H,W] bool whose pixels touch one another, also at corners."""
-    number = torch.arange(1.0, mask.numel() + 1).view(mask.shape) * mask
-    while not torch.equal(number, spread := max_pool2d(number, 3, 1, 1) * mask):
-        number = spread
-    count = torch.bincount(number.long().flatten())
-    count[0] = 0
-    return mask & (number == count.argmax())
+        x0 = prior.encode(picture)
+        noise = torch.cat([draw_noise(x0, generator) for _ in range(noises)])
+        many, t_all = x0.expand(noises, -1, -1, -1), torch.full((noises,), t, device=x0.device)
+        eps_tgt, eps_src = predict(prior, t_all, noise, (many, y_tgt), (many, y_src))
+        odds = (noise - eps_tgt).square() - (noise - eps_src).square()
+        maps.append(odds.mean((0, 1))[None, None].cpu())
+    return maps
 
 
 def read_mask(path, sides):

@@ -75,6 +75,26 @@ class SmoothField:
         return self._blur(own / self.total).view_as(grad)
 
 
+class FieldOfSome:
+    """A SmoothField of the points that are `on`, [N] bool; the others stay where they are.
+
+    share: of the points that are on, over which SteadyAdam's shared second moment is a mean.
+    """
+
+    def __init__(self, rest, sigma, on):
+        self.field, self.on, self.share = SmoothField(rest[on], sigma), on, on.float().mean().item()
+
+    def __call__(self, free):
+        """SmoothField.__call__ of those that are on, 0 elsewhere; so is transpose."""
+        return torch.zeros_like(free).masked_scatter(self._like(free), self.field(free[self.on]))
+
+    def transpose(self, grad):
+        return torch.zeros_like(grad).masked_scatter(self._like(grad), self.field.transpose(grad[self.on]))
+
+    def _like(self, x):
+        return self.on.view(-1, *[1] * (x.ndim - 1)).expand_as(x)
+
+
 class SteadyAdam(torch.optim.Adam):
     """Adam whose groups may share one second moment (`shared`: True) and move through the field of their `name`.
 
@@ -112,7 +132,9 @@ class SteadyAdam(torch.optim.Adam):
 
     def _move(self, parameter, group, field):
         grad = parameter.grad if field is None else field.transpose(parameter.grad)
-        square = grad.square().mean() if group["shared"] else grad.square()
+        square = grad.square()
+        if group["shared"]:
+            square = square.mean() / getattr(field, "share", 1)
         state, (beta1, beta2) = self.state[parameter], group["betas"]
         if not state:
             state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(grad), exp_avg_sq=torch.zeros_like(square))

@@ -122,7 +122,7 @@ def settings_for(defaults, mode, method, size=64, width=None, coefficients="offi
     Args:
         size: side in pixels of the model's pictures; width: of the smooth field, see SETTINGS, 0: none, None: the
             model's own, else an eighth of `size` for a drawing and none for Gaussians.
-        local: the edit is confined to a mask; weights that all of a NeRF shares would carry it out of place.
+        local: the edit is held to masks of pictures; weights that all of a NeRF shares would carry it out of place.
         recolour: the prompts differ in a colour alone, see pipelines.captions.recolours; only smooth points ask.
     """
     own = {name: setting.usual for name, setting in SETTINGS.items() if setting.usual is not None} | defaults

@@ -3,11 +3,21 @@
     gate = Gate(copy.deepcopy(field).requires_grad_(False), region)
     sigma, rgb = gate.blended(field, x, sh)        # of the field where the region is, of the copy elsewhere
 """
+from typing import NamedTuple
+
 import torch
 from torch.nn.functional import max_pool2d
 
 from scene.box import cell_points
 from scene.region import Region, inside
+
+
+class Still(NamedTuple):
+    """The numbers [M] of the pixels of a picture that can change: their rays meet the region or pass within a pixel of
+    it; of the frozen field the picture [3,H*W] and the depth [H*W] in half sides of the box, 0 where there is none."""
+    open: torch.Tensor
+    picture: torch.Tensor
+    depth: torch.Tensor
 
 
 class Gate(torch.nn.Module):
@@ -25,13 +35,12 @@ class Gate(torch.nn.Module):
         self.register_buffer("cells", region.cells.to(field.centre.device))
         places = cell_points(torch.arange(field.cells ** 3, device=field.centre.device), field.cells)
         self.register_buffer("open", inside(self.cells, places) > 0)
-        self.pictures, self.last = {}, (None, None)  # see `still`, `again`
+        self.pictures, self.others = {}, {}  # see `still`, `again`
 
     def still(self, camera):
-        """What stays in a view that the edit looks at: the numbers [M] of the other pixels, whose rays meet the region
-        or pass within a pixel of it, and the picture [3,H*W] of the frozen field, of the view without its shift.
+        """What stays in a view that the edit looks at, of the view without its shift: Still; None for other cameras.
 
-        None for other cameras. No other pixel can change, so that a step need not draw it again.
+        No other pixel can change, so that a step need not draw it again.
         """
         views, size = self.field.edited.train, self.field.size
         view = next((i for i, view in enumerate(views) if view.camera.pose is camera.pose), None)
@@ -44,22 +53,29 @@ class Gate(torch.nn.Module):
             self.pictures[view] = self._frozen(plain)
         return self.pictures[view]
 
+    PIXELS = 2 ** 21  # the most of which `again` keeps pictures: 30 MB
+
     def again(self, camera):
-        """The same for any camera, of which the last picture was, too; else None: progress is shown from one camera."""
+        """The same for any camera, and the frozen field's depth [H*W]: a picture of the fit, from a side from which the
+        edit is shown again, costs what can change alone."""
         key = (*camera.pose.flatten().tolist(), *camera.lens, camera.width, camera.height)
-        if key != self.last[0]:
-            self.last = key, None
-            return None
-        if self.last[1] is None:
-            self.last = key, self._frozen(camera)
-        return self.last[1]
+        if key not in self.others:
+            while self.others and sum(len(still.depth) for still in self.others.values()) > self.PIXELS:
+                del self.others[next(iter(self.others))]  # the oldest
+            self.others[key] = self._frozen(camera)
+        return self.others[key]
+
+    def unchanged(self, learning):
+        """Whether the learning field still is the frozen one, as before the first step of an edit."""
+        own = dict(learning.named_parameters())
+        return all(torch.equal(own[name], frozen) for name, frozen in self.field.named_parameters())
 
     @torch.no_grad()
     def _frozen(self, camera):
-        """The numbers [M] of the pixels of a Camera that can change, and the frozen field's picture [3,H*W]."""
+        """What stays in the picture of a Camera: Still."""
         met = Region(self.field.scene, self.cells.cpu()).crossed(camera, 0.0).float()
-        picture = self.field.rgb(camera).flatten(1)
-        return max_pool2d(met, 3, 1, 1).view(-1).nonzero()[:, 0].to(picture.device), picture
+        picture, depth = self.field.looked(*camera.rays(self.cells.device))
+        return Still(max_pool2d(met, 3, 1, 1).view(-1).nonzero()[:, 0].to(picture.device), picture, depth)
 
     def blended(self, learning, x, sh=None):
         """Density [N] at places x [3,N] in [0,1] and, with harmonics sh [16,N] of directions, rgb [3,N] or None.

@@ -1,4 +1,4 @@
-"""A region of a scene's space, in which an edit acts: lifted from masks of a few photographs, a box, or a ball.
+"""A region of a scene's space, in which an edit acts: lifted from masks of a few photographs, found, a box, or a ball.
 
     region = lifted(nerf, {3: mask}, size=64)        # from the mask of view 3, or of several views
     region = ball(scene, centre, radius)
@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import grid_sample, interpolate, max_pool2d, max_pool3d
+from torch.nn.functional import avg_pool3d, grid_sample, interpolate, max_pool2d, max_pool3d
 
 from scene.box import cell_points, contract, uncontract
 from scene.cameras import Camera, in_picture
 
-CELLS = 64  # of the grid, along each side
+CELLS, FINER = 64, 96  # of the grid, along each side; of a capture, whose box is the middle of a space twice as wide
 MOST = 24  # views that masks are lifted with, and closer views: more show hardly anything new
 
 
@@ -27,7 +27,7 @@ class Region:
 
     Attributes:
         scene: the Scene.
-        cells: [CELLS,CELLS,CELLS] in [0,1], the share of each cell; x changes first, as in cell_points.
+        cells: [G,G,G] in [0,1], the share of each cell, see `side_of`; x changes first, as in cell_points.
     """
     FILLED, SMALLEST = 0.6, 16  # share of the side of a closer view that the region takes; least side in pixels
 
@@ -62,13 +62,18 @@ class Region:
             found |= (t <= limit + 0.5 * _size(self.scene, x)) & (self.at(x) > least)
         return found.view(1, 1, camera.height, camera.width)
 
-    def main(self):
-        """The largest connected part of the region in the box of interest, a Region: a subject that nobody drew."""
-        quarter, on = CELLS // 4, self.cells > 0.5
+    def inner(self):
+        """The cells that the region takes in the box of interest, [G,G,G] bool."""
+        quarter, on = len(self.cells) // 4, self.cells > 0.5
         if not self.scene.bounded:  # the box is the middle of the contracted space
             middle = torch.zeros_like(on)
             middle[quarter:-quarter, quarter:-quarter, quarter:-quarter] = True
             on &= middle
+        return on
+
+    def main(self):
+        """The largest connected part of the region in the box of interest, a Region: a subject that nobody drew."""
+        on = self.inner()
         number = torch.arange(1.0, on.numel() + 1).view(1, 1, *on.shape) * on
         while not torch.equal(number, spread := max_pool3d(number, 3, 1, 1) * on):
             number = spread
@@ -100,6 +105,11 @@ class Region:
         return replace(self.scene, train=views[::math.ceil(len(views) / MOST)]) if views else self.scene
 
 
+def side_of(scene):
+    """G, the number of cells of the grid of a Scene along each side."""
+    return CELLS if scene.bounded else FINER
+
+
 def inside(cells, place):
     """Trilinear interpolation of cells [G,G,G] at places [3,N] in [0,1], their share of the grid: [N]."""
     return grid_sample(cells[None, None], (2 * place - 1).T[None, None, None], padding_mode="border",
@@ -119,20 +129,20 @@ def ball(scene, centre, radius):
 
 def _where(scene, test):
     """The Region of the cells whose parts pass `test`, a function of points [3,N] in coordinates of the file -> [N]."""
-    g, total = torch.Generator().manual_seed(0), 0
+    g, total, side = torch.Generator().manual_seed(0), 0, side_of(scene)
     for _ in range(8):
-        offset = torch.rand(3, CELLS ** 3, generator=g)
-        total = total + test(_centres(scene, torch.arange(CELLS ** 3), offset) + torch.tensor(scene.origin)[:, None])
+        offset = torch.rand(3, side ** 3, generator=g)
+        total = total + test(_centres(scene, torch.arange(side ** 3), offset) + torch.tensor(scene.origin)[:, None])
     if not total.any():
         raise ValueError("the box or ball of the edit is empty, or smaller than a cell of "
-                         f"{2 * scene.half * (1 if scene.bounded else 2) / CELLS:.3g} units: give it in the units of "
+                         f"{2 * scene.half * (1 if scene.bounded else 2) / side:.3g} units: give it in the units of "
                          f"{scene.path}, whose middle is at {(scene.centre + torch.tensor(scene.origin)).tolist()}")
-    return Region(scene, (total / 8).view(CELLS, CELLS, CELLS))
+    return Region(scene, (total / 8).view(side, side, side))
 
 
 def _centres(scene, cell, offset=0.5):
     """Numbers [N] of cells -> points [3,N] in units of the scene; offset within the cell."""
-    x = cell_points(cell, CELLS, offset)
+    x = cell_points(cell, side_of(scene), offset)
     x = 2 * x - 1 if scene.bounded else uncontract(4 * x - 2)
     return x * scene.half + scene.centre[:, None]
 
@@ -145,9 +155,10 @@ def _place(scene, x):
 
 def _size(scene, x):
     """Sides [N] of the cells around points x [3,N], in units of the scene."""
+    side = 2 * scene.half / side_of(scene)
     if scene.bounded:
-        return torch.full_like(x[0], 2 * scene.half / CELLS)
-    return 4 * scene.half / CELLS * ((x - scene.centre[:, None]) / scene.half).abs().amax(0).clamp_min(1).square()
+        return torch.full_like(x[0], side)
+    return 2 * side * ((x - scene.centre[:, None]) / scene.half).abs().amax(0).clamp_min(1).square()
 
 
 class Look(NamedTuple):
@@ -164,8 +175,9 @@ class Look(NamedTuple):
         depth = representation.depth(camera).cpu().view(-1)
         rays_o, rays_d = camera.rays()
         points = rays_o + depth * rays_d
-        at = (_place(representation.scene, points) * CELLS).long().clamp(0, CELLS - 1)
-        return cls(camera, depth, points, at[0] + CELLS * (at[1] + CELLS * at[2]))
+        side = side_of(representation.scene)
+        at = (_place(representation.scene, points) * side).long().clamp(0, side - 1)
+        return cls(camera, depth, points, at[0] + side * (at[1] + side * at[2]))
 
     def project(self, scene, x):
         """Points x [3,N] -> their pixels [N], whether these are in the picture, and how far [N] they lie behind the
@@ -186,16 +198,9 @@ def lifted(representation, masks, size):
     where changes of colour, and colours unlike those with that label, make a way longer (geodesic segmentation, Bai and
     Sapiro 2009). The region is what all views see inside of the labelled surface.
     """
-    scene, looks = representation.edited, {}
-    sums, many = torch.zeros(7, CELLS ** 3), len(scene.train)  # sums: of points, colours and ones
-    for view in sorted({*range(0, many, math.ceil(many / MOST)), *(view for view in masks if view < many)}):
-        look = looks[view] = Look.of(representation, view, size)
-        colour = representation.photograph(view, size).cpu().view(3, -1)
-        hit = look.depth > 0
-        rows = torch.cat((look.points, colour, torch.ones_like(colour[:1])))
-        sums.index_add_(1, look.cell[hit], rows[:, hit])
-    cell = sums[6].nonzero()[:, 0]
-    points, colours = (sums[:6, cell] / sums[6, cell]).split(3)
+    scene, many = representation.edited, len(representation.edited.train)
+    views = sorted({*range(0, many, math.ceil(many / MOST)), *(view for view in masks if view < many)})
+    looks, cell, points, colours, _ = _surface(representation, views, size)
     votes = torch.zeros(2, len(cell))
     for view, mask in masks.items():
         look = looks[view] if view < many else Look.of(representation, scene.test[view - many].camera, size)
@@ -205,11 +210,74 @@ def lifted(representation, masks, size):
         pixel, within, behind = look.project(scene, points)
         shown, own = within & (behind.abs() < 1.5) & clear[pixel], own.view(-1)
         votes[:, shown] += torch.stack((own[pixel[shown]], torch.ones(int(shown.sum()))))
-    label = _spread(cell, points / scene.half, colours, votes[1] > 0, votes[0] > 0.5 * votes[1])
-    chosen, other = (torch.zeros(CELLS ** 3, dtype=torch.bool).index_fill(0, cell[on], True) for on in (label, ~label))
-    if not chosen.any():
+    label = _spread(side_of(scene), cell, points / scene.half, colours, votes[1] > 0, votes[0] > 0.5 * votes[1])
+    if not label.any():
         raise ValueError(f"{scene.path}: the masks show no surface of the scene")
-    return Region(scene, _filled(scene, looks.values(), chosen, other).view(CELLS, CELLS, CELLS))
+    return _region(scene, looks.values(), cell, label)
+
+
+@torch.no_grad()
+def found(representation, maps, size):
+    """The Region of the subject of an edit that nobody drew, in a capture: {number of a training view: [1,1,h,w]}, by
+    how much better the source's prompt explains each place of the view than the target's, see masks.photograph_maps.
+
+    Each cell of the surface gets the mean over all views that see it. In the box of interest Otsu's threshold parts
+    what neither prompt explains from what may belong to the subject, a second one this from what surely does. The
+    largest connected part of that is the core; from there to the surroundings labels spread as in `lifted`.
+    """
+    scene, side = representation.edited, side_of(representation.scene)
+    looks, cell, points, colours, odds = _surface(representation, list(maps), size, maps)
+    known = torch.zeros(2, side ** 3).index_copy(1, cell, torch.stack((odds, torch.ones_like(odds))))
+    near = avg_pool3d(known.view(1, 2, side, side, side), 3, 1, 1).view(2, -1)[:, cell]
+    odds, inner = near[0] / near[1], _cube(scene, cell, torch.ones_like(cell, dtype=torch.bool)).inner().flatten()[cell]
+    if inner.sum() < 8:
+        raise ValueError(f"{scene.path}: --local finds no surface in the box of interest: give --mask")
+    odds = odds.clamp(max=odds[inner].quantile(0.99).item())
+    low = otsu(odds[inner])
+    core = _cube(scene, cell, odds > otsu(odds[inner & (odds > low)])).main().cells.flatten()[cell] > 0.5
+    if not core.any() or odds[core].mean() <= 0:
+        raise ValueError(f"{scene.path}: --local finds no subject amid the scene: give --mask")
+    label = _spread(side, cell, points / scene.half, colours, core | (odds <= low), core)
+    return _region(scene, looks.values(), cell, _cube(scene, cell, label).main().cells.flatten()[cell] > 0.5)
+
+
+def otsu(values):
+    """The threshold [] that splits values of any shape into two groups with the most variance between them (Otsu 1979):
+    the largest value of the lower group."""
+    values = values.flatten().double().sort().values
+    low = torch.arange(1, len(values), device=values.device)
+    sums = values.cumsum(0)
+    apart = sums[:-1] / low - (sums[-1] - sums[:-1]) / (len(values) - low)
+    return values[(low * (len(values) - low) * apart.square()).argmax()].float()
+
+
+def _surface(representation, views, size, maps=None):
+    """The surface that training views of a size show: {view: Look}, the numbers [N] of its cells, and of each the mean
+    point [3,N], colour [3,N] and value [N] of the maps, {view: [1,1,h,w]}; without maps 0."""
+    looks, sums = {}, torch.zeros(8, side_of(representation.scene) ** 3)  # of points, colours, values and ones
+    for view in views:
+        look = looks[view] = Look.of(representation, view, size)
+        colour = representation.photograph(view, size).cpu().view(3, -1)
+        value = interpolate(maps[view].float(), size=(look.camera.height, look.camera.width), mode="bilinear") \
+            if maps else torch.zeros_like(colour[0])
+        hit = look.depth > 0
+        rows = torch.cat((look.points, colour, value.view(1, -1), torch.ones_like(colour[:1])))
+        sums.index_add_(1, look.cell[hit], rows[:, hit])
+    cell = sums[7].nonzero()[:, 0]
+    points, colours, value = (sums[:7, cell] / sums[7, cell]).split((3, 3, 1))
+    return looks, cell, points, colours, value[0]
+
+
+def _cube(scene, cell, on):
+    """The Region of the cells, numbers [N], that are `on`, [N] bool."""
+    side = side_of(scene)
+    return Region(scene, torch.zeros(side ** 3).index_fill(0, cell[on], 1).view(side, side, side))
+
+
+def _region(scene, looks, cell, label):
+    """The Region that looks see inside of what is labelled, [N] bool, of a surface of cells, numbers [N]."""
+    chosen, other = (_cube(scene, cell, on).cells.flatten() > 0 for on in (label, ~label))
+    return Region(scene, _filled(scene, looks, chosen, other).view(*[side_of(scene)] * 3))
 
 
 # By how much a step along the surface is longer that goes from black to white, and one that enters a cell whose colour
@@ -217,14 +285,14 @@ def lifted(representation, masks, size):
 EDGE, COLOUR, SPECK = 300, 30, 0.1
 
 
-def _spread(cell, points, colours, decided, label):
+def _spread(side, cell, points, colours, decided, label):
     """Labels [N] bool for all of the cells, numbers [N], from those of the decided ones, by shortest ways.
 
-    points [3,N], colours [3,N] in [0,1] of the cells; decided, label: [N] bool. Specks of what is labelled are left
-    out, as the depth is uncertain at edges.
+    side: of the grid; points [3,N], colours [3,N] in [0,1] of the cells; decided, label: [N] bool. Specks of what is
+    labelled are left out, as the depth is uncertain at edges.
     """
-    number = torch.full((CELLS + 2,) * 3, len(cell))
-    at = torch.stack((cell // CELLS ** 2, cell // CELLS % CELLS, cell % CELLS)) + 1  # z, y, x
+    number = torch.full((side + 2,) * 3, len(cell))
+    at = torch.stack((cell // side ** 2, cell // side % side, cell % side)) + 1  # z, y, x
     number[at[0], at[1], at[2]] = torch.arange(len(cell))
     steps = [(i, j, k) for i in (-1, 0, 1) for j in (-1, 0, 1) for k in (-1, 0, 1) if (i, j, k) != (0, 0, 0)]
     beside = torch.stack([number[at[0] + i, at[1] + j, at[2] + k] for i, j, k in steps])  # [26,N]; N: none
@@ -237,14 +305,14 @@ def _spread(cell, points, colours, decided, label):
     cost = torch.full((2, len(cell) + 1), math.inf)
     cost[0, :-1][decided & ~label] = 0
     cost[1, :-1][decided & label] = 0
-    for _ in range(4 * CELLS):
+    for _ in range(4 * side):
         shorter = torch.minimum(cost[:, :-1], (cost[:, beside] + way).amin(1))
         if torch.equal(shorter, cost[:, :-1]):
             break
         cost[:, :-1] = shorter
     label = torch.where(decided, label, cost[1, :-1] < cost[0, :-1])
     part = torch.where(label, torch.arange(len(cell)), len(cell))  # of the surface: the least number in it
-    for _ in range(4 * CELLS):
+    for _ in range(4 * side):
         least = torch.minimum(part, torch.cat((part, part.new_tensor([len(cell)])))[beside].amin(0))
         least = torch.where(label, least, len(cell))
         if torch.equal(least, part):
@@ -264,16 +332,17 @@ def _unlike(colours, known, most=2000):
 
 
 def _filled(scene, looks, chosen, other):
-    """The cells [CELLS^3] that nearly all views see inside of the chosen surface, or behind it, and that surface.
+    """The cells [G^3] that nearly all views see inside of the chosen surface, or behind it, and that surface.
 
-    A view in which a cell is hidden by something else does not count; chosen, other: [CELLS^3] bool, of the surface.
+    A view in which a cell is hidden by something else does not count; chosen, other: [G^3] bool, of the surface.
     """
-    cube = chosen.view(1, 1, CELLS, CELLS, CELLS).float()
+    side = side_of(scene)
+    cube = chosen.view(1, 1, side, side, side).float()
     near = max_pool3d(cube, 5, 1, 2).view(-1).nonzero()[:, 0]
-    ends = torch.stack((near % CELLS, near // CELLS % CELLS, near // CELLS ** 2))
+    ends = torch.stack((near % side, near // side % side, near // side ** 2))
     low, high = ends.amin(1).tolist(), (ends.amax(1) + 1).tolist()
     span = [torch.arange(a, b) for a, b in zip(low, high, strict=True)]
-    cell = (span[0] + CELLS * (span[1][:, None] + CELLS * span[2][:, None, None])).reshape(-1)
+    cell = (span[0] + side * (span[1][:, None] + side * span[2][:, None, None])).reshape(-1)
     x = _centres(scene, cell)
     votes = torch.zeros(2, len(cell))
     for look in looks:

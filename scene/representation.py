@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from files.pictures import frame_of, to_pil, to_uint8
+from files.sheets import thumbnail
 from files.writing import replacing
 from scene.cameras import Camera
 from scene.photographs import Pixels, View, over
@@ -145,6 +146,12 @@ def depth_picture(depth):
     if high > 5 * low:  # a capture: what is far would leave no shades for what is near
         depth, low, high = (-1 / x.clamp_min(1e-9) for x in (depth, low, high))
     return torch.where(hit, 1 - 0.8 * (depth - low) / (high - low).clamp_min(1e-6), 0).expand(-1, 3, -1, -1)
+
+
+def depth_of(representation, camera, size):
+    """depth_picture of what a Camera sees as a PIL picture of `size` pixels, drawn at no more than snapshot does."""
+    side = min(size, getattr(representation, "shown", size))
+    return thumbnail(to_pil(depth_picture(representation.depth(camera, side))), size)
 
 
 def export(representation, folder, cameras):

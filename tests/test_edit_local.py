@@ -205,7 +205,8 @@ def test_masks_confine_an_edit_of_a_scene(small_runs, pipelines, tmp_path, mode,
     results = {(tmp_path / "out" / name / "result.png").read_bytes() for name in ("local", "mask", "free")}
     assert len(results) == 3
     rates = [[config(tmp_path / "out" / name)[key] for name in ("local", "mask", "free")] for key in ("mlps", "table")]
-    assert rates == [[1e-3, 1e-3, 1e-2], [0.02, 0.02, 0.01]] or mode == "splat"
+    # a mask of a scene confines the field itself, and weights that all of it shares are free
+    assert rates == [[1e-3, 1e-2, 1e-2], [0.02, 0.01, 0.01]] or mode == "splat"
     for mask in (tmp_path / "masks").iterdir():
         mask.rename(mask.with_stem(f"no-photograph-{mask.stem}"))
     assert run.main([*flags, "--mask", str(tmp_path / "masks"), "--out", str(tmp_path / "out" / "none")]) == 2

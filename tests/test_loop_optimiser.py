@@ -5,7 +5,7 @@ import torch
 from conftest import rand
 from torch.testing import assert_close
 
-from loop.optimiser import SmoothField, SteadyAdam
+from loop.optimiser import FieldOfSome, SmoothField, SteadyAdam
 
 
 def dense(field, n):
@@ -154,3 +154,17 @@ def test_many_points_need_no_dense_matrix(count=20000):
     field = SmoothField(rest, 6.0)
     assert field.index.shape == (count, 16) and field.nodes < 400
     assert torch.isfinite(field(rest)).all()
+
+
+def test_a_field_of_some_points_moves_these_as_if_they_were_all():
+    rest, on = rand(30, 3), torch.arange(30) % 3 == 0
+    some = torch.nn.Parameter(torch.zeros(30, 2, dtype=torch.float64))
+    few = torch.nn.Parameter(torch.zeros(10, 2, dtype=torch.float64))
+    for p, field, at in ((some, FieldOfSome(rest, 0.4, on), on), (few, SmoothField(rest[on], 0.4), slice(None))):
+        adam = SteadyAdam([{"params": [p], "lr": 0.1, "name": "sh_dc", "shared": True}], fields={"sh_dc": field})
+        for seed in range(3):
+            p.grad = torch.zeros_like(p)
+            p.grad[at] = rand(10, 2, seed=seed) - 0.5
+            adam.step()
+    assert (some[~on] == 0).all()
+    assert_close(some[on], few)
