@@ -29,6 +29,8 @@ class Gate(torch.nn.Module):
         open: [G^3] bool, the cells of the occupancy that reach into the region.
     """
 
+    PIXELS = 2 ** 21  # the most of which `again` keeps pictures: 30 MB
+
     def __init__(self, field, region):
         super().__init__()
         self.field = field
@@ -52,8 +54,6 @@ class Gate(torch.nn.Module):
         if view not in self.pictures:
             self.pictures[view] = self._frozen(plain)
         return self.pictures[view]
-
-    PIXELS = 2 ** 21  # the most of which `again` keeps pictures: 30 MB
 
     def again(self, camera):
         """The same for any camera, and the frozen field's depth [H*W]: a picture of the fit, from a side from which the
