@@ -60,9 +60,9 @@ def test_with_all_options_off_an_edit_takes_the_paper_steps(smiling):
         own.project_()
     assert all(torch.equal(a, b) for a, b in zip(scene.parameters(), own.parameters(), strict=False))
     moved = scene.points.detach() - scene.loaded["points"]
-    recorded = torch.tensor([[-0.282555, -0.281363], [-0.400532, -0.370567], [-0.359840, -0.311470]])
+    recorded = torch.tensor([[-0.282471, -0.268541], [-0.404774, -0.376049], [-0.365204, -0.316662]])
     assert_close(moved[:3], recorded, atol=2e-3, rtol=0)
-    assert_close((scene.colours.detach() - scene.loaded["colours"])[3], torch.tensor([-0.031796, -0.031227, -0.017548]),
+    assert_close((scene.colours.detach() - scene.loaded["colours"])[3], torch.tensor([-0.025994, -0.028124, -0.017942]),
                  atol=2e-4, rtol=0)
 
 

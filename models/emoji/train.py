@@ -1107,7 +1107,7 @@ DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, "ids": 3, "ssd": 3, **ED
             "inversion_steps": 25,
             "svg": {"identity": 0.5, "smooth": 6, "recolour": {"points": 0.0},
                     "smooth_points": {"steps": 75, "batch": 2, "points": 0.7, "colours": 0.04, "guidance": {"pds": 8},
-                                      "identity": 0.7, "spring": 0.03, "colour_identity": 0.62}},
+                                      "source_guidance": 6, "identity": 0.55, "spring": 0.03, "colour_identity": 0.77}},
             "image": {"guidance": {"pds": 10, "dds": 3, "sds": 5, **EDITORS}},
             "nerf": {"guidance": {"pds": 10, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 500,
                      "pds": {"steps": 150, "hold": 1, "guidance": {"pds": 8}, "source_guidance": 2, "identity": 0.15,
