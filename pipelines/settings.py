@@ -139,7 +139,7 @@ def settings_for(defaults, mode, method, size=64, width=None, coefficients="offi
         own = _overlaid(own, own.get("recolour", {}) if recolour else {})
     if coefficients == "dreamcatalyst" and method == "pds":
         part = own.get("dreamcatalyst", DREAMCATALYST)
-        own = _overlaid(_overlaid(own, part), part.get(mode, {}))
+        own = _overlaid(_overlaid(own | {"source_guidance": None}, part), part.get(mode, {}))  # it knows only one scale
     if mode not in SETTINGS["colour_identity"].modes:  # whose colours and geometry share their weights
         own["colour_identity"] = 1.0
     if mode == "nerf" and local:

@@ -134,6 +134,7 @@ def test_every_setting_of_the_paper_has_a_flag_that_wins(pipelines):
         "spring",
         "densities",
         "colour_identity",
+        "source_guidance",
         "inversion_steps",
     } == {*SETTINGS, "guidance"}
     assert options.complete(run.parse(["--mode", "image", "--refine", "7"]), prior, "pds").refine == 7
@@ -186,6 +187,7 @@ def test_the_shipped_model_has_shorter_settings_for_dreamcatalyst():
         own = settings_for(defaults, mode, "pds", coefficients="dreamcatalyst")
         assert (own["steps"], own["guidance"]["pds"], own["t_min"], own["t_max"]) == (steps, 3, 0.2, 0.9)
         assert own["schedule"] == "decreasing" and own["identity"] == 1 and not {"hold", "warm", "freeu"} & own.keys()
+        assert own["source_guidance"] is None
 
 
 def test_hold_keeps_a_view_and_warm_raises_the_rates_for_the_given_steps(pipelines, tmp_path):
@@ -256,7 +258,7 @@ class Exact:
     """A prior in float64, because Adam normalises gradients and would amplify float32 rounding of small ones."""
     abar, size, multiple, guidance, device, defaults = ABAR, 16, 2, 1.0, torch.device("cpu"), PAPER
 
-    def at(self, scale):
+    def at(self, scale, source=None):
         twin = copy.copy(self)
         twin.guidance = scale
         return twin

@@ -58,7 +58,7 @@ def test_sdedit_keeps_more_of_the_source_the_more_it_skips():
 class Guided(GaussianPrior):
     """With guidance, as in Prior: the unconditional mean is 0."""
 
-    def at(self, scale):
+    def at(self, scale, source=None):
         twin = copy.copy(self)
         twin.guidance = scale
         return twin

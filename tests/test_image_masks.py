@@ -16,7 +16,7 @@ class Disagrees:
     """A prior whose two prompts differ in the left half of the latent; the latent is the picture itself."""
     abar, guidance = torch.linspace(0.999, 0.01, 100, dtype=torch.float64), 7.0
 
-    def at(self, scale):
+    def at(self, scale, source=None):
         twin = copy.copy(self)
         twin.guidance = scale
         return twin

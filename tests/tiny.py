@@ -11,7 +11,7 @@ class Tiny:
     abar, size, multiple, guidance = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64), 16, 2, 1.0
     device, captions, defaults = torch.device("cpu"), [], {"guidance": {"pds": 1.0, "dds": 1.0}, "jitter": 2.0}
 
-    def at(self, scale):
+    def at(self, scale, source=None):
         twin = copy.copy(self)
         twin.guidance = scale
         return twin
