@@ -113,7 +113,7 @@ def colours(args):
             ("drawings in their original colours", natural(trainer, names, rgba, args.natural, colours=among), None)):
         if not items:
             continue
-        found = hits(prior, items, args.noises, colours=among).float()
+        found = hits(prior, items, args.noises, colours=among).double()
         rows = [(f"which of {len(among)} colours, {len(items)} drawings", f"{found[:, 0].mean():.1%}",
                  f">= {bar:.0%}" if bar else "", found[:, 0].mean().item() >= bar if bar else None),
                 ("at t = 300", f"{found[:, 1].mean():.1%}", "", None)]

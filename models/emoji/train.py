@@ -54,6 +54,7 @@ PAINTS = {"red": ["#e5302d", "#dd2e44"], "orange": ["#f7851b", "#f4900c"], "yell
           "green": ["#3ea63a", "#78b159"], "blue": ["#2c7be0", "#55acee"], "purple": ["#8b42c8", "#aa8ed6"],
           "pink": ["#f88ac0", "#f4a3bb"], "brown": ["#85512e", "#795548"], "white": ["#f2f2f3", "#e6e7e8"],
           "grey": ["#969ca3", "#99aab5"], "black": ["#2f3136", "#3c4043"]}
+OFTEN = {"brown": 4, "orange": 1.5, "red": 1.5}  # how much more frequent recoloured drawings of hard colours are
 COLOURS = {*PAINTS, "gray", "golden", "gold", "silver", "light", "dark", "blond"}
 # The nouns of captions.txt that imply their natural colour: "fox" implies orange, "umbrella" no colour.
 GROWN = set("""
@@ -476,9 +477,19 @@ class Velocity:
 
 def shares(captions):
     """[N] sampling weights of the pictures: equal for all names, however few sets have them; 0.3 for recoloured
-    drawings, which are many and easy."""
+    drawings, which are many and easy, times the factor in OFTEN."""
     counts, names = Counter(c[0] for c in captions if c), {n[0] for n in vocabulary().values()}
-    return torch.tensor([(1.0 if c[0] in names else 0.3) / counts[c[0]] if c else 0.0 for c in captions])
+
+    def wanted(name):
+        return 1.0 if name in names else 0.3 * OFTEN.get(name.split()[0], 1)
+    return torch.tensor([wanted(c[0]) / counts[c[0]] if c else 0.0 for c in captions])
+
+
+def nearest(colour, count=4):
+    """The `count` colours whose vivid paints are nearest to that of `colour` in OKLab, lightness weighing 0.7."""
+    def far(other):
+        return np.square((PAINTED[other][0] - PAINTED[colour][0]) * [0.7, 1, 1]).sum()
+    return sorted(PAINTED, key=far)[1:count + 1]
 
 
 def alike(names):
@@ -492,7 +503,9 @@ def alike(names):
     like = {name: sorted(set().union(*(owners[w] for w in name.split())) - {name}) for name in set(names)}
     for name in like:
         same = nouns.get(name.partition(" ")[2], set()) - {name} if name.split()[0] in PAINTS else ()
-        like[name] = sorted(same) if len(same) > 3 else like[name]
+        if len(same) > 3:  # colours that are hard to tell apart three times as often as the others
+            close = [n for n in sorted(same) if n.split()[0] in nearest(name.split()[0])]
+            like[name] = [*sorted(same), *close, *close]
     return {name: near or sorted(set(names) - {name}) for name, near in like.items()}
 
 
@@ -789,7 +802,11 @@ def train_unet(args, device, vae, log):
 
     def repaint(count):
         """`count` drawings in a wrong colour: latents x, the target latents of the prediction, captions, timesteps."""
-        right = torch.tensor([picker.choice([i for i in v if telling[i]]) for v in picker.choices(painted, k=count)])
+        right = []
+        for v in picker.choices(painted, k=count):
+            able = [i for i in v if telling[i]]
+            right += picker.choices(able, [OFTEN.get(telling[i][0].split()[0], 1) for i in able])
+        right = torch.tensor(right)
         wrong = torch.tensor([picker.choice([i for i in versions[drawing[k]] if i != k]) for k in right.tolist()])
         now = torch.stack([tokens[picker.choice(PREFIXES) + picker.choice(telling[k])] for k in right.tolist()]).to(
             device
