@@ -4,8 +4,8 @@
     own = settings_for(defaults, "svg", "pds")                 # {name: value} for one mode and method
 
 A pds.json may hold any setting, and under the name of a mode, of a method, "smooth_points" (an SVG whose points move as
-one field), "recolour" (such an SVG, where the prompts differ in a colour alone) or "dreamcatalyst" what differs there.
-"guidance" is a dict with a scale for each method.
+one field), "recolour" (prompts that differ in a colour alone; an SVG needs that field) or "dreamcatalyst" what differs
+there. "guidance" is a dict with a scale for each method.
 """
 from typing import NamedTuple
 
@@ -123,7 +123,7 @@ def settings_for(defaults, mode, method, size=64, width=None, coefficients="offi
         size: side in pixels of the model's pictures; width: of the smooth field, see SETTINGS, 0: none, None: the
             model's own, else an eighth of `size` for a drawing and none for Gaussians.
         local: the edit is held to masks of pictures; weights that all of a NeRF shares would carry it out of place.
-        recolour: the prompts differ in a colour alone, see pipelines.captions.recolours; only smooth points ask.
+        recolour: the prompts differ in a colour alone, see pipelines.captions.recolours; free points ignore it.
     """
     own = {name: setting.usual for name, setting in SETTINGS.items() if setting.usual is not None} | defaults
     if mode == "splat":  # a width outside of the part of a mode is one in pixels
@@ -136,6 +136,7 @@ def settings_for(defaults, mode, method, size=64, width=None, coefficients="offi
     own["smooth"] = usual if mode in SETTINGS["smooth"].modes else 0.0
     if own["smooth"] and mode == "svg":
         own = _overlaid(own, own.get("smooth_points", {}))
+    if own["smooth"] or mode != "svg":
         own = _overlaid(own, own.get("recolour", {}) if recolour else {})
     if coefficients == "dreamcatalyst" and method == "pds":
         part = own.get("dreamcatalyst", DREAMCATALYST)
@@ -176,21 +177,21 @@ def read_defaults(path):
         found = read_json(path)
     except ValueError as e:
         raise PriorError(e) from e
-    owns = [("", found), *((part, found[part]) for part in PARTS if part in found)]
-    owns += [
-        (f"{mode} {part}", own[part])
-        for mode, own in owns[1:]
-        if isinstance(own, dict)
-        for part in PARTS
-        if part in own
-    ]
-    for place, own in owns:
+    for place, own in _parts("", found):
         if not isinstance(own, dict):
             raise PriorError(f"{path}: {place} is no object with settings")
         wrong = [key for key, value in own.items() if not _usable(key, value)]
         if wrong:
             raise PriorError(f"{path}: {', '.join(f'{place} {key}'.strip() for key in wrong)} cannot be used")
     return found | {"guidance": GUIDANCE | found.get("guidance", {})}
+
+
+def _parts(place, own):
+    """The settings in a pds.json and, below them, those of each of its parts: (the names of the part, its settings)."""
+    yield place, own
+    for part in PARTS if isinstance(own, dict) else ():
+        if part in own:
+            yield from _parts(f"{place} {part}".strip(), own[part])
 
 
 def _usable(key, value):

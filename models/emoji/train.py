@@ -1128,7 +1128,7 @@ DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, "ids": 3, "ssd": 3, **ED
             "image": {"guidance": {"pds": 10, "dds": 3, "sds": 5, **EDITORS}},
             "nerf": {"guidance": {"pds": 10, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 500,
                      "pds": {"steps": 150, "hold": 1, "guidance": {"pds": 8}, "source_guidance": 2, "identity": 0.15,
-                             "t_min": 0.2, "table": 0.004, "mlps": 0.003, "densities": 0}},
+                             "t_min": 0.2, "table": 0.004, "mlps": 0.003, "densities": 0, "recolour": {"table": 0.0}}},
             "splat": {"guidance": {"pds": 15, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 600,
                       "pds": {"steps": 150, "guidance": {"pds": 8}, "identity": 0.3, "t_min": 0.35, "smooth": 0.3,
                               "colours": 0.04}},
