@@ -329,6 +329,8 @@ class NeRF(SampledField):
     def find(self, rays_o, rays_d, jitter=0.5):
         """The Samples along rays_o, rays_d [3,R], in units of the scene, whose weight exceeds LIGHT."""
         count = rays_o.shape[1]
+        if not count:  # no ray of a picture meets the region of a confined edit
+            return Samples(rays_o, rays_o[0], torch.zeros(0, dtype=torch.long, device=rays_o.device), None, 0)
         jitter = torch.as_tensor(jitter, device=rays_o.device).expand(count, 1)
         rays_o = (rays_o - self.centre[:, None]) / self.scene.half
         alive, passed = torch.arange(count, device=rays_o.device), rays_o.new_zeros(count)  # passed: the sums of tau
@@ -394,8 +396,8 @@ class NeRF(SampledField):
             return still.picture.view(3, camera.height, camera.width)
         if still:
             rays_o, rays_d = rays_o[:, still.open], rays_d[:, still.open]
-        if not (learnt or rays_o.shape[1]):  # nothing of the region is in the picture
-            rgb = rays_o
+        if not rays_o.shape[1]:  # nothing of the region is in the picture, and no parameter changes it
+            rgb = rays_o + 0 * sum(p.sum() for p in self.parameters()) if learnt else rays_o
         elif learnt and rays_o.shape[1] <= 4 * self.chunk:
             rgb = self.draw(rays_o, rays_d)
         else:

@@ -481,3 +481,9 @@ def test_shifting_the_pixels_does_not_move_the_camera(nerf_fitted):
     with torch.no_grad():
         assert_close(nerf_fitted.render(camera.shifted(1, 2))[..., :-2, :-1], nerf_fitted.render(camera)[..., 2:, 1:],
                      rtol=0, atol=0.02)  # the samples lie at other points of the rays
+
+
+def test_no_rays_give_an_empty_picture(nerf_sphere):
+    """A confined edit draws none where a view sees nothing of the region."""
+    rgb, depth = NeRF.fit(nerf_sphere, steps=2, progress=False).looked(torch.zeros(3, 0), torch.zeros(3, 0))
+    assert rgb.shape == (3, 0) and depth.shape == (0,)

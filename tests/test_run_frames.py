@@ -91,10 +91,11 @@ def test_a_picture_that_is_not_square_keeps_its_shape_and_its_alpha(pipelines, t
         assert Image.open(tmp_path / "out" / "source.png").getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("mode", ["nerf", "splat"])
-def test_a_capture_that_is_not_square_keeps_its_shape(pipelines, tmp_path, encoded, small_runs, mode):
+@pytest.mark.parametrize("mode, more", [("nerf", []), ("splat", ["--ball", "0", "0", "0", "1"])])
+def test_a_capture_that_is_not_square_keeps_its_shape(pipelines, tmp_path, encoded, small_runs, mode, more):
     scene = wide_capture(tmp_path / "scene")
-    flags = ["--mode", mode, "--scene", str(scene), "--model", str(pipelines["sd"]), *FLAGS, "--local", "--refine", "2"]
+    flags = ["--mode", mode, "--scene", str(scene), "--model", str(pipelines["sd"]), *FLAGS, *more,
+             "--refine", "2"]
     assert run.main([*flags, "--out", str(tmp_path / "out" / "edit")]) == 0
     assert encoded == {(24, 16), (16, 16)}  # the views, and the square sides of the last line's masks
     page = Image.open(tmp_path / "out" / "edit" / "sdedit-views.png")
