@@ -44,7 +44,8 @@ def distortion(weights, s, ds, ray, count):
 def sums(values, ray, count):
     """[C,N] -> [C,count], sums over the samples of each ray."""
     index = ray + count * torch.arange(len(values), device=ray.device)[:, None]
-    return values.new_zeros(len(values) * count).index_add(0, index.view(-1), values.reshape(-1)).view(len(values), count)
+    total = values.new_zeros(len(values) * count).index_add(0, index.view(-1), values.reshape(-1))
+    return total.view(len(values), count)
 
 
 def _sum_before(values, ray, count):
