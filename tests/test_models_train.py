@@ -65,9 +65,20 @@ def test_augmentation_keeps_hue_and_area_and_mirrors_on_request(train):
 
 
 def test_names_are_drawn_equally_often(train):
-    captions = [["cat", "meow"], ["cat", "meow"], ["cat", "meow"], ["owl", "o"], ["red car"], ["red car"], []]
-    # every name equally often, recoloured drawings less often, pictures without a caption never
-    assert_close(train.shares(captions), torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0, 0.15, 0.15, 0.0]))
+    captions = [["cat", "meow"], ["cat", "meow"], ["cat", "meow"], ["owl", "o"], ["blue car"], ["blue car"], [],
+                ["brown car"]]
+    # every name equally often, recoloured drawings less often, brown ones four times as often as others, pictures
+    # without a caption never
+    assert_close(train.shares(captions), torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0, 0.15, 0.15, 0.0, 1.2]))
+
+
+def test_wrong_colours_are_near_ones_more_often(train):
+    names = [f"{colour} car" for colour in train.PAINTS]
+    near = train.nearest("orange")
+    assert {"red", "yellow"} < set(near) and "orange" not in near and len(near) == 4
+    like = train.alike(names)["orange car"]
+    assert {name: like.count(name) for name in names} == {
+        f"{colour} car": 0 if colour == "orange" else 3 if colour in near else 1 for colour in train.PAINTS}
 
 
 def test_alike_lists_names_that_share_a_word(train):
