@@ -118,17 +118,16 @@ class Field(Representation):
         """
         table, *others = self.grid.table, *(p for name, p in self.named_parameters() if p is not self.grid.table
                                             and not name.startswith(("gate.", "shape.")))
-        # Entries of the colours' own table share one second moment: with one each, Adam moves an entry by its noise as
-        # far as by a lasting push, which roughens surfaces.
         own = [("table", [table], rate), ("mlps", others, mlps)]
         if self.shape is not None:
             shape = self.shape.requires_grad_(densities > 0)
             if densities:
                 own += [("shape table", [shape.grid.table], densities * rate),
                         ("shape mlps", [shape.sigma_in, shape.sigma_out], densities * mlps)]
-        return [{"name": name, "params": parameters, "lr": lr, "betas": (0.9, 0.99), "eps": 1e-15}
-                | ({"shared": True} if name == "table" and self.shape is not None else {})
-                for name, parameters, lr in own]
+        # Entries of the colours' own table share one second moment: with one each, Adam moves an entry by its noise as
+        # far as by a lasting push, which roughens surfaces.
+        return [{"name": name, "params": parameters, "lr": lr, "betas": (0.9, 0.99), "eps": 1e-15,
+                 "shared": name == "table" and self.shape is not None} for name, parameters, lr in own]
 
     def focus(self, scene, size):
         super().focus(scene, size)
