@@ -309,7 +309,7 @@ class Splats(Representation):
 
     def confine(self, region):
         """From now on only Gaussians learn whose centre lies in a region.Region."""
-        self.learning = region.at(self.means.detach().cpu().T).to(self.means.device) > 0.5
+        self.learning = region.at(self.means.detach().cpu().T).to(self.means.device) > 0
         if not self.learning.any():
             raise ValueError(f"{self.scene.path}: no Gaussian lies in the region of the edit")
         inside = self.learning.to(self.means)

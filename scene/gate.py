@@ -6,7 +6,7 @@
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import max_pool2d, max_pool3d
 
 from scene.box import cell_points
 from scene.region import Region, inside
@@ -26,7 +26,7 @@ class Gate(torch.nn.Module):
     Attributes:
         field: the frozen copy.
         cells: of a region.Region, the share of the field that learns.
-        open: [G^3] bool, the cells of the occupancy that reach into the region.
+        open: [G^3] bool, the cells of the occupancy around the region, and in it.
     """
 
     PIXELS = 2 ** 21  # the most of which `again` keeps pictures: 30 MB
@@ -36,7 +36,8 @@ class Gate(torch.nn.Module):
         self.field = field
         self.register_buffer("cells", region.cells.to(field.centre.device))
         places = cell_points(torch.arange(field.cells ** 3, device=field.centre.device), field.cells)
-        self.register_buffer("open", inside(self.cells, places) > 0)
+        reached = (inside(self.cells, places) > 0).view(1, 1, *[field.cells] * 3)
+        self.register_buffer("open", max_pool3d(reached.float(), 3, 1, 1).view(-1) > 0)
         self.pictures, self.others = {}, {}  # see `still`, `again`
 
     def still(self, camera):
@@ -73,7 +74,7 @@ class Gate(torch.nn.Module):
     @torch.no_grad()
     def _frozen(self, camera):
         """What stays in the picture of a Camera: Still."""
-        met = Region(self.field.scene, self.cells.cpu()).crossed(camera, 0.0).float()
+        met = Region(self.field.scene, self.cells.cpu()).crossed(camera).float()
         picture, depth = self.field.looked(*camera.rays(self.cells.device))
         return Still(max_pool2d(met, 3, 1, 1).view(-1).nonzero()[:, 0].to(picture.device), picture, depth)
 

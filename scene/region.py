@@ -27,7 +27,7 @@ class Region:
 
     Attributes:
         scene: the Scene.
-        cells: [G,G,G] in [0,1], the share of each cell, see `side_of`; x changes first, as in cell_points.
+        cells: [G,G,G] in [0,1], how much of each cell belongs to it, see `side_of`; x changes first, as in cell_points.
     """
     FILLED, SMALLEST = 0.6, 16  # share of the side of a closer view that the region takes; least side in pixels
 
@@ -43,23 +43,23 @@ class Region:
         """Where a training view sees the region, in front of the surface or on it: [1,1,H,W], 0 or 1."""
         look = Look.of(representation, view, size)
         # up to the surface, which is as uncertain as a cell is large
-        return self.crossed(look.camera, 0.5, torch.where(look.depth > 0, look.depth, math.inf)).float()
+        return self.crossed(look.camera, torch.where(look.depth > 0, look.depth, math.inf)).float()
 
-    def crossed(self, camera, least, limit=math.inf):
-        """The pixels [1,1,H,W] bool of a Camera whose rays meet a share above `least` before a distance, [H*W] or one
-        number, or half a cell behind it."""
+    def crossed(self, camera, limit=math.inf):
+        """The pixels [1,1,H,W] bool of a Camera whose rays meet the region before a distance, [H*W] or one number, or a
+        cell behind it."""
         on = self.cells.view(-1).nonzero()[:, 0]
         if not len(on):
             return torch.zeros(1, 1, camera.height, camera.width, dtype=torch.bool)
         x = _centres(self.scene, on)
         away, sides = (x - camera.pose[:, 3:]).norm(dim=0), _size(self.scene, x)
         low, high = (away.min() - sides.max()).clamp_min(0), away.max() + sides.max()
-        steps = int(((high - low) / (0.5 * sides.min())).clamp(2, 256))
+        steps = int(((high - low) / (0.25 * sides.min())).clamp(2, 512))
         rays_o, rays_d = camera.rays()
         found = torch.zeros(rays_o.shape[1], dtype=torch.bool)
         for t in torch.linspace(low, high, steps):
             x = rays_o + t * rays_d
-            found |= (t <= limit + 0.5 * _size(self.scene, x)) & (self.at(x) > least)
+            found |= (t <= limit + _size(self.scene, x)) & (self.at(x) > 0)
         return found.view(1, 1, camera.height, camera.width)
 
     def inner(self):
@@ -111,9 +111,14 @@ def side_of(scene):
 
 
 def inside(cells, place):
-    """Trilinear interpolation of cells [G,G,G] at places [3,N] in [0,1], their share of the grid: [N]."""
-    return grid_sample(cells[None, None], (2 * place - 1).T[None, None, None], padding_mode="border",
+    """The share [N] in [0,1] of the region of `cells` [G,G,G] at places [3,N] in [0,1] of the grid.
+
+    The cells are interpolated. The share is 0 up to the border, where half of what is near belongs to the region, so that
+    nothing beyond it changes; a quarter of a cell within it is 1.
+    """
+    near = grid_sample(cells[None, None], (2 * place - 1).T[None, None, None], padding_mode="border",
                        align_corners=False).view(-1)
+    return (4 * near - 2).clamp(0, 1)
 
 
 def box(scene, low, high):
@@ -133,7 +138,7 @@ def _where(scene, test):
     for _ in range(8):
         offset = torch.rand(3, side ** 3, generator=g)
         total = total + test(_centres(scene, torch.arange(side ** 3), offset) + torch.tensor(scene.origin)[:, None])
-    if not total.any():
+    if not (total > 4).any():
         raise ValueError("the box or ball of the edit is empty, or smaller than a cell of "
                          f"{2 * scene.half * (1 if scene.bounded else 2) / side:.3g} units: give it in the units of "
                          f"{scene.path}, whose middle is at {(scene.centre + torch.tensor(scene.origin)).tolist()}")

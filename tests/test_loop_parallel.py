@@ -16,7 +16,6 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT, nerf_scene, outputs
-from torch.testing import assert_close
 
 import run
 from bench.__main__ import main as bench
@@ -183,7 +182,9 @@ def test_processes_match_a_batch_resume_and_share_the_edits_of_a_table(place, sm
         two, batch = load(f"{kind}two/checkpoint.pt"), load(f"{kind}batch/checkpoint.pt")
         assert two["step"] == batch["step"] and len(two["generators"]) == 2 and len(batch["generators"]) == 1
         for key, value in two["scene"].items():
-            assert_close(value, batch["scene"][key], atol=1e-5, rtol=1e-4)
+            # as a whole: sums differ in their order, and Adam turns the rounding of a gradient near 0 into a step
+            away = (value - batch["scene"][key]).double().norm()
+            assert away <= 3e-6 * value.double().norm(), (kind, key, away.item())
         assert all(map(torch.equal, [own for own, in two["generators"]], batch["generators"][0]))
     updated = [load(f"splats/{name}/checkpoint.pt")["stages"][0][1]["edited"] for name in ("two", "batch")]
     assert updated[0] == updated[1] and len(set(updated[0])) == 4  # two of the 9 views in each of two updates

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from nerf import NeRF
 from scene.reading import load_scene
-from scene.region import CELLS, Region, ball, box, found, lifted, otsu
+from scene.region import CELLS, Region, ball, box, found, inside, lifted, otsu, side_of
 from scene.representation import Representation
 from splat import Splats
 
@@ -88,8 +88,13 @@ def test_boxes_and_balls_are_in_units_of_the_file(kind, nerf_sphere, request):
     x = torch.tensor([[0.0, 0.3, 0.9], [0.0, 0.3, 0.0], [0.0, 0.3, 0.0]])
     assert box(scene, (0.6, 0.6, 0.6), (-0.6, -0.6, -0.6)).at(x).tolist() == [1, 1, 0]  # corners in any order
     assert_close(ball(scene, (0.0, 0.0, 0.0), 0.3).at(x), torch.tensor([1.0, 0, 0]), rtol=0, atol=0.1)
-    with pytest.raises(ValueError, match="the box or ball of the edit is empty"):
-        ball(scene, (0.0, 0.0, 0.0), 0.0)
+    cell = 2 * scene.half * (1 if scene.bounded else 2) / side_of(scene)
+    x = torch.zeros(3, 3)
+    x[0] = 0.6 + cell * torch.tensor([-1.5, 0.55, 1.0])  # the corners of the box lie somewhere within a cell
+    assert box(scene, (-0.6, -0.6, -0.6), (0.6, 0.6, 0.6)).at(x).tolist() == [1, 0, 0]
+    for radius in (0.0, 0.2 * cell):
+        with pytest.raises(ValueError, match="the box or ball of the edit is empty"):
+            ball(scene, (0.0, 0.0, 0.0), radius)
     mask = ball(scene, (0.0, 0.0, 0.0), 0.4).seen(Balls(scene), 0, 32)
     assert mask.shape == (1, 1, 32, 32) and 0 < mask.mean() < 0.5
 
@@ -122,6 +127,11 @@ def test_a_confined_nerf_changes_in_its_region_alone(kind, nerf_sphere, request,
     with torch.no_grad():
         change = (nerf.render(camera) - was)[0].abs().amax(0)
     assert change[outside].max() < 1e-2 and change[~outside].max() > 0.05
+    x, sh = torch.rand(3, 20000, generator=torch.Generator().manual_seed(1)), rand(16, 1).float().expand(-1, 20000)
+    beyond = inside(region.cells, x) == 0
+    for own, frozen in zip(nerf.at(x, sh), before.at(x, sh), strict=True):
+        assert_close(own[..., beyond], frozen[..., beyond], rtol=1e-5, atol=1e-6)
+        assert (own - frozen).abs().max() > 1e-2
     nerf.save(tmp_path / "a.safetensors")
     assert torch.equal(NeRF.load(tmp_path / "a.safetensors", scene).render(0, 16), nerf.render(0, 16))
 
