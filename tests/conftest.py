@@ -1,5 +1,6 @@
 """What the tests share: drawings, a scene, tiny random pipelines, and the command line on them."""
 import ast
+import functools
 import json
 import math
 import signal
@@ -116,7 +117,7 @@ def nerf_scene(folder, views=12, size=24, radius=0.8, alpha=True, split=True, **
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def nerf_sphere(tmp_path_factory):
     from scene.reading import load_scene
     return load_scene(nerf_scene(tmp_path_factory.mktemp("sphere")))
@@ -149,7 +150,7 @@ def splat_random(scene, count=60, degree=3, seed=0, spread=0.7, dtype=torch.floa
     return splats.to(dtype)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def splat_fitted(nerf_sphere):
     from splat import Splats
     return Splats.fit(nerf_sphere, steps=180, progress=False, **SPLAT_SIZES)
@@ -265,13 +266,17 @@ DRAWING = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><g id="
 
 @pytest.fixture
 def small_runs(monkeypatch):
-    """A small NeRF, few steps of a DDPM inversion, few and small pictures in what a run reports."""
+    """Small NeRFs and few Gaussians, few steps of editors, few and small pictures in what a run reports."""
     from files import sheets
+    from image import updates
     from nerf import NeRF
     from pipelines.settings import SETTINGS
+    from splat import Splats
     monkeypatch.setattr(NeRF, "sizes", lambda device: NERF_SIZES)
-    monkeypatch.setitem(SETTINGS, "inversion_steps", SETTINGS["inversion_steps"]._replace(usual=20))
-    for name, value in {"FRAMES": 2, "FRAME_SIZE": 24, "SIDE_SIZE": 24, "VIEWS": 4}.items():
+    monkeypatch.setattr(Splats, "sizes", lambda device: SPLAT_SIZES)
+    monkeypatch.setitem(SETTINGS, "inversion_steps", SETTINGS["inversion_steps"]._replace(usual=10))
+    monkeypatch.setattr(updates, "drfs", functools.partial(updates.drfs, steps=10))
+    for name, value in {"FRAMES": 2, "FRAME_SIZE": 24, "SIDE_SIZE": 24, "SHEET_SIZE": 64, "VIEWS": 4}.items():
         monkeypatch.setattr(sheets, name, value)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 import run
 from edit import MODES, SCENES
+from files import sheets
 from image.figures import outside
 from scene.cameras import sides
 from scene.reading import load_scene
@@ -43,7 +44,7 @@ def test_a_run_writes_its_files_and_is_reproducible(command, tmp_path, mode, fla
 
 def test_compare_shows_the_three_methods_side_by_side(command, tmp_path):
     assert command("--compare", "--steps", 2) == 0
-    assert Image.open(tmp_path / "out" / "sheet.png").width > 4 * 512
+    assert Image.open(tmp_path / "out" / "sheet.png").width > 4 * sheets.SHEET_SIZE
     results = [(tmp_path / "out" / name / "result.png").read_bytes() for name in ("sds", "dds", "pds")]
     assert len(set(results)) == 3
 
@@ -108,7 +109,7 @@ def test_the_change_outside_the_subject_is_measured():
 
 def test_splats_are_fitted_edited_refined_and_exported(small_runs, pipelines, tmp_path, capsys, monkeypatch):
     nerf_scene(tmp_path / "scene")
-    flags = ["--mode", "splat", "--scene", str(tmp_path / "scene"), "--fit-seconds", "1", "--device", "cpu", "--source",
+    flags = ["--mode", "splat", "--scene", str(tmp_path / "scene"), "--fit-seconds", "0.4", "--device", "cpu", "--source",
              "a", "--target", "b", "--model", str(pipelines["sd"]), "--steps", "3", "--refine", "12", "--export"]
     assert run.main([*flags, "--out", str(tmp_path / "out" / "edit")]) == 0
     written = outputs(tmp_path / "out" / "edit")
