@@ -275,8 +275,9 @@ def small_runs(monkeypatch):
     monkeypatch.setattr(NeRF, "sizes", lambda device: NERF_SIZES)
     monkeypatch.setattr(Splats, "sizes", lambda device: SPLAT_SIZES)
     monkeypatch.setitem(SETTINGS, "inversion_steps", SETTINGS["inversion_steps"]._replace(usual=10))
+    monkeypatch.setattr(updates.DatasetUpdate, "STEPS", 5)
     monkeypatch.setattr(updates, "drfs", functools.partial(updates.drfs, steps=10))
-    for name, value in {"FRAMES": 2, "FRAME_SIZE": 24, "SIDE_SIZE": 24, "SHEET_SIZE": 64, "VIEWS": 4}.items():
+    for name, value in {"FRAMES": 2, "FRAME_SIZE": 24, "SIDES": 2, "SIDE_SIZE": 24, "SHEET_SIZE": 64, "VIEWS": 4}.items():
         monkeypatch.setattr(sheets, name, value)
 
 

@@ -47,17 +47,17 @@ def test_every_example_of_the_help_runs(pipelines, small_runs, loaded, tmp_path,
     from splat import Splats
     for name in ("Prior", "InstructPix2Pix"):
         monkeypatch.setattr(run, name, loaded(getattr(run, name)))
-    monkeypatch.setattr(toy, "STEPS", 100)
+    monkeypatch.setattr(toy, "STEPS", 20)
     monkeypatch.setitem(run.EXAMPLE, "nerf", (tmp_path / "DIR", *run.EXAMPLE["nerf"][1:]))  # smaller than the apple
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "examples/smiling-face.svg", "cat.svg")
     Image.new("RGB", (20, 20), "tomato").save("apple.png")
-    Splats.fit(load_scene(nerf_scene(tmp_path / "DIR")), 0.1).save(tmp_path / "trained.ply")
+    Splats.fit(load_scene(nerf_scene(tmp_path / "DIR", views=6, size=16)), 0.05).save(tmp_path / "trained.ply")
     commands = re.findall(r"python run\.py (.*)", run.__doc__)
     assert len(commands) >= 9
     for number, command in enumerate(commands):
         words = [*shlex.split(command, comments=True), "--out", str(number)]
-        around, mode = {"--fit-seconds": "0.2"}, run.parse(words).mode
+        around, mode = {"--fit-seconds": "0.05"}, run.parse(words).mode
         few = {"--model": pipelines["sd"], "--instruct": pipelines["instruct"], "--steps": 2, "--device": "cpu"}
         few |= (around if mode in ("nerf", "splat") else {}) | ({"--refine": 1} if "--refine" in words else {})
         more = [str(part) for pair in few.items() for part in pair] if mode != "toy" else []

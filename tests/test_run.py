@@ -109,7 +109,7 @@ def test_the_change_outside_the_subject_is_measured():
 
 def test_splats_are_fitted_edited_refined_and_exported(small_runs, pipelines, tmp_path, capsys, monkeypatch):
     nerf_scene(tmp_path / "scene")
-    flags = ["--mode", "splat", "--scene", str(tmp_path / "scene"), "--fit-seconds", "0.4", "--device", "cpu", "--source",
+    flags = ["--mode", "splat", "--scene", str(tmp_path / "scene"), "--fit-seconds", "0.2", "--device", "cpu", "--source",
              "a", "--target", "b", "--model", str(pipelines["sd"]), "--steps", "3", "--refine", "12", "--export"]
     assert run.main([*flags, "--out", str(tmp_path / "out" / "edit")]) == 0
     written = outputs(tmp_path / "out" / "edit")
@@ -120,7 +120,7 @@ def test_splats_are_fitted_edited_refined_and_exported(small_runs, pipelines, tm
     scene = load_scene(tmp_path / "scene")
     edited = Splats.load(tmp_path / "out" / "edit" / "result.ply", scene)  # the fit after the edit
     with torch.no_grad():
-        picture = edited.render(sides(edited, 5, 24)[0])
+        picture = edited.render(sides(edited, sheets.SIDES, 24)[0])
     page = Image.open(tmp_path / "out" / "edit" / "result.png").crop((0, 0, 24, 24))
     assert (picture[0].permute(1, 2, 0) * 255 - torch.from_numpy(np.array(page)).float()).abs().max() < 1
 

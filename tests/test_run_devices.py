@@ -74,6 +74,7 @@ def device(place, flows):
         for key in ("FRAMES", "SIDES", "VIEWS", "FRAME_SIZE", "SIDE_SIZE", "SHEET_SIZE"):
             patch.setattr(sheets, key, 16 if key.endswith("SIZE") else 1)
         patch.setattr(DatasetUpdate, "EVERY", 2)
+        patch.setattr(DatasetUpdate, "STEPS", 4)
         patch.setattr(Flux, "SIDE", 8)
         patch.setattr(run, "Prior", SimpleNamespace(from_pretrained=functools.cache(Prior.from_pretrained)))
         def one_noise(*args, **more):
