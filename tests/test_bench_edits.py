@@ -18,6 +18,7 @@ from PIL import Image
 
 import run
 import toy
+from bench import figures
 from bench.__main__ import main as measure
 from bench.edits import read_edits
 from bench.figures import Clip, log_odds, peak, restart_peak, ssim
@@ -71,12 +72,14 @@ def edits(pipelines, tmp_path, monkeypatch, capsys):
     """Run `bench edits` on a drawing and a picture with a tiny pipeline that sets its own steps; returns its output."""
     for name, size in {"FRAMES": 2, "FRAME_SIZE": 24, "SHEET_SIZE": 64}.items():  # large animations are slow
         monkeypatch.setattr(sheets, name, size)
+    monkeypatch.setattr(figures.pixels, "__defaults__", (64,))  # pixels a side of the pictures that are measured
     (tmp_path / "face.svg").write_text(DRAWING)
     Image.new("RGB", (20, 12), "tomato").save(tmp_path / "red.png")
     (tmp_path / "list.txt").write_text("# two edits\nsvg | face.svg | a face | a cat\n\nimage|red.png|a red|a blue\n")
     shutil.copytree(pipelines["sd"], tmp_path / "model")
     guidance = dict.fromkeys(("sds", "dds", "pds"), 3)
-    (tmp_path / "model" / "pds.json").write_text(json.dumps({"guidance": guidance, "steps": 2, "svg": {"steps": 1}}))
+    (tmp_path / "model" / "pds.json").write_text(json.dumps({"guidance": guidance, "steps": 2, "inversion_steps": 4,
+                                                              "svg": {"steps": 1}}))
 
     def call(*flags, out="out"):
         capsys.readouterr()
