@@ -271,8 +271,10 @@ def small_runs(monkeypatch):
     from image import updates
     from nerf import NeRF
     from pipelines.settings import SETTINGS
+    from scene import region
     from splat import Splats
     monkeypatch.setattr(NeRF, "sizes", lambda device: NERF_SIZES)
+    monkeypatch.setattr(region, "FINER", 32)
     monkeypatch.setattr(Splats, "sizes", lambda device: SPLAT_SIZES)
     monkeypatch.setitem(SETTINGS, "inversion_steps", SETTINGS["inversion_steps"]._replace(usual=10))
     monkeypatch.setattr(updates.DatasetUpdate, "STEPS", 5)
