@@ -265,15 +265,18 @@ DRAWING = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><g id="
 
 
 @pytest.fixture
-def small_runs(monkeypatch):
-    """Small NeRFs and few Gaussians, few steps of editors, few and small pictures in what a run reports."""
+def small_runs(loaded, monkeypatch):
+    """run.main with each tiny pipeline loaded once, small NeRFs and few Gaussians, few steps of editors, few and small pictures in what a run reports."""
+    import run  # imports diffusers, which takes seconds and which the tests of the renderers do not need
     from files import sheets
     from image import updates
     from nerf import NeRF
     from pipelines.settings import SETTINGS
     from scene import region
     from splat import Splats
-    monkeypatch.setattr(NeRF, "sizes", lambda device: NERF_SIZES)
+    for name in ("Prior", "InstructPix2Pix"):
+        monkeypatch.setattr(run, name, loaded(getattr(run, name)))
+    monkeypatch.setattr(NeRF, "sizes", lambda device: dict(levels=3, table=2 ** 12, width=8))
     monkeypatch.setattr(region, "FINER", 32)
     monkeypatch.setattr(Splats, "sizes", lambda device: SPLAT_SIZES)
     monkeypatch.setitem(SETTINGS, "inversion_steps", SETTINGS["inversion_steps"]._replace(usual=10))
@@ -299,11 +302,9 @@ def loaded(pipelines):
 
 
 @pytest.fixture
-def command(pipelines, tmp_path, small_runs, loaded, monkeypatch):
+def command(pipelines, tmp_path, small_runs):
     """run.main on a drawing and the tiny pipeline, with small pictures; later flags win."""
-    import run  # imports diffusers, which takes seconds and which the tests of the renderers do not need
-    for name in ("Prior", "InstructPix2Pix"):
-        monkeypatch.setattr(run, name, loaded(getattr(run, name)))
+    import run
     (tmp_path / "face.svg").write_text(DRAWING)
     Image.new("RGB", (20, 12), "tomato").save(tmp_path / "red.png")
 

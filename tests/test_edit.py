@@ -81,7 +81,7 @@ def test_a_non_finite_loss_stops_the_run(command, monkeypatch, capsys):
 
 
 def test_a_nerf_is_fitted_measured_and_edited(small_runs, pipelines, tmp_path, capsys, monkeypatch):
-    nerf_scene(tmp_path / "scene")
+    nerf_scene(tmp_path / "scene", views=8, size=16)
     flags = ["--mode", "nerf", "--scene", str(tmp_path / "scene"), "--fit-seconds", "0.2", "--device", "cpu",
              "--out", str(tmp_path / "out" / "edit")]
     assert run.main([*flags, "--fit-only"]) == 0
@@ -110,7 +110,7 @@ def test_a_nerf_is_fitted_measured_and_edited(small_runs, pipelines, tmp_path, c
     assert load(tmp_path / "out" / "edit" / "checkpoint.pt")["step"] == 9
     assert run.main([*edit, "--resume"]) == 0
     export = load_scene(tmp_path / "out" / "edit" / "export")
-    assert len(export.train) + len(export.test) == 9
+    assert len(export.train) + len(export.test) == 6
     for name in ("result.safetensors", "sheet.png", "progress.gif", "depth.png", "turntable.gif"):
         assert (tmp_path / "out" / "edit" / name).read_bytes() == (tmp_path / "out" / "whole" / name).read_bytes(), name
     assert (tmp_path / "out" / "whole" / "result.safetensors").read_bytes() != first["result.safetensors"]
@@ -121,7 +121,7 @@ def test_a_nerf_is_fitted_measured_and_edited(small_runs, pipelines, tmp_path, c
 @pytest.mark.parametrize("mode", ["nerf", "splat"])
 def test_datasets_are_updated_by_an_editor(small_runs, pipelines, tmp_path, monkeypatch, mode):
     monkeypatch.setattr(DatasetUpdate, "EVERY", 3)
-    nerf_scene(tmp_path / "scene")
+    nerf_scene(tmp_path / "scene", views=8, size=16)
     flags = ["--mode", mode, "--scene", str(tmp_path / "scene"), "--fit-seconds", "0.1", "--device", "cpu", "--source",
              "a", "--target", "b", "--model", str(pipelines["sd"]), "--instruct", str(pipelines["instruct"]),
              "--steps", "7"]

@@ -15,13 +15,14 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from conftest import ROOT, nerf_scene, outputs
+from conftest import NERF_SIZES, ROOT, nerf_scene, outputs
 from torch.testing import assert_close
 
 import run
 from bench.__main__ import main as bench
 from files import sheets
 from loop import parallel
+from nerf import NeRF
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 SCRIPT = """
@@ -59,6 +60,7 @@ def small(monkeypatch):
     """The tiny prior and small pictures, for the runs of this process and of its forks."""
     monkeypatch.setattr(run, "load_prior", lambda args: tiny.Tiny())
     monkeypatch.setattr(parallel, "stop", lambda: None)
+    monkeypatch.setattr(NeRF, "sizes", lambda device: NERF_SIZES)
     for name, value in tiny.SIZES.items():
         monkeypatch.setattr(sheets, name, value)
 

@@ -69,7 +69,7 @@ def test_a_model_that_is_not_an_editor_is_refused(command, pipelines, tmp_path, 
     assert "no/such/model: no such model directory" in capsys.readouterr().err
     assert command("--loss", "in2n", "--instruct", ROOT / "models" / "emoji", mode="image") == 2
     assert "made for 64 pixels" in capsys.readouterr().err and not (tmp_path / "out").exists()
-    nerf_scene(tmp_path / "scene")
+    nerf_scene(tmp_path / "scene", views=4, size=16)
     assert (
         run.main(
             [
@@ -108,14 +108,14 @@ def test_the_change_outside_the_subject_is_measured():
 
 
 def test_splats_are_fitted_edited_refined_and_exported(small_runs, pipelines, tmp_path, capsys, monkeypatch):
-    nerf_scene(tmp_path / "scene")
+    nerf_scene(tmp_path / "scene", views=8, size=16)
     flags = ["--mode", "splat", "--scene", str(tmp_path / "scene"), "--fit-seconds", "0.2", "--device", "cpu", "--source",
              "a", "--target", "b", "--model", str(pipelines["sd"]), "--steps", "3", "--refine", "12", "--export"]
     assert run.main([*flags, "--out", str(tmp_path / "out" / "edit")]) == 0
     written = outputs(tmp_path / "out" / "edit")
     assert {"result.ply", "turntable.gif", "depth.png", "sheet.png"} <= set(written)
     export = load_scene(tmp_path / "out" / "edit" / "export")
-    assert len(export.train) + len(export.test) == 9
+    assert len(export.train) + len(export.test) == 6
     assert len(list((tmp_path / "out").glob("scene-splat-*-fit.pt"))) == 1
     scene = load_scene(tmp_path / "scene")
     edited = Splats.load(tmp_path / "out" / "edit" / "result.ply", scene)  # the fit after the edit
