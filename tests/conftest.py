@@ -266,10 +266,12 @@ DRAWING = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><g id="
 
 @pytest.fixture
 def small_runs(loaded, monkeypatch):
-    """run.main with each tiny pipeline loaded once, small NeRFs and few Gaussians, few steps of editors, few and small pictures in what a run reports."""
-    import run  # imports diffusers, which takes seconds and which the tests of the renderers do not need
+    """run.main loads each tiny pipeline once, NeRFs are small, Gaussians, steps of editors and noises of masks few, and
+    what a run reports holds few and small pictures."""
+    import run  # not above: it imports diffusers, which takes seconds and which tests of the renderers do not need
     from files import sheets
-    from image import updates
+    from image import masks, updates
+    from image.masks import diffedit_map
     from nerf import NeRF
     from pipelines.settings import SETTINGS
     from scene import region
@@ -281,8 +283,13 @@ def small_runs(loaded, monkeypatch):
     monkeypatch.setattr(Splats, "sizes", lambda device: SPLAT_SIZES)
     monkeypatch.setitem(SETTINGS, "inversion_steps", SETTINGS["inversion_steps"]._replace(usual=10))
     monkeypatch.setattr(updates.DatasetUpdate, "STEPS", 5)
+
+    def two_noises(*args, **more):
+        return diffedit_map(*args[:4], 2, *args[5:], **more)
+    monkeypatch.setattr(masks, "diffedit_map", two_noises)
     monkeypatch.setattr(updates, "drfs", functools.partial(updates.drfs, steps=10))
-    for name, value in {"FRAMES": 2, "FRAME_SIZE": 24, "SIDES": 2, "SIDE_SIZE": 24, "SHEET_SIZE": 64, "VIEWS": 4}.items():
+    for name, value in {"FRAMES": 2, "FRAME_SIZE": 24, "SIDES": 2, "SIDE_SIZE": 24, "SHEET_SIZE": 64,
+                        "VIEWS": 2}.items():
         monkeypatch.setattr(sheets, name, value)
 
 

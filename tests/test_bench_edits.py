@@ -72,6 +72,7 @@ def edits(pipelines, tmp_path, monkeypatch, capsys):
     """Run `bench edits` on a drawing and a picture with a tiny pipeline that sets its own steps; returns its output."""
     for name, size in {"FRAMES": 2, "FRAME_SIZE": 24, "SHEET_SIZE": 64}.items():  # large animations are slow
         monkeypatch.setattr(sheets, name, size)
+    monkeypatch.setattr(figures.log_odds, "__defaults__", (2,))  # noises
     monkeypatch.setattr(figures.pixels, "__defaults__", (64,))  # pixels a side of the pictures that are measured
     (tmp_path / "face.svg").write_text(DRAWING)
     Image.new("RGB", (20, 12), "tomato").save(tmp_path / "red.png")

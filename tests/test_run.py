@@ -109,8 +109,9 @@ def test_the_change_outside_the_subject_is_measured():
 
 def test_splats_are_fitted_edited_refined_and_exported(small_runs, pipelines, tmp_path, capsys, monkeypatch):
     nerf_scene(tmp_path / "scene", views=8, size=16)
-    flags = ["--mode", "splat", "--scene", str(tmp_path / "scene"), "--fit-seconds", "0.2", "--device", "cpu", "--source",
-             "a", "--target", "b", "--model", str(pipelines["sd"]), "--steps", "3", "--refine", "12", "--export"]
+    flags = ["--mode", "splat", "--scene", str(tmp_path / "scene"), "--fit-seconds", "0.2", "--device", "cpu",
+             "--source", "a", "--target", "b", "--model", str(pipelines["sd"]), "--steps", "3", "--refine", "12",
+             "--export"]
     assert run.main([*flags, "--out", str(tmp_path / "out" / "edit")]) == 0
     written = outputs(tmp_path / "out" / "edit")
     assert {"result.ply", "turntable.gif", "depth.png", "sheet.png"} <= set(written)
