@@ -279,6 +279,7 @@ def small_runs(loaded, monkeypatch):
     for name in ("Prior", "InstructPix2Pix"):
         monkeypatch.setattr(run, name, loaded(getattr(run, name)))
     monkeypatch.setattr(NeRF, "sizes", lambda device: dict(levels=3, table=2 ** 12, width=8))
+    monkeypatch.setattr(region, "CELLS", 32)
     monkeypatch.setattr(region, "FINER", 32)
     monkeypatch.setattr(Splats, "sizes", lambda device: SPLAT_SIZES)
     monkeypatch.setitem(SETTINGS, "inversion_steps", SETTINGS["inversion_steps"]._replace(usual=10))
