@@ -1,5 +1,6 @@
 """What the tests share: drawings, a scene, tiny random pipelines, and the command line on them."""
 import ast
+import functools
 import json
 import math
 import signal
@@ -116,7 +117,7 @@ def nerf_scene(folder, views=12, size=24, radius=0.8, alpha=True, split=True, **
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def nerf_sphere(tmp_path_factory):
     from scene.reading import load_scene
     return load_scene(nerf_scene(tmp_path_factory.mktemp("sphere")))
@@ -149,7 +150,7 @@ def splat_random(scene, count=60, degree=3, seed=0, spread=0.7, dtype=torch.floa
     return splats.to(dtype)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def splat_fitted(nerf_sphere):
     from splat import Splats
     return Splats.fit(nerf_sphere, steps=180, progress=False, **SPLAT_SIZES)
@@ -264,14 +265,32 @@ DRAWING = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><g id="
 
 
 @pytest.fixture
-def small_runs(monkeypatch):
-    """A small NeRF, few steps of a DDPM inversion, few and small pictures in what a run reports."""
+def small_runs(loaded, monkeypatch):
+    """run.main loads each tiny pipeline once, NeRFs are small, Gaussians, steps of editors and noises of masks few, and
+    what a run reports holds few and small pictures."""
+    import run  # not above: it imports diffusers, which takes seconds and which tests of the renderers do not need
     from files import sheets
+    from image import masks, updates
+    from image.masks import diffedit_map
     from nerf import NeRF
     from pipelines.settings import SETTINGS
-    monkeypatch.setattr(NeRF, "sizes", lambda device: NERF_SIZES)
-    monkeypatch.setitem(SETTINGS, "inversion_steps", SETTINGS["inversion_steps"]._replace(usual=20))
-    for name, value in {"FRAMES": 2, "FRAME_SIZE": 24, "SIDE_SIZE": 24, "VIEWS": 4}.items():
+    from scene import region
+    from splat import Splats
+    for name in ("Prior", "InstructPix2Pix"):
+        monkeypatch.setattr(run, name, loaded(getattr(run, name)))
+    monkeypatch.setattr(NeRF, "sizes", lambda device: dict(levels=3, table=2 ** 12, width=8))
+    monkeypatch.setattr(region, "CELLS", 32)
+    monkeypatch.setattr(region, "FINER", 32)
+    monkeypatch.setattr(Splats, "sizes", lambda device: SPLAT_SIZES)
+    monkeypatch.setitem(SETTINGS, "inversion_steps", SETTINGS["inversion_steps"]._replace(usual=10))
+    monkeypatch.setattr(updates.DatasetUpdate, "STEPS", 5)
+
+    def two_noises(*args, **more):
+        return diffedit_map(*args[:4], 2, *args[5:], **more)
+    monkeypatch.setattr(masks, "diffedit_map", two_noises)
+    monkeypatch.setattr(updates, "drfs", functools.partial(updates.drfs, steps=10))
+    for name, value in {"FRAMES": 2, "FRAME_SIZE": 24, "SIDES": 2, "SIDE_SIZE": 24, "SHEET_SIZE": 64,
+                        "VIEWS": 2}.items():
         monkeypatch.setattr(sheets, name, value)
 
 
@@ -291,11 +310,9 @@ def loaded(pipelines):
 
 
 @pytest.fixture
-def command(pipelines, tmp_path, small_runs, loaded, monkeypatch):
+def command(pipelines, tmp_path, small_runs):
     """run.main on a drawing and the tiny pipeline, with small pictures; later flags win."""
-    import run  # imports diffusers, which takes seconds and which the tests of the renderers do not need
-    for name in ("Prior", "InstructPix2Pix"):
-        monkeypatch.setattr(run, name, loaded(getattr(run, name)))
+    import run
     (tmp_path / "face.svg").write_text(DRAWING)
     Image.new("RGB", (20, 12), "tomato").save(tmp_path / "red.png")
 

@@ -223,6 +223,7 @@ def device():
     if why_not():
         raise RuntimeError(why_not())
     if not hasattr(torch, NAME):  # once per process, which cannot be undone
+        torch.ones((), requires_grad=True).backward()  # starts autograd without threads, with which no test could fork
         getattr(backend_registration, SETUP)(NAME)
         getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.float16]  # torch.utils.checkpoint asks for it
         fallback, kernels = device.registered = [torch.library.Library(name, "IMPL") for name in ("_", "aten")]

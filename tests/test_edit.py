@@ -9,6 +9,7 @@ from PIL import Image
 import pds
 import run
 from edit import LOSSES
+from files import sheets
 from image.updates import DatasetUpdate
 from nerf import NeRF
 from scene.reading import load_scene
@@ -80,8 +81,8 @@ def test_a_non_finite_loss_stops_the_run(command, monkeypatch, capsys):
 
 
 def test_a_nerf_is_fitted_measured_and_edited(small_runs, pipelines, tmp_path, capsys, monkeypatch):
-    nerf_scene(tmp_path / "scene")
-    flags = ["--mode", "nerf", "--scene", str(tmp_path / "scene"), "--fit-seconds", "0.4", "--device", "cpu",
+    nerf_scene(tmp_path / "scene", views=8, size=16)
+    flags = ["--mode", "nerf", "--scene", str(tmp_path / "scene"), "--fit-seconds", "0.2", "--device", "cpu",
              "--out", str(tmp_path / "out" / "edit")]
     assert run.main([*flags, "--fit-only"]) == 0
     assert "test PSNR" in capsys.readouterr().out
@@ -91,7 +92,7 @@ def test_a_nerf_is_fitted_measured_and_edited(small_runs, pipelines, tmp_path, c
     first = outputs(tmp_path / "out" / "edit")
     assert {"result.safetensors", "turntable.gif", "depth.png", "sheet.png"} <= set(first)
     assert "outside the subject" in capsys.readouterr().out
-    assert Image.open(tmp_path / "out" / "edit" / "result.png").size == (5 * 24, 24)
+    assert Image.open(tmp_path / "out" / "edit" / "result.png").size == (sheets.SIDES * 24, 24)
     assert run.main(edit) == 0 and outputs(tmp_path / "out" / "edit") == first  # the fit is kept, the edit repeats
     # the refining stage: killed midway, resumed, and exported
     edit[-3:] = ["2", "--every", "3", "--refine", "14", "--export"]
@@ -109,7 +110,7 @@ def test_a_nerf_is_fitted_measured_and_edited(small_runs, pipelines, tmp_path, c
     assert load(tmp_path / "out" / "edit" / "checkpoint.pt")["step"] == 9
     assert run.main([*edit, "--resume"]) == 0
     export = load_scene(tmp_path / "out" / "edit" / "export")
-    assert len(export.train) + len(export.test) == 9
+    assert len(export.train) + len(export.test) == 6
     for name in ("result.safetensors", "sheet.png", "progress.gif", "depth.png", "turntable.gif"):
         assert (tmp_path / "out" / "edit" / name).read_bytes() == (tmp_path / "out" / "whole" / name).read_bytes(), name
     assert (tmp_path / "out" / "whole" / "result.safetensors").read_bytes() != first["result.safetensors"]
@@ -120,8 +121,8 @@ def test_a_nerf_is_fitted_measured_and_edited(small_runs, pipelines, tmp_path, c
 @pytest.mark.parametrize("mode", ["nerf", "splat"])
 def test_datasets_are_updated_by_an_editor(small_runs, pipelines, tmp_path, monkeypatch, mode):
     monkeypatch.setattr(DatasetUpdate, "EVERY", 3)
-    nerf_scene(tmp_path / "scene")
-    flags = ["--mode", mode, "--scene", str(tmp_path / "scene"), "--fit-seconds", "0.3", "--device", "cpu", "--source",
+    nerf_scene(tmp_path / "scene", views=8, size=16)
+    flags = ["--mode", mode, "--scene", str(tmp_path / "scene"), "--fit-seconds", "0.1", "--device", "cpu", "--source",
              "a", "--target", "b", "--model", str(pipelines["sd"]), "--instruct", str(pipelines["instruct"]),
              "--steps", "7"]
     assert run.main([*flags, "--compare", "in2n", "inv2n", "--out", str(tmp_path / "out" / "whole")]) == 0

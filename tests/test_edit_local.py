@@ -21,19 +21,24 @@ def config(folder):
     return json.loads((folder / "config.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def prior():
+    """The shipped prior, which no test may change."""
+    return Prior.from_pretrained(str(ROOT / "models" / "emoji"))
+
+
 @pytest.fixture
-def smiling(tmp_path, monkeypatch):
+def smiling(prior, tmp_path, monkeypatch):
     """A function of flags that edits the shipped drawing with the shipped prior: prior, scene, source, options."""
-    prior = Prior.from_pretrained(str(ROOT / "models" / "emoji"))
     monkeypatch.setattr("files.sheets.FRAME_SIZE", 24)
 
-    def call(*flags):
+    def call(*flags, edited=True):
         options = run.parse(["--mode", "svg", "--svg", str(ROOT / "examples" / "smiling-face.svg"), "--source",
                              "slightly smiling face", "--target", "smiling face with sunglasses", *flags])
         options = run.complete(options, prior)
         scene, groups, source = run.LOAD["svg"](options, prior)
-        stages = stages_of(scene, source, prior, "pds", options)
-        edit(scene, groups, stages, prior, options, tmp_path)
+        if edited:
+            edit(scene, groups, stages_of(scene, source, prior, "pds", options), prior, options, tmp_path)
         return prior, scene, source, options
     return call
 
@@ -67,7 +72,7 @@ def test_with_all_options_off_an_edit_takes_the_paper_steps(smiling):
 
 
 def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
-    _, scene, _, options = smiling("--steps", "12")
+    _, scene, _, options = smiling("--steps", "8")
     assert options.smooth == 6 and options.steady and options.identity == 0.55 and options.batch == 2
     assert options.guidance == 8 and options.source_guidance == 6
     assert options.spring == 0.03 and options.colour_identity == 0.77
@@ -78,7 +83,7 @@ def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
 
 
 def test_dreamcatalyst_keeps_its_own_guidance_and_identity_over_those_of_smooth_points(smiling):
-    _, _, _, options = smiling("--steps", "1", "--coefficients", "dreamcatalyst")
+    _, _, _, options = smiling("--steps", "1", "--coefficients", "dreamcatalyst", edited=False)
     assert options.guidance == 3 and options.identity == 1 and options.colour_identity == 1 and options.t_max == 0.9
 
 
@@ -86,7 +91,7 @@ def test_dreamcatalyst_keeps_its_own_guidance_and_identity_over_those_of_smooth_
 def test_a_step_is_the_mean_over_its_batch_for_any_chunk_size(smiling, monkeypatch, pixels):
     """The gradients of a batch of three are the means over single steps; every view is rendered once."""
     def gradients(*seeds):
-        prior, scene, source, options = smiling("--steps", "1", "--batch", str(len(seeds)))
+        prior, scene, source, options = smiling("--steps", "1", "--batch", str(len(seeds)), edited=False)
         monkeypatch.setattr(Distillation, "PIXELS", pixels)
         stage, = stages_of(scene, source, prior, "pds", options)
         scene.load_state_dict(scene.loaded)
@@ -114,7 +119,7 @@ def test_a_batch_shortens_the_warm_up(smiling):
 def test_a_larger_identity_weight_stays_closer_to_the_source(smiling):
     away = []
     for k in (4, 1, 0):
-        _, scene, source, _ = smiling("--steps", "10", "--batch", "1", "--identity", str(k))
+        _, scene, source, _ = smiling("--steps", "6", "--batch", "1", "--identity", str(k))
         away.append((scene.render() - source.render()).square().mean().item())
     assert away[0] < away[1] < away[2]
 
@@ -122,7 +127,8 @@ def test_a_larger_identity_weight_stays_closer_to_the_source(smiling):
 def test_colours_have_an_identity_weight_of_their_own(smiling):
     """With a share of 0.25 points get the gradient of K = 0.8 and colours that of K = 0.2; so does every chunk."""
     def gradients(identity, share, pixels=2 ** 16):
-        prior, scene, source, options = smiling("--steps", "1", "--identity", identity, "--colour-identity", share)
+        prior, scene, source, options = smiling("--steps", "1", "--identity", identity, "--colour-identity", share,
+                                                edited=False)
         stage, = stages_of(scene, source, prior, "pds", options)
         stage.PIXELS = pixels
         scene.load_state_dict(scene.loaded | {"points": scene.loaded["points"] + 1})
@@ -189,7 +195,7 @@ def test_masks_confine_an_edit_of_a_scene(small_runs, pipelines, tmp_path, mode,
         "--scene",
         str(tmp_path / "scene"),
         "--fit-seconds",
-        "1",
+        "0.4",
         "--device",
         "cpu",
         "--source",

@@ -44,14 +44,14 @@ def test_a_model_without_settings_gets_the_papers(mode, pipelines, tmp_path, mon
     )
     Image.new("RGB", (20, 10), "tomato").save(tmp_path / "face.png")
     if file.name == "scene":
-        nerf_scene(file)
+        nerf_scene(file, views=4, size=16)
     seen = {}
 
     def no_steps(scene, groups, stages, *_):
         seen.update(groups={g["name"]: g for g in groups}, stages=stages)
         return [snapshot(scene)], False
     monkeypatch.setattr(run, "edit", no_steps)
-    what = ["--scene", str(file), "--fit-seconds", "0.5"] if file.name == "scene" else [f"--{mode}", str(file)]
+    what = ["--scene", str(file), "--fit-seconds", "0.05"] if file.name == "scene" else [f"--{mode}", str(file)]
     flags = [
         "--mode",
         mode,
@@ -472,10 +472,10 @@ def test_in2n_adds_lpips_on_patches_where_it_is_installed(pipelines, tmp_path, m
             return (a - b).square().mean().view(1, 1, 1, 1)
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))
     monkeypatch.setattr(DatasetUpdate, "PATCH", 8)
-    nerf_scene(tmp_path / "scene")
+    nerf_scene(tmp_path / "scene", views=4, size=16)
     flags = ["--mode", "nerf", "--scene", str(tmp_path / "scene"), "--source", "a", "--target", "b", "--device", "cpu",
              "--model", str(pipelines["sd"]), "--instruct", str(pipelines["instruct"]), "--loss", "in2n",
-             "--fit-seconds", "0.5", "--steps", "3", "--out", str(tmp_path / "out" / "edit")]
+             "--fit-seconds", "0.1", "--steps", "3", "--out", str(tmp_path / "out" / "edit")]
     assert run.main(flags) == 0
     assert sizes == [(8, 8)] * 3
 

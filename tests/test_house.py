@@ -1,6 +1,7 @@
 """The layout: which folder imports which, no import cycles, diffusers in one folder only, no file or function too long.
 """
 import ast
+import functools
 import graphlib
 import sys
 
@@ -31,10 +32,16 @@ def room(path):
     return path.stem if path.parent == ROOT else path.parent.name
 
 
+@functools.cache
+def tree(path):
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path):
     """The dotted names of all modules that a file imports, also within functions; `from a import b` counts as "a.b"."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -54,8 +61,8 @@ def test_every_file_belongs_to_a_room():
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_the_init_file_of_a_folder_is_one_docstring_line(name):
-    tree = ast.parse((ROOT / name / "__init__.py").read_text())
-    assert len(tree.body) == 1 and len(ast.get_docstring(tree).splitlines()) == 1
+    whole = tree(ROOT / name / "__init__.py")
+    assert len(whole.body) == 1 and len(ast.get_docstring(whole).splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", DOORS)
@@ -87,7 +94,7 @@ def test_only_one_folder_of_the_product_imports_diffusers():
 
 def definitions(path):
     """The functions of a file, including nested ones, with their numbers of lines."""
-    return [(node.name, node.end_lineno - node.lineno + 1) for node in ast.walk(ast.parse(path.read_text()))
+    return [(node.name, node.end_lineno - node.lineno + 1) for node in ast.walk(tree(path))
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
@@ -95,7 +102,7 @@ def definitions(path):
 def test_nothing_is_too_long(path):
     assert len(path.read_text().splitlines()) <= LINES
     assert not [(name, lines) for name, lines in definitions(path) if lines > FUNCTION]
-    assert ast.get_docstring(ast.parse(path.read_text()))
+    assert ast.get_docstring(tree(path))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("**/test_*.py")), ids=lambda path: path.name)

@@ -2,10 +2,10 @@
 import contextlib
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import textwrap
 import time
@@ -15,12 +15,13 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from conftest import ROOT, nerf_scene, outputs
+from conftest import NERF_SIZES, ROOT, nerf_scene, outputs
 
 import run
 from bench.__main__ import main as bench
 from files import sheets
 from loop import parallel
+from nerf import NeRF
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 SCRIPT = """
@@ -39,7 +40,7 @@ SVG = ["--mode", "svg", "--svg", "face.svg", "--source", "a face", "--target", "
 SPLAT = ["--mode", "splat", "--scene", "scene", "--source", "a", "--target", "bcd", "--steps", "4", "--refine", "12",
          "--fit-seconds", "0.3"]
 BENCH = ["edits", "--list", "list.txt", "--compare", "dds", "pds", "--steps", "2", "--out", "table"]
-FIT = ["--mode", "nerf", "--scene", "scene", "--fit-only", "--fit-seconds", "0.5", "--out", "fits/a"]
+FIT = ["--mode", "nerf", "--scene", "scene", "--fit-only", "--fit-seconds", "0.1", "--out", "fits/a"]
 
 
 @pytest.fixture
@@ -58,16 +59,30 @@ def small(monkeypatch):
     """The tiny prior and small pictures, for the runs of this process and of its forks."""
     monkeypatch.setattr(run, "load_prior", lambda args: tiny.Tiny())
     monkeypatch.setattr(parallel, "stop", lambda: None)
+    monkeypatch.setattr(NeRF, "sizes", lambda device: NERF_SIZES)
     for name, value in tiny.SIZES.items():
         monkeypatch.setattr(sheets, name, value)
 
 
+def torchrun(folder):
+    """Run script.py in two processes of torchrun; what they print goes to torchrun.txt."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    log = os.open("torchrun.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    from torch.distributed.run import main
+    main(["--standalone", "--nproc-per-node=2", "script.py"])
+
+
 def launch(folder, body):
-    """Start a script with the tiny prior in two processes of torchrun; returns torchrun's process."""
+    """Start a script with the tiny prior in two processes of torchrun; returns torchrun's process, which is forked,
+    as its imports take seconds."""
     (folder / "script.py").write_text(textwrap.dedent(SCRIPT).replace("ROOT", repr(str(ROOT))) + textwrap.dedent(body))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    process = multiprocessing.get_context("fork").Process(target=torchrun, args=(folder,))
+    process.start()
+    return process
 
 
 def forked(folder, body):
@@ -115,8 +130,9 @@ def test_an_error_is_printed_once_and_one_failing_process_ends_all(place, small,
             return pds.pds_loss(*args, **kwargs)
         edit.LOSSES["pds"] = fails
         sys.exit(run.main({SVG} + ["--out", "killed"]))""")
-    printed = done.communicate(timeout=200)[1]
-    assert done.returncode != 0 and "run.py: error: the second process fails" in printed
+    done.join(200)
+    printed = (place / "torchrun.txt").read_text()
+    assert done.exitcode and "run.py: error: the second process fails" in printed
     assert printed.count("none.svg: no such file") == printed.count("argument --steps: ") == 1, printed
     assert torch.load(place / "killed" / "checkpoint.pt", weights_only=True)["step"] == 4
     monkeypatch.chdir(place)  # a single process must not resume it
@@ -142,7 +158,7 @@ def test_ctrl_c_saves_the_results_before_the_pictures(place):
 
         def wait(*names):
             while not all((place / name).exists() for name in names):
-                assert time.monotonic() < ends and running.poll() is None, running.communicate()[1]
+                assert time.monotonic() < ends and running.is_alive(), (place / "torchrun.txt").read_text()
                 time.sleep(0.02)
         wait("begun-0", "begun-1")
         os.kill(running.pid, signal.SIGINT)
@@ -151,7 +167,7 @@ def test_ctrl_c_saves_the_results_before_the_pictures(place):
         for process in [running.pid, *(int(path.read_text() or 0) for path in place.glob("begun-*"))]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process or running.pid, signal.SIGKILL)
-        running.communicate()
+        running.join()
 
 
 def test_processes_match_a_batch_resume_and_share_the_edits_of_a_table(place, small, monkeypatch):

@@ -282,13 +282,13 @@ def test_the_shipped_prior_tells_the_example_drawings_apart():
     prior.guidance = 1.0
     captions = {"smiling-face": "slightly smiling face", "red-heart": "red heart", "red-apple": "red apple",
                 "dog-face": "dog face", "automobile": "red car"}
-    t = torch.tensor([200, 300, 400, 500, 600, 700, 800, 900])
-    y = [tuple(part.expand(8, -1, -1) for part in prior.embed(c)) for c in captions.values()]
+    t = torch.tensor([300, 500, 700, 900])
+    y = [tuple(part.expand(4, -1, -1) for part in prior.embed(c)) for c in captions.values()]
     for row, name in enumerate(captions):
         with torch.no_grad():
             x0 = prior.encode(SVG.load(ROOT / "examples" / f"{name}.svg", size=prior.size).render())
-        noise = rand(8, *x0.shape[1:], seed=row, dtype=torch.float32)
-        x_t = pds.add_noise(x0.expand(8, -1, -1, -1), noise, prior.abar, t)
+        noise = rand(4, *x0.shape[1:], seed=row, dtype=torch.float32)
+        x_t = pds.add_noise(x0.expand(4, -1, -1, -1), noise, prior.abar, t)
         errors = torch.stack([(prior.eps(x_t, t, c) - noise).square().mean() for c in y])
         assert errors.argmin() == row, (name, errors)
 
@@ -297,7 +297,7 @@ def test_the_shipped_editor_turns_a_red_heart_blue_in_place():
     editor = InstructPix2Pix.from_pretrained(ROOT / "models" / "emoji")
     with torch.no_grad():
         before = SVG.load(ROOT / "examples" / "red-heart.svg", size=editor.size).render()
-        after = editor.decode(instruct_pix2pix(editor, before, editor.embed("make it a blue heart"),
+        after = editor.decode(instruct_pix2pix(editor, before, editor.embed("make it a blue heart"), steps=8,
                                                generator=torch.Generator().manual_seed(0)))
     inside = (before - 1).abs().sum(1) > 0.5
     red, _, blue = after.transpose(0, 1)[:, inside].mean(1)

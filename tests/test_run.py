@@ -12,6 +12,7 @@ from PIL import Image
 
 import run
 from edit import MODES, SCENES
+from files import sheets
 from image.figures import outside
 from scene.cameras import sides
 from scene.reading import load_scene
@@ -43,7 +44,7 @@ def test_a_run_writes_its_files_and_is_reproducible(command, tmp_path, mode, fla
 
 def test_compare_shows_the_three_methods_side_by_side(command, tmp_path):
     assert command("--compare", "--steps", 2) == 0
-    assert Image.open(tmp_path / "out" / "sheet.png").width > 4 * 512
+    assert Image.open(tmp_path / "out" / "sheet.png").width > 4 * sheets.SHEET_SIZE
     results = [(tmp_path / "out" / name / "result.png").read_bytes() for name in ("sds", "dds", "pds")]
     assert len(set(results)) == 3
 
@@ -68,7 +69,7 @@ def test_a_model_that_is_not_an_editor_is_refused(command, pipelines, tmp_path, 
     assert "no/such/model: no such model directory" in capsys.readouterr().err
     assert command("--loss", "in2n", "--instruct", ROOT / "models" / "emoji", mode="image") == 2
     assert "made for 64 pixels" in capsys.readouterr().err and not (tmp_path / "out").exists()
-    nerf_scene(tmp_path / "scene")
+    nerf_scene(tmp_path / "scene", views=4, size=16)
     assert (
         run.main(
             [
@@ -107,19 +108,20 @@ def test_the_change_outside_the_subject_is_measured():
 
 
 def test_splats_are_fitted_edited_refined_and_exported(small_runs, pipelines, tmp_path, capsys, monkeypatch):
-    nerf_scene(tmp_path / "scene")
-    flags = ["--mode", "splat", "--scene", str(tmp_path / "scene"), "--fit-seconds", "1", "--device", "cpu", "--source",
-             "a", "--target", "b", "--model", str(pipelines["sd"]), "--steps", "3", "--refine", "12", "--export"]
+    nerf_scene(tmp_path / "scene", views=8, size=16)
+    flags = ["--mode", "splat", "--scene", str(tmp_path / "scene"), "--fit-seconds", "0.2", "--device", "cpu",
+             "--source", "a", "--target", "b", "--model", str(pipelines["sd"]), "--steps", "3", "--refine", "12",
+             "--export"]
     assert run.main([*flags, "--out", str(tmp_path / "out" / "edit")]) == 0
     written = outputs(tmp_path / "out" / "edit")
     assert {"result.ply", "turntable.gif", "depth.png", "sheet.png"} <= set(written)
     export = load_scene(tmp_path / "out" / "edit" / "export")
-    assert len(export.train) + len(export.test) == 9
+    assert len(export.train) + len(export.test) == 6
     assert len(list((tmp_path / "out").glob("scene-splat-*-fit.pt"))) == 1
     scene = load_scene(tmp_path / "scene")
     edited = Splats.load(tmp_path / "out" / "edit" / "result.ply", scene)  # the fit after the edit
     with torch.no_grad():
-        picture = edited.render(sides(edited, 5, 24)[0])
+        picture = edited.render(sides(edited, sheets.SIDES, 24)[0])
     page = Image.open(tmp_path / "out" / "edit" / "result.png").crop((0, 0, 24, 24))
     assert (picture[0].permute(1, 2, 0) * 255 - torch.from_numpy(np.array(page)).float()).abs().max() < 1
 

@@ -25,6 +25,7 @@ from image.updates import DatasetUpdate
 from nerf import NeRF
 from pipelines.networks import Flux
 from prior import Prior
+from scene import region
 from scene.cameras import Camera
 from scene.reading import load_scene
 from splat import Splats
@@ -63,7 +64,7 @@ def place(pipelines, tmp_path_factory):
     for i in range(4):
         ramp.save(folder / "masks" / f"{i}.png")
     shutil.copytree(pipelines["sd"], folder / "model")
-    (folder / "model" / "pds.json").write_text(json.dumps({"steps": 3, "inversion_steps": 4}))
+    (folder / "model" / "pds.json").write_text(json.dumps({"steps": 2, "inversion_steps": 4}))
     return folder
 
 
@@ -74,6 +75,8 @@ def device(place, flows):
         for key in ("FRAMES", "SIDES", "VIEWS", "FRAME_SIZE", "SIDE_SIZE", "SHEET_SIZE"):
             patch.setattr(sheets, key, 16 if key.endswith("SIZE") else 1)
         patch.setattr(DatasetUpdate, "EVERY", 2)
+        patch.setattr(DatasetUpdate, "STEPS", 4)
+        patch.setattr(region, "FINER", 32)
         patch.setattr(Flux, "SIDE", 8)
         patch.setattr(run, "Prior", SimpleNamespace(from_pretrained=functools.cache(Prior.from_pretrained)))
         def one_noise(*args, **more):
@@ -114,10 +117,10 @@ def test_torch_is_restored_afterwards():
     ("image", "red.png", ["--pixels", "--mask", "red.png", "--loss", "sds"]),
     ("image", "red.png", ["--loss", "sdedit"]), ("image", "red.png", ["--loss", "inv2n"]),
     ("image", "red.png", ["--loss", "in2n", "--instruct", "instruct"]),
-    ("image", "red.png", ["--model", "xl", "--steps", "3", "--refine", "2"]),
-    ("image", "red.png", ["--model", "v", "--steps", "3", "--refine", "2", "--loss", "dds"]),
-    ("image", "red.png", ["--model", "sd3", "--steps", "3", "--refine", "2", "--local"]),
-    ("image", "red.png", ["--model", "flux", "--steps", "3", "--refine", "0"]),
+    ("image", "red.png", ["--model", "xl", "--steps", "2", "--refine", "1"]),
+    ("image", "red.png", ["--model", "v", "--steps", "2", "--refine", "1", "--loss", "dds"]),
+    ("image", "red.png", ["--model", "sd3", "--steps", "2", "--refine", "1", "--local"]),
+    ("image", "red.png", ["--model", "flux", "--steps", "2", "--refine", "0"]),
     ("nerf", "object", ["--mask", "masks"]),
     ("nerf", "capture", ["--ball", "0", "0", "0", "0.8", "--path", "input"]),
     ("nerf", "capture", ["--refine", "2", "--export"]), ("nerf", "capture", ["--fit-only"]),
@@ -168,8 +171,9 @@ class Killed(BaseException):
     """An exception that run.py does not handle."""
 
 
-@pytest.mark.parametrize("mode, file, kind, flags", [("svg", "face.svg", SVG, ["--every", "1"]),
-                                                     ("splat", "object", Splats, ["--refine", "2"])])
+@pytest.mark.parametrize("mode, file, kind, flags", [
+    ("svg", "face.svg", SVG, ["--steps", "3", "--every", "1"]),
+    ("splat", "object", Splats, ["--steps", "3", "--refine", "2"])])
 def test_a_killed_run_resumes_from_its_checkpoint(call, place, monkeypatch, mode, file, kind, flags):
     assert call(*flags, mode=mode, file=file, out="whole") == 0
     project, calls = kind.project_, []

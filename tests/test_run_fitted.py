@@ -178,7 +178,7 @@ def test_every_scene_and_every_size_has_its_own_fit(tmp_path):
     """Another --downscale, and another scene of the same name, do not reuse the first scene's fit."""
     for i, radius in enumerate((0.8, 0.5)):
         nerf_scene(tmp_path / str(i) / "ball", views=4, size=8, radius=radius)
-    flags = ["--mode", "splat", "--fit-only", "--fit-seconds", "0.2", "--device", "cpu", "--out",
+    flags = ["--mode", "splat", "--fit-only", "--fit-seconds", "0.05", "--device", "cpu", "--out",
              str(tmp_path / "out" / "x")]
     for scene, more in (("0", []), ("1", []), ("0", ["--downscale", "2"]), ("0", [])):
         assert run.main([*flags, "--scene", str(tmp_path / scene / "ball"), *more]) == 0

@@ -13,7 +13,7 @@ from prior import Prior
 from scene.reading import load_scene
 from scene.representation import Representation
 
-FLAGS = ["--source", "a", "--target", "b", "--device", "cpu", "--steps", "2", "--refine", "0", "--fit-seconds", "0.5"]
+FLAGS = ["--source", "a", "--target", "b", "--device", "cpu", "--steps", "2", "--refine", "0", "--fit-seconds", "0.1"]
 
 
 @pytest.fixture
@@ -44,9 +44,7 @@ def wide_capture(folder, shape=(36, 24)):
     return folder
 
 
-def test_a_drawing_that_is_not_square_keeps_its_shape(pipelines, tmp_path, encoded, monkeypatch):
-    from files import sheets
-    monkeypatch.setattr(sheets, "SHEET_SIZE", 64)
+def test_a_drawing_that_is_not_square_keeps_its_shape(pipelines, tmp_path, encoded, small_runs):
     text = ("<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 40 20' preserveAspectRatio='none'><rect width='40' "
             "height='20' fill='#c22'/><circle cx='20' cy='10' r='6' fill='#fc0'/></svg>")
     (tmp_path / "flag.svg").write_text(text)
@@ -62,7 +60,7 @@ def test_a_drawing_that_is_not_square_keeps_its_shape(pipelines, tmp_path, encod
 
 
 @pytest.mark.parametrize("flags", [(), ("--pixels",)])
-def test_a_picture_that_is_not_square_keeps_its_shape_and_its_alpha(pipelines, tmp_path, encoded, flags):
+def test_a_picture_that_is_not_square_keeps_its_shape_and_its_alpha(pipelines, tmp_path, encoded, small_runs, flags):
     alpha = Image.new("L", (60, 120), 255)
     alpha.paste(0, (0, 0, 60, 60))
     picture = Image.new("RGB", (60, 120), "tomato")

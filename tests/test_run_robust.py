@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, nerf_scene, outputs
+from conftest import ROOT, SPLAT_SIZES, nerf_scene, outputs
 from PIL import Image
 
 import run
@@ -24,6 +24,7 @@ import toy
 from bench import fuzz_scenes, kills
 from bench.__main__ import main as bench_main
 from edit import LOSSES
+from files import sheets
 from files.checkpoint import CheckpointError, read_checkpoint, read_run
 from files.messages import exit_code, one_line
 from files.writing import check_writable, locked, replacing
@@ -127,16 +128,16 @@ def test_a_longer_fit_is_another_run(small_runs, pipelines, tmp_path, capsys, mo
              str(pipelines["sd"]), "--steps", "2", "--out", str(tmp_path / "scene" / "out")]  # within the scene
     for mode in ("nerf", "splat"):
         mine = ["--mode", mode, *flags]
-        assert run.main([*mine, "--fit-seconds", "0.1"]) == 0
+        assert run.main([*mine, "--fit-seconds", "0.05"]) == 0
         config = json.loads((tmp_path / "scene" / "out" / "config.json").read_text())
         assert len(config["fit"]) == 64 and config["threads"] == torch.get_num_threads()
         (tmp_path / "scene" / "out" / "fit.png").unlink(missing_ok=True)  # of the other mode
         before = outputs(tmp_path / "scene" / "out")
-        assert run.main([*mine, "--fit-seconds", "0.1", "--resume"]) == 0  # although the scene's folder has new files
+        assert run.main([*mine, "--fit-seconds", "0.05", "--resume"]) == 0  # although the scene's folder has new files
         assert outputs(tmp_path / "scene" / "out") == before
-        assert run.main([*mine[:4], "--fit-only", "--fit-seconds", "0.4", *flags[2:]]) == 0
+        assert run.main([*mine[:4], "--fit-only", "--fit-seconds", "0.2", *flags[2:]]) == 0
         capsys.readouterr()
-        assert run.main([*mine, "--fit-seconds", "0.1", "--resume"]) == 2
+        assert run.main([*mine, "--fit-seconds", "0.05", "--resume"]) == 2
         one_error(capsys, "cannot resume: the earlier run differs in fit")
         after = outputs(tmp_path / "scene" / "out")
         assert after.pop("fit.png") and after == before
@@ -155,7 +156,9 @@ def tiny_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_full_disk_keeps_old_results_and_resume_ends_bit_identically(command, tmp_path, tiny_disk, capsys):
+def test_a_full_disk_keeps_old_results_and_resume_ends_bit_identically(command, tmp_path, tiny_disk, capsys,
+                                                                       monkeypatch):
+    monkeypatch.setattr(sheets, "SHEET_SIZE", 512)  # results larger than a checkpoint
     assert command(out="whole") == 0
     assert command("--steps", 4, out="disk/out") == 0  # an earlier run
     def files():
@@ -377,6 +380,8 @@ def test_a_sample_of_fuzzed_inputs_passes(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["svg", "splat"])
 def test_killed_runs_resume_bit_identically(pipelines, tmp_path, monkeypatch, kind):
     small = ["--model", str(pipelines["sd"]), *(["--fit-seconds", "0.1"] if kind == "splat" else [])]
+    monkeypatch.setattr(kills, "SMALL", kills.SMALL | {"SIDES": 2, "SHEET_SIZE": 64})
+    monkeypatch.setattr(Splats, "sizes", lambda device: SPLAT_SIZES)
     monkeypatch.setattr(kills, "RUNS", {kind: [*kills.RUNS[kind], *small]})
     kills.whole_run(kind, tmp_path / kind)
     out, found = tmp_path / kind / "killed", []

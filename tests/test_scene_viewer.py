@@ -142,10 +142,9 @@ def gone(*_, **__):
 
 
 @pytest.mark.parametrize("mode", ["nerf", "splat"])
-def test_an_edit_takes_the_same_steps_with_and_without_a_page(ball, mode, small_runs, pipelines, loaded, tmp_path,
+def test_an_edit_takes_the_same_steps_with_and_without_a_page(ball, mode, small_runs, pipelines, tmp_path,
                                                               monkeypatch):
     """Every output is equal to the bit, though the page has moved and been sent pictures of all kinds."""
-    monkeypatch.setattr(run, "Prior", loaded(run.Prior))
     monkeypatch.setattr(viewer, "SHARE", 10.0)  # a picture after every step
     monkeypatch.setattr(viewer, "PACE", 0.0)
     page, between = Stub(0.3), Viewer.between
@@ -292,10 +291,9 @@ def turn(browser, before):
     raise AssertionError("the page does not turn")
 
 
-def test_the_page_shows_an_edit_turns_it_and_stops_it(ball, browser, small_runs, pipelines, loaded, tmp_path,
+def test_the_page_shows_an_edit_turns_it_and_stops_it(ball, browser, small_runs, pipelines, tmp_path,
                                                       capsys, monkeypatch):
     """Not blank, another picture after a drag, nothing asked of others; "stop and keep" writes all files."""
-    monkeypatch.setattr(run, "Prior", loaded(run.Prior))
     port = free_port()
 
     def look():

@@ -36,6 +36,7 @@ def test_the_plane_shows_the_claims_of_the_paper(tmp_path, capsys, monkeypatch):
         ways.setdefault(loss.__name__, way)
         return way
     monkeypatch.setattr(toy, "trajectories", recorded)
+    monkeypatch.setattr(toy, "STEPS", 700)
     assert toy.main(["--out", str(tmp_path)]) == 0
     rows = [line.rsplit(maxsplit=3) for line in capsys.readouterr().out.splitlines()[1:5]]
     sds, dds, ours, without = ([float(x) for x in row[1:]] for row in rows)
