@@ -32,6 +32,7 @@ from scene.guide import Guide
 from scene.photographs import Pixels, over
 from scene.region import Region, side_of
 from scene.representation import Representation, spherical_harmonics
+from scene.tint import Tint
 from scene.volume import Samples, distortion, sums, volume_weights
 
 LEAK = 0.05  # slope of the ReLUs: at learning rates that suit the table, a layer of 32 plain ReLUs can die
@@ -60,7 +61,7 @@ class Field(Representation):
         self.distance, self.pixel = distance.median().item(), (distance / focal).median().item()
         self.extent = 1.0 if scene.bounded else 2.0
         self.grid, self.open = HashGrid(levels, table, 16, min(max(4 / self.pixel, 64), 2048)), None
-        self.shape = None  # see split
+        self.shape = self.tint = None  # see split, tinted
 
         def weights(rows, columns):
             return torch.nn.Parameter(torch.empty(rows, columns).uniform_(-1, 1) * 1.7 / columns ** 0.5)
@@ -90,7 +91,8 @@ class Field(Representation):
         sigma, out = self.solid.density(self.solid.grid(x, known))
         if sh is None:
             return sigma, None
-        return sigma, self.colour(out if self.shape is None else self.density(self.grid(x))[1], sh)
+        rgb = self.colour(out if self.shape is None else self.density(self.grid(x))[1], sh)
+        return sigma, rgb if self.tint is None else self.tint(x, rgb)
 
     @property
     def solid(self):
@@ -102,14 +104,20 @@ class Field(Representation):
         if self.shape is None:
             self.shape = Shape(self)
 
+    def tinted(self):
+        """From now on colours can change by a Tint as well, smoothly in space; at first it changes nothing."""
+        if self.tint is None:
+            self.tint = Tint().to(self.centre.device)
+
     def behind(self, rays_d):
         """rgb [3,R] behind all samples: the background, or in a capture a colour per direction."""
         if self.scene.bounded:
             return self.background[:, None]
         return torch.sigmoid(self.sky_out @ leaky_relu(self.sky_in @ spherical_harmonics(rays_d), LEAK))
 
-    def param_groups(self, rate=1e-2, mlps=1e-3, densities=1.0):
-        """Two groups for Adam: the table, and the MLPs; after `split` two more for the densities alone.
+    def param_groups(self, rate=1e-2, mlps=1e-3, densities=1.0, tint=0.0):
+        """Two groups for Adam: the table, and the MLPs; after `split` two more for the densities alone, after `tinted`
+        one for the tint, beside which a group of rate 0 is frozen.
 
         Table entries get gradients rarely, hence the small eps. All samples share the MLPs, hence their lower rate: an
         edit of one place must not tint the others.
@@ -117,17 +125,22 @@ class Field(Representation):
         densities: their share of both rates after `split`; at 0 they are frozen, which saves their backward pass.
         """
         table, *others = self.grid.table, *(p for name, p in self.named_parameters() if p is not self.grid.table
-                                            and not name.startswith(("gate.", "shape.")))
+                                            and not name.startswith(("gate.", "shape.", "tint.")))
         own = [("table", [table], rate), ("mlps", others, mlps)]
+        for _, parameters, lr in own:
+            for parameter in parameters:
+                parameter.requires_grad_(self.tint is None or lr > 0)
+        own += [] if self.tint is None else [("tint", [*self.tint.parameters()], tint)]
         if self.shape is not None:
             shape = self.shape.requires_grad_(densities > 0)
             if densities:
                 own += [("shape table", [shape.grid.table], densities * rate),
                         ("shape mlps", [shape.sigma_in, shape.sigma_out], densities * mlps)]
-        # Entries of the colours' own table share one second moment: with one each, Adam moves an entry by its noise as
-        # far as by a lasting push, which roughens surfaces.
+        # Entries of the colours' own table share one second moment, as do those of each grid of a tint: with one each,
+        # Adam moves an entry by its noise as far as by a lasting push, which roughens surfaces.
         return [{"name": name, "params": parameters, "lr": lr, "betas": (0.9, 0.99), "eps": 1e-15,
-                 "shared": name == "table" and self.shape is not None} for name, parameters, lr in own]
+                 "shared": name == "tint" or name == "table" and self.shape is not None}
+                for name, parameters, lr in own]
 
     def focus(self, scene, size):
         super().focus(scene, size)
@@ -484,6 +497,8 @@ class NeRF(SampledField):
             nerf = cls(scene, **config)
             if "shape.sigma_in" in state:
                 nerf.split()
+            if any(name.startswith("tint.") for name in state):
+                nerf.tinted()
             if any(name.startswith("gate.") for name in state):
                 nerf.confine(Region(scene, torch.zeros([side_of(scene)] * 3)))
             restore(nerf, state, path)

@@ -132,10 +132,12 @@ def confined(args, scene):
 def load_nerf(args, prior, nerf=None):
     """A scene as a NeRF, fitted before."""
     nerf = nerf or fit(args)
-    if args.densities != 1:
+    if args.densities != 1 and (args.table or args.mlps):
         nerf.split()
+    if args.tint:
+        nerf.tinted()
     nerf.learn_from(args.frame)
-    groups = nerf.param_groups(args.table, args.mlps, args.densities)
+    groups = nerf.param_groups(args.table, args.mlps, args.densities, args.tint)
     if args.rates == "released":  # nerfstudio's Adam; rates fall to a tenth in 100,000 steps
         groups = [group | {"betas": (0.9, 0.999), "warm": args.warm or 1000, "fall": (0.1, 99000)} for group in groups]
     return nerf, groups, Photographs(nerf)

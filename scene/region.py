@@ -113,8 +113,8 @@ def side_of(scene):
 def inside(cells, place):
     """The share [N] in [0,1] of the region of `cells` [G,G,G] at places [3,N] in [0,1] of the grid.
 
-    The cells are interpolated. The share is 0 up to the border, where half of what is near belongs to the region, so that
-    nothing beyond it changes; a quarter of a cell within it is 1.
+    The cells are interpolated. The share is 0 up to the border, where half of what is near belongs to the region, so
+    that nothing beyond it changes; a quarter of a cell within, it is 1.
     """
     near = grid_sample(cells[None, None], (2 * place - 1).T[None, None, None], padding_mode="border",
                        align_corners=False).view(-1)
