@@ -258,7 +258,7 @@ def complete(args, prior, name=None, confined=False):
     args, name = copy.copy(args), name or args.losses[0]
     own = settings_for(prior.defaults, args.mode, name, prior.size, args.smooth,
                        args.coefficients, local=bool(args.local or args.mask) and not confined,
-                       recolour=recolours(args.source or "", args.target or "") and not confined)
+                       recolour=recolours(args.source or "", args.target or ""), confined=confined)
     for key in SETTINGS:
         if getattr(args, key, None) is None:
             setattr(args, key, own.get(key))

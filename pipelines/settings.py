@@ -4,8 +4,9 @@
     own = settings_for(defaults, "svg", "pds")                 # {name: value} for one mode and method
 
 A pds.json may hold any setting, and under the name of a mode, of a method, "smooth_points" (an SVG whose points move as
-one field), "recolour" (prompts that differ in a colour alone; an SVG needs that field) or "dreamcatalyst" what differs
-there. "guidance" is a dict with a scale for each method.
+one field), "everywhere" (the edit is not confined to a part of a scene's space), "recolour" (prompts that differ in a
+colour alone; an SVG needs that field) or "dreamcatalyst" what differs there. "guidance" is a dict with a scale for each
+method.
 """
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("inversion_steps", int, 1, None, EVERY, None))}
 GUIDED = ("pds", "dds", "sds", "ids", "sdedit", "inv2n", "in2n", "drfs")  # methods with a guidance of their own
 # what a pds.json may hold settings under
-PARTS = (*EVERY, "pds", "in2n", "ids", "ssd", "dreamcatalyst", "smooth_points", "recolour")
+PARTS = (*EVERY, "pds", "in2n", "ids", "ssd", "dreamcatalyst", "smooth_points", "everywhere", "recolour")
 
 # The guidance of the paper's code for PDS, DreamFusion's for SDS, and the others' own; in SSD it is a weight.
 GUIDANCE = {"pds": 100.0, "dds": 7.5, "sds": 100.0, "ids": 7.5, "ssd": 7.5}
@@ -115,17 +116,19 @@ PAPER = {
 
 
 def settings_for(defaults, mode, method, size=64, width=None, coefficients="official", local=False,
-                 recolour=False):
+                 recolour=False, confined=False):
     """The settings {name: value} of a mode and a method under the defaults of a model, before any flag.
 
     Later layers win: the usual values, the model's settings, those of the mode, of the method, of smooth points, of
-    recolouring, and of DreamCatalyst's coefficients, which are the released ones for a model that brings none.
+    edits that act everywhere, of recolouring, and of DreamCatalyst's coefficients, which are the released ones for a
+    model that brings none.
 
     Args:
         size: side in pixels of the model's pictures; width: of the smooth field, see SETTINGS, 0: none, None: the
             model's own, else an eighth of `size` for a drawing and none for Gaussians.
         local: the edit is held to masks of pictures; weights that all of a NeRF shares would carry it out of place.
         recolour: the prompts differ in a colour alone, see pipelines.captions.recolours; free points ignore it.
+        confined: a scene can change in one part of its space only, see run.confined; colours have no layer then.
     """
     own = {name: setting.usual for name, setting in SETTINGS.items() if setting.usual is not None} | defaults
     if mode == "splat":  # a width outside of the part of a mode is one in pixels
@@ -138,7 +141,8 @@ def settings_for(defaults, mode, method, size=64, width=None, coefficients="offi
     own["smooth"] = usual if mode in SETTINGS["smooth"].modes else 0.0
     if own["smooth"] and mode == "svg":
         own = _overlaid(own, own.get("smooth_points", {}))
-    if own["smooth"] or mode != "svg":
+    own = own if confined else _overlaid(own, own.get("everywhere", {}))
+    if (own["smooth"] or mode != "svg") and not confined:
         own = _overlaid(own, own.get("recolour", {}) if recolour else {})
     if coefficients == "dreamcatalyst" and method == "pds":
         part = own.get("dreamcatalyst", DREAMCATALYST)

@@ -133,6 +133,7 @@ def test_every_setting_of_the_paper_has_a_flag_that_wins(pipelines):
         "freeu",
         "spring",
         "densities",
+        "tint",
         "colour_identity",
         "source_guidance",
         "inversion_steps",
@@ -168,7 +169,7 @@ def test_only_modes_with_colours_apart_weigh_them_apart():
 
 def test_points_stay_where_only_a_colour_changes():
     """With the shipped settings: a rate in the command, free points, and the paper's settings move them. In a NeRF the
-    MLPs alone change."""
+    MLPs alone change, where more than a colour does the tint alone, and in a confined edit the table and the MLPs."""
     shipped, released = (types.SimpleNamespace(defaults=own, size=64, multiple=8, abar=ABAR) for own in (
         read_defaults(options.SHIPPED / "pds.json"), PAPER))
 
@@ -180,8 +181,14 @@ def test_points_stay_where_only_a_colour_changes():
     assert rate(shipped, "red book", "green book", "--points", "0.3") == 0.3
     assert rate(shipped, "red book", "green book", "--smooth", "0") == 0.08
     assert rate(released, "red book", "green book") == rate(released, "dog face", "panda")
-    nerf = {method: settings_for(shipped.defaults, "nerf", method, recolour=True)["table"] for method in ("pds", "sds")}
-    assert nerf["pds"] == 0 < nerf["sds"] and settings_for(shipped.defaults, "nerf", "pds")["table"] > 0
+
+    def learning(method, **given):
+        own = settings_for(shipped.defaults, "nerf", method, **given)
+        return [name for name in ("table", "mlps", "tint") if own[name]]
+    assert learning("pds", recolour=True) == ["mlps"] and learning("pds") == ["tint"]
+    for own in (learning("pds", confined=True), learning("pds", confined=True, recolour=True), learning("sds"),
+                learning("pds", local=True)):
+        assert own == ["table", "mlps"]
 
 
 def test_the_shipped_model_has_shorter_settings_for_dreamcatalyst():

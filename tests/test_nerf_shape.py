@@ -1,4 +1,4 @@
-"""Densities with weights of their own: a split field looks the same, and its colours change without its shape."""
+"""Densities with weights of their own, and a tint: a field looks the same, and its colours change without its shape."""
 import copy
 
 import pytest
@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from nerf import NeRF
 from pipelines.settings import settings_for
 from scene.region import ball
+from scene.tint import Tint
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +90,41 @@ def test_settings_of_a_method_within_a_mode_hold_there_alone():
                   settings_for(defaults, "nerf", "pds", coefficients="dreamcatalyst")):
         assert other["steps"] != 2
     assert settings_for(defaults, "image", "pds")["steps"] == 1000
+
+
+def test_a_tint_changes_the_colours_alone_and_is_part_of_the_file(fitted, tmp_path):
+    nerf, x = copy.deepcopy(fitted), torch.rand(3, 200, generator=torch.Generator().manual_seed(0))
+    nerf.tinted()
+    nerf.confine(ball(nerf.scene, (0.0, 0.0, 0.0), 0.8))
+    with torch.no_grad():
+        assert_close(nerf.render(3, 40), fitted.render(3, 40), rtol=0, atol=1e-5)
+    groups = nerf.param_groups(0.0, 0.0, 1.0, tint=0.05)
+    assert [group["name"] for group in groups if group["lr"]] == ["tint"]
+    darken(nerf, groups)
+    for name, parameter in nerf.named_parameters():
+        if not name.startswith(("tint.", "gate.")):
+            assert torch.equal(parameter, fitted.get_parameter(name)) and not parameter.requires_grad
+    up = torch.ones(16, 200)
+    (sigma, rgb), (own, was) = nerf.look(x, up), fitted.look(x, up)
+    assert torch.equal(sigma, own) and (rgb - was).mean() < -0.01
+    nerf.save(tmp_path / "a.safetensors")
+    loaded = NeRF.load(tmp_path / "a.safetensors", nerf.scene)
+    with torch.no_grad():
+        assert torch.equal(loaded.render(3, 40), nerf.render(3, 40))
+
+
+def test_a_tint_covers_dark_and_light_alike():
+    """A lightness of -15 along grey takes every colour to black; the hue leaves the mean of the logits alone."""
+    tint, x = Tint(), torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
+    rgb = torch.tensor([[0.0, 1.0, 0.2, 0.98, 0.5], [0.0, 1.0, 0.9, 0.7, 0.5], [0.0, 1.0, 0.4, 0.1, 0.5]])
+    assert_close(tint(x, rgb), rgb, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        tint.lightness[0].fill_(-15)
+        dark = tint(x, rgb)
+        assert dark.min() >= -Tint.ROOM and dark.max() < 0.03
+        tint.lightness[0].zero_()
+        tint.hue[1][:, 0] = 1.0
+        turned = tint(x, rgb).logit()[:, 2:] - rgb.logit()[:, 2:]
+    assert_close(turned, torch.tensor([[0.5 ** 0.5], [-0.5 ** 0.5], [0.0]]).expand(-1, 3), rtol=0, atol=1e-4)
+    tint(x, rgb).sum().backward()
+    assert all(grid.grad.abs().sum() > 0 for grid in tint.parameters())
