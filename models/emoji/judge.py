@@ -1,10 +1,11 @@
 """Train the judge of edits (bench/judge.py) on the captioned drawings that the prior learns from.
 
-    python models/emoji/judge.py --icons /tmp/icons/node_modules/@iconify-json --minutes 68
+    npm install --prefix /tmp/icons @iconify-json/openmoji @iconify-json/fluent-emoji-high-contrast
+    python models/emoji/judge.py --icons /tmp/icons/node_modules/@iconify-json
 
---icons is the folder that train.py takes. Writes judge.safetensors to this folder, resumes from --work, and logs how
-many drawings of the held-out styles the judge names. Training starts from random weights, and its augmentations differ
-from those of the prior: blur, posterisation, noise, hidden parts, backgrounds of any colour.
+--icons is the folder that train.py takes, with two more sets. Writes judge.safetensors to this folder, resumes from
+--work, and logs how many drawings of the held-out styles the judge names. Training starts from random weights, and its
+augmentations differ from those of the prior: blur, posterisation, noise, hidden parts, backgrounds of any colour.
 """
 import argparse
 import copy
@@ -25,6 +26,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from bench.judge import COLOURS, SIDE, Judge, bags, features  # noqa: E402  (the path comes first)
 
 CACHED = 72  # pixels a side of the drawings kept in memory
+MORE = ["openmoji", "fluent-emoji-high-contrast"]  # sets that the prior does not learn from: two more styles
 SIDES = {0.0: SIDE // 2, 0.25: 3 * SIDE // 4, 0.42: SIDE}  # {share of the time: pixels a side}; small is fast
 
 
@@ -52,7 +54,7 @@ def load_items(trainer, args, held_out=False):
     """Small drawings [N,4,h,w] and the lists of their true captions, without drawings that have none."""
     cache = args.work / ("judge-held-out.pt" if held_out else "judge-train.pt")
     if not cache.exists():
-        styles = trainer.HELD_OUT if held_out else trainer.TRAIN
+        styles = trainer.HELD_OUT if held_out else [*trainer.TRAIN, *MORE]
         rgba, captions, *_ = trainer.items(args.icons, styles, args.sets, recoloured=not held_out)
         kept = [i for i, c in enumerate(captions) if c]
         torch.save((small(rgba[kept]), [captions[i] for i in kept]), cache)
@@ -208,7 +210,7 @@ def mix_styles(x, rng):
 
 
 class Run:
-    """The training run: judge, its moving average, optimiser, minutes spent; checkpoints are written atomically."""
+    """The training run: judge, its moving average, optimiser, processor minutes; checkpoints are written atomically."""
 
     def __init__(self, path, minutes, peak):
         torch.manual_seed(0)
@@ -219,7 +221,7 @@ class Run:
         self.optimiser = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=peak,
                                            betas=(0.9, 0.98), weight_decay=0.2)
         self.ema = copy.deepcopy(self.judge).eval().requires_grad_(False)
-        self.step, self.spent, self.saved, self.clock = 0, 0.0, 0.0, time.time()
+        self.step, self.spent, self.saved, self.clock = 0, 0.0, 0.0, time.process_time()
         if path.exists():
             state = torch.load(path)
             self.judge.load_state_dict(state["judge"])
@@ -243,7 +245,7 @@ class Run:
             for old, new in zip(self.ema.state_dict().values(), self.judge.state_dict().values(), strict=True):
                 old.lerp_(new, 1 - decay) if old.is_floating_point() else old.copy_(new)
         self.step += 1
-        now = time.time()
+        now = time.process_time()
         self.spent, self.clock = self.spent + (now - self.clock) / 60, now
 
     def save(self):
@@ -265,7 +267,7 @@ def train(trainer, args, log):
     for stage in run.judge.stages[:2]:
         stage.register_forward_hook(lambda module, _, out: mix_styles(out, rng) if module.training else None)
     run.judge.train()
-    run.clock = time.time()
+    run.clock = time.process_time()
     while run.spent < args.minutes:
         rows = torch.multinomial(said.shares, args.batch, replacement=True, generator=rng)
         side = [size for start, size in SIDES.items() if run.spent >= start * args.minutes][-1]
@@ -396,8 +398,8 @@ def main():
     p.add_argument("--sets", type=Path, help="where train.py cached the rendered sets (default: --work)")
     p.add_argument("--trainer", type=Path, default=HERE / "train.py", help="the prior's training script")
     p.add_argument("--out", type=Path, default=HERE, help="where judge.safetensors is written")
-    p.add_argument("--minutes", type=float, default=68, help="training time")
-    p.add_argument("--batch", type=int, default=64, help="drawings in a step")
+    p.add_argument("--minutes", type=float, default=110, help="training time, of the processor")
+    p.add_argument("--batch", type=int, default=96, help="drawings in a step")
     p.add_argument("--threads", type=int, default=1, help="CPU threads")
     args = p.parse_args()
     args.sets = args.sets or args.work
