@@ -2,6 +2,7 @@
 import importlib.util
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +196,20 @@ def test_augmentation_changes_drawings_and_keeps_them_in_range(training):
     still = training.plain(drawings)
     assert still.shape == (16, 3, SIDE, SIDE) and still[:, :, 0, 0].eq(1).all()
     assert (still[:, 1].amin((1, 2)) < 0.02).all()
+
+
+def test_the_judge_learns_from_more_sets_than_the_prior_and_never_from_those_held_out(training, tmp_path):
+    asked = []
+
+    def items(icons, styles, sets, recoloured):
+        asked.append((styles, recoloured))
+        return torch.zeros(2, 4, 128, 128, dtype=torch.uint8), [["owl"], []], None, None
+    trainer = SimpleNamespace(TRAIN=["noto"], HELD_OUT=["noto-v1"], items=items)
+    for held_out in (False, True):
+        args = SimpleNamespace(icons="icons", work=tmp_path, sets=tmp_path)
+        drawings, captions = training.load_items(trainer, args, held_out)
+        assert drawings.shape == (1, 4, training.CACHED, training.CACHED) and captions == [["owl"]]
+    assert asked == [(["noto", "openmoji", "fluent-emoji-high-contrast"], True), (["noto-v1"], False)]
 
 
 def test_captions_that_may_be_true_are_no_negatives(training):
