@@ -92,7 +92,7 @@ COMMANDS = {  # name: (module and function of this folder, help, arguments)
         ("--mode", dict(choices=["nerf", "splat"], default="nerf")),
         ("--views", dict(type=number(int, 9), default=80)), ("--fit-seconds", dict(type=float, default=60)),
         ("--steps", dict(type=COUNT, help="steps of the edit (default: the model's)")),
-        ("--only", dict(nargs="+", choices=["one mask", "--local", "--local, the lemon"], help="default: all three")),
+        ("--only", dict(nargs="+", choices=["one mask", "local", "local, the lemon"], help="default: all three")),
         ("--out", dict(default="out/local-capture", help="folder of the results (default: out/local-capture)"))]),
     "colours": ("colours.colours", "which colours a prior recognises, in recoloured and in original drawings", [
         *PROBE, ("--nouns", dict(type=COUNT, default=60)), ("--natural", dict(type=COUNT, default=20)),

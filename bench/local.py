@@ -84,8 +84,8 @@ def local(args):
 
 SIDES = (134, 100)  # pixels of a photograph
 LEMON = Things([*FRUIT.spheres[3:], *FRUIT.spheres[:3]], 1, FRUIT.stretch)  # the same, with the lemon as the subject
-CAPTURED = {"one mask": (FRUIT, "red apple", "green apple", 35), "--local": (FRUIT, "red apple", "green apple", 27),
-            "--local, the lemon": (LEMON, "lemon", "lime", 27)}  # things, prompts, dB
+CAPTURED = {"one mask": (FRUIT, "red apple", "green apple", 35), "local": (FRUIT, "red apple", "green apple", 27),
+            "local, the lemon": (LEMON, "lemon", "lime", 27)}  # things, prompts, dB
 
 
 def captured(args):
