@@ -128,7 +128,8 @@ def settings_for(defaults, mode, method, size=64, width=None, coefficients="offi
             model's own, else an eighth of `size` for a drawing and none for Gaussians.
         local: the edit is held to masks of pictures; weights that all of a NeRF shares would carry it out of place.
         recolour: the prompts differ in a colour alone, see pipelines.captions.recolours; free points ignore it.
-        confined: a scene can change in one part of its space only, see run.confined; colours have no layer then.
+        confined: a scene can change in one part of its space only, see run.confined; neither of these two layers holds
+            then.
     """
     own = {name: setting.usual for name, setting in SETTINGS.items() if setting.usual is not None} | defaults
     if mode == "splat":  # a width outside of the part of a mode is one in pixels
@@ -141,9 +142,10 @@ def settings_for(defaults, mode, method, size=64, width=None, coefficients="offi
     own["smooth"] = usual if mode in SETTINGS["smooth"].modes else 0.0
     if own["smooth"] and mode == "svg":
         own = _overlaid(own, own.get("smooth_points", {}))
-    own = own if confined else _overlaid(own, own.get("everywhere", {}))
-    if (own["smooth"] or mode != "svg") and not confined:
-        own = _overlaid(own, own.get("recolour", {}) if recolour else {})
+    if not confined:
+        own = _overlaid(own, own.get("everywhere", {}))
+        if recolour and (own["smooth"] or mode != "svg"):
+            own = _overlaid(own, own.get("recolour", {}))
     if coefficients == "dreamcatalyst" and method == "pds":
         part = own.get("dreamcatalyst", DREAMCATALYST)
         own = _overlaid(_overlaid(own | {"source_guidance": None}, part), part.get(mode, {}))  # it knows only one scale

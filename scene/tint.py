@@ -3,7 +3,6 @@
     tint = Tint()
     rgb = tint(x, rgb)                             # [3,N] at places x [3,N] in [0,1]
 """
-
 import torch
 from torch.nn.functional import grid_sample
 
@@ -12,7 +11,7 @@ class Tint(torch.nn.Module):
     """What is added to the logits of colours: it varies slowly in space, the hue more slowly than the lightness.
 
     An MLP maps what looked alike to what looks alike, so that an eye remains an eye under paint, and Adam moves the
-    entries of a hash table one by one. Both are coarse grids here, summed over several resolutions, at first 0.
+    entries of a hash table one by one. A tint does neither: it is a sum of coarse grids, at first 0.
 
     Attributes:
         lightness, hue: lists of grids [1,1,G,G,G] and [1,2,G,G,G] over the places.
