@@ -244,6 +244,24 @@ def _transmittance(alpha, before):
     return light.cumprod_(1)
 
 
+@torch.no_grad()
+def _median_depth(quadratic, depth, tiles):
+    """Depth [tiles,P] of the Gaussian behind which half of the light is left, 0 if more is left behind all of them."""
+    quadratic = torch.cat((quadratic, quadratic.new_tensor([[-20.0, 0, 0, 0, 0, 0]])))
+    depth, first = torch.cat((depth, depth.new_zeros(1))), 0
+    out = depth.new_zeros(len(tiles.count), tiles.side ** 2)
+    light = torch.ones_like(out)
+    while len(part := ((tiles.count > first) & (light.amax(1) > 0.5)).nonzero()[:, 0]):
+        index, alpha = tiles.alphas(quadratic, depth.dtype, part, first, _Composite.DEPTH)
+        before, behind = light[part], _transmittance(alpha, light[part])[:, 1:]
+        light[part] = behind[:, -1]
+        crossed = (before > 0.5) & (light[part] <= 0.5)
+        found = depth[index].gather(1, (behind <= 0.5).int().argmax(1))  # argmax: of the first
+        out[part] = torch.where(crossed, found, out[part])
+        first += _Composite.DEPTH
+    return out
+
+
 class Splats(Representation):
     """N Gaussians: drawing, editing, files and the fit.
 
@@ -297,19 +315,21 @@ class Splats(Representation):
 
     @torch.no_grad()
     def depth(self, view=None, size=None):
-        """Expected depth [1,1,H,W] along the rays in units of the scene; 0 where a ray meets nothing opaque."""
+        """Median depth [1,1,H,W] along the rays in units of the scene, at which half of the light is left (as in Huang et
+        al., 2D Gaussian Splatting); 0 where a ray meets nothing opaque. Unlike the expected depth it is that of one of
+        the surfaces where a pixel shows two, at the rims of things."""
         camera = self.camera(view, size)
         quadratic, tiles, _, depth = self._tiled(camera)
-        drawn = _Composite.apply(quadratic, depth[:, None].expand(-1, 3).contiguous(), tiles)
-        total, _, _, left = tiles.picture(drawn, camera)
-        axis = camera.directions(left.device)[2].abs().view_as(left)  # the cosine between ray and optical axis
-        return torch.where(left < 0.5, total / (1 - left).clamp_min(0.5) / axis, 0)[None, None]
+        depth = tiles.picture(_median_depth(quadratic, depth, tiles)[:, None], camera)
+        return (depth / camera.directions(depth.device)[2].abs().view_as(depth))[None]  # by the cosine to the axis
 
     # ---- interface of the editing loop
 
     def confine(self, region):
-        """From now on only Gaussians learn whose centre lies in a region.Region."""
-        self.learning = region.at(self.means.detach().cpu().T).to(self.means.device) > 0
+        """From now on only Gaussians learn that lie in a region.Region, up to one standard deviation along each axis."""
+        means, axes = self.means.detach(), rotations(self.quaternions.detach()) * self.log_scales.detach().exp().T
+        ends = [means.T, *(means.T + sign * axis for axis in axes.unbind(1) for sign in (-1, 1))]
+        self.learning = torch.stack([region.at(x.cpu()) > 0 for x in ends]).all(0).to(means.device)
         if not self.learning.any():
             raise ValueError(f"{self.scene.path}: no Gaussian lies in the region of the edit")
         inside = self.learning.to(self.means)

@@ -102,14 +102,16 @@ class SteadyAdam(torch.optim.Adam):
     stored, so K may change from step to step. All other groups take exactly the steps of torch.optim.Adam; with a
     `decay`, those of torch.optim.AdamW with that weight decay. A `spring` is a weight decay towards the initial values:
     after each step it takes back that share, times the group's `share` of its rate, of every displacement. This damps
-    noise, while a consistent gradient still moves a shape.
+    noise, while a consistent gradient still moves a shape. What is `sparse` goes back by that share of the rate after
+    each step, row by row, up to its initial values: the proximal step of a group lasso on the displacements (Yuan and
+    Lin 2006). Rows with a weak push, such as the colours of most shapes, stay exactly where they were.
     """
 
     def __init__(self, groups, fields=None):
         """groups: as for torch.optim.Adam, each with one parameter; fields: {name of a group: SmoothField}."""
-        super().__init__([{"shared": False, "decay": 0.0, "spring": 0.0, "share": 1.0} | group for group in groups])
+        super().__init__([{"shared": False, "decay": 0.0, "spring": 0.0, "sparse": 0.0, "share": 1.0} | group for group in groups])
         self.fields = fields or {}
-        self.rest = [[p.detach().clone() for p in group["params"]] if group["spring"] else []
+        self.rest = [[p.detach().clone() for p in group["params"]] if group["spring"] or group["sparse"] else []
                      for group in self.param_groups]
 
     @torch.no_grad()
@@ -128,6 +130,10 @@ class SteadyAdam(torch.optim.Adam):
         for group, rests in zip(self.param_groups, self.rest, strict=True):
             for parameter, rest in zip(group["params"], rests, strict=False):
                 parameter.lerp_(rest, group["spring"] * group["share"])
+                if group["sparse"]:
+                    moved = (parameter - rest).view(len(rest), -1)
+                    kept = 1 - group["sparse"] * group["lr"] / moved.norm(dim=1, keepdim=True).clamp_min(1e-12)
+                    parameter.copy_(rest + (moved * kept.clamp_min(0)).view_as(rest))
         return loss
 
     def _move(self, parameter, group, field):

@@ -132,6 +132,7 @@ def test_every_setting_of_the_paper_has_a_flag_that_wins(pipelines):
         "warm",
         "freeu",
         "spring",
+        "sparse",
         "densities",
         "tint",
         "colour_identity",

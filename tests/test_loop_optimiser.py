@@ -103,6 +103,29 @@ def test_a_spring_damps_noise_but_not_a_consistent_gradient():
     assert kept[1] < 0.6
 
 
+def test_what_is_sparse_moves_by_the_proximal_step_of_a_group_lasso():
+    """Each row minimises |x - y|^2 / 2 + s lr |x - rest| for Adam's step y; a weakly pushed row stays to the bit."""
+    rest = rand(5, 3)
+    ours, theirs = torch.nn.Parameter(rest.clone()), torch.nn.Parameter(rest.clone())
+    sparse, adam = SteadyAdam([dict(params=[ours], lr=0.1, sparse=0.3)]), torch.optim.Adam([theirs], lr=0.1)
+    for step in range(6):
+        for p in (ours, theirs):
+            p.grad = rand(5, 3, seed=step)
+        sparse.step()
+        adam.step()
+        for row, (y, at) in enumerate(zip(theirs.data, rest, strict=True)):
+            away = (y - at).norm().item()
+            theirs.data[row] = at if away <= 0.03 else at + (y - at) * (away - 0.03) / away
+    assert_close(ours, theirs)
+
+    p = torch.nn.Parameter(rest.clone())
+    optimiser = SteadyAdam([dict(params=[p], lr=0.1, sparse=0.3, shared=True)])
+    for _ in range(50):
+        p.grad = rest.new_tensor([[1.0], [0.01], [0.01], [0.01], [0.1]]).expand(5, 3).clone()
+        optimiser.step()
+    assert (p[0] < rest[0] - 1).all() and torch.equal(p[1:4], rest[1:4])
+
+
 def test_a_shared_moment_and_a_field_match_the_long_form():
     rest = 10 * rand(6, 2)
     p, field = torch.nn.Parameter(rest.clone()), SmoothField(rest, 3.0)

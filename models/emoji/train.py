@@ -786,7 +786,7 @@ def train_unet(args, device, vae, log):
         half.to(dtype=torch.float16)
         half.save_pretrained(args.out, safe_serialization=True)
         readable_by_transformers_4(args.out)
-        own = copy.deepcopy(DEFAULTS)
+        own = json.loads((HERE / "pds.json").read_text())
         if flow:  # edited at the noise levels of the diffusion model
             def share(t):
                 return round(flow.sigmas[round(1000 * t)].item(), 3)
@@ -1115,26 +1115,6 @@ def measure(args, log):
     log(f"on disk: {own:.1f} MB, instruct.* {sum(sizes.values()) - own:.1f} MB")
     names = sorted(c[0] for c in vocabulary().values())
     sample_sheet(pipe, random.Random(args.seed).sample(names, 64), args.out / "samples.png")
-
-
-# The model's settings, written to pds.json: guidance by loss, optimiser steps, rate of an SVG's points in pixels, steps
-# of a DDPM inversion; then those of a mode that differ.
-EDITORS = {"sdedit": 5, "inv2n": 6, "in2n": 7.5, "drfs": 3}
-DEFAULTS = {"guidance": {"pds": 15, "dds": 3, "sds": 5, "ids": 3, "ssd": 3, **EDITORS}, "steps": 300, "points": 0.08,
-            "inversion_steps": 25,
-            "svg": {"identity": 0.5, "smooth": 6, "recolour": {"points": 0.0},
-                    "smooth_points": {"steps": 75, "batch": 2, "points": 0.7, "colours": 0.04, "guidance": {"pds": 8},
-                                      "source_guidance": 6, "identity": 0.55, "spring": 0.03, "colour_identity": 0.77}},
-            "image": {"guidance": {"pds": 10, "dds": 3, "sds": 5, **EDITORS}},
-            "nerf": {"guidance": {"pds": 10, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 500,
-                     "pds": {"steps": 150, "hold": 1, "guidance": {"pds": 8}, "source_guidance": 2, "identity": 0.15,
-                             "t_min": 0.2, "table": 0.004, "mlps": 0.003, "densities": 0, "recolour": {"table": 0.0}}},
-            "splat": {"guidance": {"pds": 15, "dds": 5, "sds": 7.5, **EDITORS}, "steps": 600,
-                      "pds": {"steps": 150, "guidance": {"pds": 8}, "identity": 0.3, "t_min": 0.35, "smooth": 0.3,
-                              "colours": 0.04}},
-            "ids": {"t_min": 0.05, "t_max": 0.95}, "ssd": {"t_min": 0.02, "schedule": "decreasing"},
-            "dreamcatalyst": {"guidance": {"pds": 3}, "identity": 1.0, "colour_identity": 1.0, "t_min": 0.2,
-                              "t_max": 0.9, "schedule": "decreasing"}}
 
 
 def main():
