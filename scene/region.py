@@ -9,6 +9,7 @@
 Cells are those of a grid over the box, of captures over the contracted space, see box.py.
 """
 import math
+import warnings
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -228,7 +229,8 @@ def found(representation, maps, size):
 
     Each cell of the surface gets the mean over all views that see it. In the box of interest Otsu's threshold parts
     what neither prompt explains from what may belong to the subject, a second one this from what surely does. The
-    largest connected part of that is the core; from there to the surroundings labels spread as in `lifted`.
+    largest connected part of that is the core; from there to the surroundings labels spread as in `lifted`. A region
+    that holds less than half of what speaks for the source's prompt raises a UserWarning: the subject may lie elsewhere.
     """
     scene, side = representation.edited, side_of(representation.scene)
     looks, cell, points, colours, odds = _surface(representation, list(maps), size, maps)
@@ -243,7 +245,13 @@ def found(representation, maps, size):
     if not core.any() or odds[core].mean() <= 0:
         raise ValueError(f"{scene.path}: --local finds no subject amid the scene: give --mask")
     label = _spread(side, cell, points / scene.half, colours, core | (odds <= low), core)
-    return _region(scene, looks.values(), cell, _cube(scene, cell, label).main().cells.flatten()[cell] > 0.5)
+    label = _cube(scene, cell, label).main().cells.flatten()[cell] > 0.5
+    speaks = odds.clamp_min(0) * inner
+    share = (speaks[label].sum() / speaks.sum()).item()
+    if share < 0.5:
+        warnings.warn(f"{scene.path}: --local is in doubt: the thing that it found holds only {share:.0%} of what the "
+                      "source's prompt explains; look at masks.png, or give --mask", stacklevel=2)
+    return _region(scene, looks.values(), cell, label)
 
 
 def otsu(values):

@@ -1,5 +1,7 @@
 """scene/region.py: regions from one mask, a box or a ball; edits that are confined to them."""
 import copy
+import re
+import warnings
 
 import pytest
 import torch
@@ -68,6 +70,32 @@ def test_a_subject_is_found_by_what_the_prompts_explain(nerf_sphere):
         assert (seen & wanted).sum() >= 0.7 * (seen | wanted).sum()
     with pytest.raises(ValueError, match="--local finds no subject amid the scene: give --mask"):
         found(balls, {view: odds - 2 for view, odds in maps.items()}, 48)
+
+
+class Crowd(Balls):
+    """A red ball beside three green ones."""
+    PLACES = torch.tensor([[-0.35, 0, 0], [0.4, 0, 0], [0, 0.6, 0], [0, -0.6, 0]])
+    RADIUS, COLOURS = 0.25, torch.tensor([[1.0, 0, 0], *[[0, 0.8, 0]] * 3])
+
+    def of(self, view, size, values):
+        """The value of the ball that a view shows at each pixel [1,1,H,W], noisy."""
+        camera, away = self.camera(view, size), self.meet(self.camera(view, size))
+        noise = torch.randn(away.shape[1], generator=torch.Generator().manual_seed(view))
+        return (torch.tensor(values)[away.argmin(0)] + 0.1 * noise).view(1, 1, camera.height, camera.width)
+
+
+@pytest.mark.parametrize(("others", "share"), [(-0.1, None), (0.6, "3[0-9]%")])
+def test_a_subject_is_in_doubt_where_the_prompt_explains_more_of_what_lies_beside_it(nerf_sphere, others, share):
+    crowd = Crowd(nerf_sphere)
+    maps = {view: crowd.of(view, 48, [1.0, others, others, others]) for view in range(len(nerf_sphere.train))}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        region = found(crowd, maps, 48)
+    assert region.at(crowd.PLACES.T).tolist() == [1, 0, 0, 0]
+    assert len(said) == (share is not None)
+    for warning in said:
+        assert re.search(f"--local is in doubt: the thing that it found holds only {share} of what the source's prompt "
+                         "explains; look at masks.png, or give --mask", str(warning.message))
 
 
 def test_a_mask_of_a_held_out_photograph(nerf_sphere):
