@@ -73,9 +73,9 @@ def test_with_all_options_off_an_edit_takes_the_paper_steps(smiling):
 
 def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
     _, scene, _, options = smiling("--steps", "8")
-    assert options.smooth == 6 and options.steady and options.identity == 0.55 and options.batch == 2
-    assert options.guidance == 8 and options.source_guidance == 6
-    assert options.spring == 0.03 and options.colour_identity == 0.77
+    assert options.smooth == 6 and options.steady and options.identity == 0.5 and options.batch == 2
+    assert options.guidance == 8 and options.source_guidance == 7
+    assert options.spring == 0.03 and options.colour_identity == 0.6 and options.sparse == 0.2
     assert (scene.opacities[scene.loaded["opacities"] == 1] == 1).all()
     moved = scene.points.detach() - scene.loaded["points"]
     near = torch.cdist(scene.loaded["points"], scene.loaded["points"]) < 1
