@@ -84,18 +84,22 @@ class Crowd(Balls):
         return (torch.tensor(values)[away.argmin(0)] + 0.1 * noise).view(1, 1, camera.height, camera.width)
 
 
-@pytest.mark.parametrize(("others", "share"), [(-0.1, None), (0.6, "3[0-9]%")])
-def test_a_subject_is_in_doubt_where_the_prompt_explains_more_of_what_lies_beside_it(nerf_sphere, others, share):
+@pytest.mark.parametrize(("places", "others", "reason"), [
+    (Crowd.PLACES, -0.1, None), (Crowd.PLACES, 0.6, "holds only 3[0-9]% of what the source's prompt explains"),
+    (Crowd.PLACES * torch.tensor([[3.0], [1], [1], [1]]), -0.1, "reaches the border of the box of interest, as a ground does")])
+def test_a_subject_is_in_doubt_beside_things_that_the_prompt_explains_and_at_the_border(
+        nerf_sphere, monkeypatch, places, others, reason):
+    monkeypatch.setattr(Crowd, "PLACES", places)
     crowd = Crowd(nerf_sphere)
     maps = {view: crowd.of(view, 48, [1.0, others, others, others]) for view in range(len(nerf_sphere.train))}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         region = found(crowd, maps, 48)
     assert region.at(crowd.PLACES.T).tolist() == [1, 0, 0, 0]
-    assert len(said) == (share is not None)
+    assert len(said) == (reason is not None)
     for warning in said:
-        assert re.search(f"--local is in doubt: the thing that it found holds only {share} of what the source's prompt "
-                         "explains; look at masks.png, or give --mask", str(warning.message))
+        assert re.search(f"--local is in doubt: the thing that it found {reason}; look at masks.png, or give --mask",
+                         str(warning.message))
 
 
 def test_a_mask_of_a_held_out_photograph(nerf_sphere):
