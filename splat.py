@@ -315,9 +315,9 @@ class Splats(Representation):
 
     @torch.no_grad()
     def depth(self, view=None, size=None):
-        """Median depth [1,1,H,W] along the rays in units of the scene, at which half of the light is left (as in Huang et
-        al., 2D Gaussian Splatting); 0 where a ray meets nothing opaque. Unlike the expected depth it is that of one of
-        the surfaces where a pixel shows two, at the rims of things."""
+        """Median depth [1,1,H,W] along the rays in units of the scene, at which half of the light is left (as in 2D
+        Gaussian Splatting, Huang et al.); 0 where a ray meets nothing opaque. Where a pixel shows two surfaces, at the
+        rim of a thing, it is that of one of them, unlike the expected depth."""
         camera = self.camera(view, size)
         quadratic, tiles, _, depth = self._tiled(camera)
         depth = tiles.picture(_median_depth(quadratic, depth, tiles)[:, None], camera)
@@ -326,7 +326,7 @@ class Splats(Representation):
     # ---- interface of the editing loop
 
     def confine(self, region):
-        """From now on only Gaussians learn that lie in a region.Region, up to one standard deviation along each axis."""
+        """From now on only Gaussians learn that lie in a region.Region up to a standard deviation along each axis."""
         means, axes = self.means.detach(), rotations(self.quaternions.detach()) * self.log_scales.detach().exp().T
         ends = [means.T, *(means.T + sign * axis for axis in axes.unbind(1) for sign in (-1, 1))]
         self.learning = torch.stack([region.at(x.cpu()) > 0 for x in ends]).all(0).to(means.device)

@@ -109,7 +109,8 @@ class SteadyAdam(torch.optim.Adam):
 
     def __init__(self, groups, fields=None):
         """groups: as for torch.optim.Adam, each with one parameter; fields: {name of a group: SmoothField}."""
-        super().__init__([{"shared": False, "decay": 0.0, "spring": 0.0, "sparse": 0.0, "share": 1.0} | group for group in groups])
+        usual = {"shared": False, "decay": 0.0, "spring": 0.0, "sparse": 0.0, "share": 1.0}
+        super().__init__([usual | group for group in groups])
         self.fields = fields or {}
         self.rest = [[p.detach().clone() for p in group["params"]] if group["spring"] or group["sparse"] else []
                      for group in self.param_groups]

@@ -260,8 +260,8 @@ def _question(scene, points, label, speaks):
     reason = (f"holds only {share:.0%} of what the source's prompt explains" if share < 0.4 else
               "reaches the border of the box of interest, as a ground does" if reach > 0.95 else None)
     if reason:
-        warnings.warn(f"{scene.path}: --local is in doubt: the thing that it found {reason}; look at masks.png, or give "
-                      "--mask", stacklevel=3)
+        warnings.warn(f"{scene.path}: --local is in doubt: the thing that it found {reason}; look at masks.png, or "
+                      "give --mask", stacklevel=3)
 
 
 def otsu(values):

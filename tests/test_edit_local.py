@@ -82,6 +82,15 @@ def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
     assert (torch.cdist(moved, moved)[near] < 0.3 * moved.norm(dim=1).max()).all() and moved.abs().max() > 0.1
 
 
+def test_colours_alone_are_sparse(smiling):
+    moved = {}
+    for share in ("0", "100"):
+        _, scene, _, _ = smiling("--steps", "3", "--sparse", share)
+        moved[share] = [not torch.equal(getattr(scene, name).detach(), scene.loaded[name])
+                        for name in ("points", "colours")]
+    assert moved == {"0": [True, True], "100": [True, False]}
+
+
 def test_dreamcatalyst_keeps_its_own_guidance_and_identity_over_those_of_smooth_points(smiling):
     _, _, _, options = smiling("--steps", "1", "--coefficients", "dreamcatalyst", edited=False)
     assert options.guidance == 3 and options.identity == 1 and options.colour_identity == 1 and options.t_max == 0.9

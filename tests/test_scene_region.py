@@ -86,7 +86,8 @@ class Crowd(Balls):
 
 @pytest.mark.parametrize(("places", "others", "reason"), [
     (Crowd.PLACES, -0.1, None), (Crowd.PLACES, 0.6, "holds only 3[0-9]% of what the source's prompt explains"),
-    (Crowd.PLACES * torch.tensor([[3.0], [1], [1], [1]]), -0.1, "reaches the border of the box of interest, as a ground does")])
+    (Crowd.PLACES * torch.tensor([[3.0], [1], [1], [1]]), -0.1,
+     "reaches the border of the box of interest, as a ground does")])
 def test_a_subject_is_in_doubt_beside_things_that_the_prompt_explains_and_at_the_border(
         nerf_sphere, monkeypatch, places, others, reason):
     monkeypatch.setattr(Crowd, "PLACES", places)
