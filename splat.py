@@ -251,13 +251,13 @@ def _median_depth(quadratic, depth, tiles):
     depth, first = torch.cat((depth, depth.new_zeros(1))), 0
     out = depth.new_zeros(len(tiles.count), tiles.side ** 2)
     light = torch.ones_like(out)
-    while len(part := ((tiles.count > first) & (light.amax(1) > 0.5)).nonzero()[:, 0]):
-        index, alpha = tiles.alphas(quadratic, depth.dtype, part, first, _Composite.DEPTH)
-        before, behind = light[part], _transmittance(alpha, light[part])[:, 1:]
-        light[part] = behind[:, -1]
-        crossed = (before > 0.5) & (light[part] <= 0.5)
-        found = depth[index].gather(1, (behind <= 0.5).int().argmax(1))  # argmax: of the first
-        out[part] = torch.where(crossed, found, out[part])
+    while len(deeper := ((tiles.count > first) & (light.amax(1) > 0.5)).nonzero()[:, 0]):
+        for part in deeper.split(max(1, 2 ** 22 // (_Composite.DEPTH * tiles.side ** 2))):  # 16 MB a block
+            index, alpha = tiles.alphas(quadratic, depth.dtype, part, first, _Composite.DEPTH)
+            before, behind = light[part], _transmittance(alpha, light[part])[:, 1:]
+            light[part] = behind[:, -1]
+            found = depth[index].gather(1, (behind <= 0.5).int().argmax(1))  # argmax: of the first
+            out[part] = torch.where((before > 0.5) & (light[part] <= 0.5), found, out[part])
         first += _Composite.DEPTH
     return out
 
