@@ -321,7 +321,6 @@ class Shown:
             export(scene, out / "export", [view.camera for view in scene.scene.train])
         return after
 
-
     def page(self, out, config, change):
         """index.html of a run in the folder `out`, a str; change: the line of change_outside."""
         args, shape = self.args, self.pairs[0][0].size

@@ -182,9 +182,7 @@ class _Composite(torch.autograd.Function):
     @staticmethod
     def forward(ctx, quadratic, colour, tiles):
         """quadratic [N,6] float64, colour [N,3], a Tiles -> [tiles,4,P]: rgb in front of nothing, transmittance."""
-        # number N pads lists; it is invisible
-        quadratic = torch.cat((quadratic, quadratic.new_tensor([[-20.0, 0, 0, 0, 0, 0]])))
-        colour = torch.cat((colour, colour.new_zeros(1, 3)))
+        quadratic, colour = _padded(quadratic, colour)
         ctx.save_for_backward(quadratic, colour)
         ctx.tiles, ctx.blocks = tiles, []
         out = colour.new_zeros(len(tiles.count), 4, tiles.side ** 2)
@@ -236,6 +234,12 @@ class _Composite(torch.autograd.Function):
         return grad_q[:-1], grad_c[:-1], None
 
 
+def _padded(quadratic, value):
+    """[N,6] and [N,...] -> the same with a Gaussian number N, which is invisible and pads the lists of Tiles."""
+    return (torch.cat((quadratic, quadratic.new_tensor([[-20.0, 0, 0, 0, 0, 0]]))),
+            torch.cat((value, value.new_zeros(1, *value.shape[1:]))))
+
+
 def _transmittance(alpha, before):
     """Transmittance [A,K+1,P] in front of each of K alphas [A,K,P] and behind the last; before [A,P]: of the first."""
     light = alpha.new_empty(len(alpha), alpha.shape[1] + 1, alpha.shape[2])
@@ -247,8 +251,7 @@ def _transmittance(alpha, before):
 @torch.no_grad()
 def _median_depth(quadratic, depth, tiles):
     """Depth [tiles,P] of the Gaussian behind which half of the light is left, 0 if more is left behind all of them."""
-    quadratic = torch.cat((quadratic, quadratic.new_tensor([[-20.0, 0, 0, 0, 0, 0]])))
-    depth, first = torch.cat((depth, depth.new_zeros(1))), 0
+    (quadratic, depth), first = _padded(quadratic, depth), 0
     out = depth.new_zeros(len(tiles.count), tiles.side ** 2)
     light = torch.ones_like(out)
     while len(deeper := ((tiles.count > first) & (light.amax(1) > 0.5)).nonzero()[:, 0]):
