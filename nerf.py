@@ -32,7 +32,7 @@ from scene.guide import Guide
 from scene.photographs import Pixels, over
 from scene.region import Region, side_of
 from scene.representation import Representation, spherical_harmonics
-from scene.tint import Tint
+from scene.tint import LookUpTable, Tint
 from scene.volume import Samples, distortion, sums, volume_weights
 
 LEAK = 0.05  # slope of the ReLUs: at learning rates that suit the table, a layer of 32 plain ReLUs can die
@@ -61,7 +61,7 @@ class Field(Representation):
         self.distance, self.pixel = distance.median().item(), (distance / focal).median().item()
         self.extent = 1.0 if scene.bounded else 2.0
         self.grid, self.open = HashGrid(levels, table, 16, min(max(4 / self.pixel, 64), 2048)), None
-        self.shape = self.tint = None  # see split, tinted
+        self.shape = self.tint = self.lut = None  # see split, tinted, graded
 
         def weights(rows, columns):
             return torch.nn.Parameter(torch.empty(rows, columns).uniform_(-1, 1) * 1.7 / columns ** 0.5)
@@ -92,6 +92,7 @@ class Field(Representation):
         if sh is None:
             return sigma, None
         rgb = self.colour(out if self.shape is None else self.density(self.grid(x))[1], sh)
+        rgb = rgb if self.lut is None else self.lut(rgb)
         return sigma, rgb if self.tint is None else self.tint(x, rgb)
 
     @property
@@ -109,15 +110,20 @@ class Field(Representation):
         if self.tint is None:
             self.tint = Tint().to(self.centre.device)
 
+    def graded(self):
+        """From now on colours can change by a LookUpTable as well, equal ones alike; at first it changes nothing."""
+        if self.lut is None:
+            self.lut = LookUpTable().to(self.centre.device)
+
     def behind(self, rays_d):
         """rgb [3,R] behind all samples: the background, or in a capture a colour per direction."""
         if self.scene.bounded:
             return self.background[:, None]
         return torch.sigmoid(self.sky_out @ leaky_relu(self.sky_in @ spherical_harmonics(rays_d), LEAK))
 
-    def param_groups(self, rate=1e-2, mlps=1e-3, densities=1.0, tint=0.0):
+    def param_groups(self, rate=1e-2, mlps=1e-3, densities=1.0, tint=0.0, lut=0.0):
         """Two groups for Adam: the table, and the MLPs; after `split` two more for the densities alone, after `tinted`
-        one for the tint, beside which a group of rate 0 is frozen.
+        and `graded` one for the tint and one for the look-up table, beside which a group of rate 0 is frozen.
 
         Table entries get gradients rarely, hence the small eps. All samples share the MLPs, hence their lower rate: an
         edit of one place must not tint the others.
@@ -125,21 +131,23 @@ class Field(Representation):
         densities: their share of both rates after `split`; at 0 they are frozen, which saves their backward pass.
         """
         table, *others = self.grid.table, *(p for name, p in self.named_parameters() if p is not self.grid.table
-                                            and not name.startswith(("gate.", "shape.", "tint.")))
+                                            and not name.startswith(("gate.", "shape.", "tint.", "lut.")))
         own = [("table", [table], rate), ("mlps", others, mlps)]
+        smooth = [(name, [*change.parameters()], lr) for name, change, lr in
+                  (("tint", self.tint, tint), ("lut", self.lut, lut)) if change is not None]
         for _, parameters, lr in own:
             for parameter in parameters:
-                parameter.requires_grad_(self.tint is None or lr > 0)
-        own += [] if self.tint is None else [("tint", [*self.tint.parameters()], tint)]
+                parameter.requires_grad_(not smooth or lr > 0)
+        own += smooth
         if self.shape is not None:
             shape = self.shape.requires_grad_(densities > 0)
             if densities:
                 own += [("shape table", [shape.grid.table], densities * rate),
                         ("shape mlps", [shape.sigma_in, shape.sigma_out], densities * mlps)]
-        # Entries of the colours' own table share one second moment, as do those of each grid of a tint: with one each,
+        # Entries of the colours' own table share one second moment, as do those of each grid of a tint or of a look-up table: with one each,
         # Adam moves an entry by its noise as far as by a lasting push, which roughens surfaces.
         return [{"name": name, "params": parameters, "lr": lr, "betas": (0.9, 0.99), "eps": 1e-15,
-                 "shared": name == "tint" or name == "table" and self.shape is not None}
+                 "shared": name in ("tint", "lut") or name == "table" and self.shape is not None}
                 for name, parameters, lr in own]
 
     def focus(self, scene, size):
@@ -499,6 +507,8 @@ class NeRF(SampledField):
                 nerf.split()
             if any(name.startswith("tint.") for name in state):
                 nerf.tinted()
+            if any(name.startswith("lut.") for name in state):
+                nerf.graded()
             if any(name.startswith("gate.") for name in state):
                 nerf.confine(Region(scene, torch.zeros([side_of(scene)] * 3)))
             restore(nerf, state, path)

@@ -1,14 +1,16 @@
-"""A smooth change of a field's colours, which covers what is there: dark paint hides dark and light details alike.
+"""Smooth changes of a field's colours: over the places, or over the colours themselves.
 
-    tint = Tint()
+    tint, lut = Tint(), LookUpTable()
     rgb = tint(x, rgb)                             # [3,N] at places x [3,N] in [0,1]
+    rgb = lut(rgb)
 """
 import torch
 from torch.nn.functional import grid_sample
 
 
 class Tint(torch.nn.Module):
-    """What is added to the logits of colours: it varies slowly in space, the hue more slowly than the lightness.
+    """What is added to the logits of colours: it varies slowly in space, the hue more slowly than the lightness, and
+    covers what is there: dark paint hides dark and light details alike.
 
     An MLP maps what looked alike to what looks alike, so that an eye remains an eye under paint, and Adam moves the
     entries of a hash table one by one. A tint does neither: it is a sum of coarse grids, at first 0.
@@ -35,3 +37,16 @@ class Tint(torch.nn.Module):
         own = rgb.clamp(self.ROOM, 1 - self.ROOM)
         change = rgb.new_tensor(self.GREY) @ grey + rgb.new_tensor(self.OPPONENT) @ hue
         return rgb - own + (own.logit() + change).sigmoid()
+
+
+class LookUpTable(Tint):
+    """A 3D look-up table of colours, as colour grading uses: what is added to the logits depends on the colour alone.
+
+    Whatever had one colour has one colour again, so that shading stays smooth and a texture stays as sharp as it was,
+    while leaf and fruit may go different ways. Few nodes suffice, with trilinear interpolation between them.
+    """
+    LIGHTNESS, HUE = (3,), (3,)
+
+    def forward(self, rgb):
+        """Colours rgb [3,N] in [0,1] -> [3,N], at most ROOM outside of [0,1]."""
+        return super().forward(rgb, rgb)

@@ -135,6 +135,7 @@ def test_every_setting_of_the_paper_has_a_flag_that_wins(pipelines):
         "sparse",
         "densities",
         "tint",
+        "lut",
         "colour_identity",
         "source_guidance",
         "inversion_steps",
@@ -170,7 +171,8 @@ def test_only_modes_with_colours_apart_weigh_them_apart():
 
 def test_points_stay_where_only_a_colour_changes():
     """With the shipped settings: a rate in the command, free points, and the paper's settings move them. In a NeRF the
-    MLPs alone change, where more than a colour does with a tint, and in a confined edit with the table instead."""
+    look-up table alone changes, where more than a colour does the MLPs with a tint, and in a confined edit with the
+    table instead."""
     shipped, released = (types.SimpleNamespace(defaults=own, size=64, multiple=8, abar=ABAR) for own in (
         read_defaults(options.SHIPPED / "pds.json"), PAPER))
 
@@ -181,17 +183,17 @@ def test_points_stay_where_only_a_colour_changes():
     assert usual > 0 == rate(shipped, "red book", "green book") == rate(shipped, "red book", "green book", "--loss=sds")
     assert rate(shipped, "red book", "green book", "--points", "0.3") == 0.3
     held = [settings_for(shipped.defaults, "svg", "pds", recolour=only) for only in (False, True)]
-    assert [(own["sparse"], own["colour_identity"]) for own in held] == [(0.2, 0.6), (0.5, 0.3)]
+    assert [(own["sparse"], own["colour_identity"]) for own in held] == [(0.2, 0.35), (0.5, 0.3)]
     assert settings_for(shipped.defaults, "svg", "pds", width=0, recolour=True)["sparse"] == 0
     assert rate(shipped, "red book", "green book", "--smooth", "0") == 0.08
     assert rate(released, "red book", "green book") == rate(released, "dog face", "panda")
 
     def learning(method, **given):
         own = settings_for(shipped.defaults, "nerf", method, **given)
-        return [name for name in ("table", "mlps", "tint") if own[name]]
-    assert learning("pds", recolour=True) == ["mlps"] and learning("pds") == ["mlps", "tint"]
+        return [name for name in ("table", "mlps", "tint", "lut") if own[name]]
+    assert learning("pds", recolour=True) == ["lut"] and learning("pds") == ["mlps", "tint"]
     for own in (learning("pds", confined=True), learning("pds", confined=True, recolour=True), learning("sds"),
-                learning("pds", local=True)):
+                learning("sds", recolour=True), learning("pds", local=True)):
         assert own == ["table", "mlps"]
 
 

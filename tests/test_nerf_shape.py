@@ -1,4 +1,4 @@
-"""Densities with weights of their own, and a tint: a field looks the same, and its colours change without its shape."""
+"""Densities with weights of their own, a tint, a look-up table of colours: the colours change without the shape."""
 import copy
 
 import pytest
@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from nerf import NeRF
 from pipelines.settings import settings_for
 from scene.region import ball
-from scene.tint import Tint
+from scene.tint import LookUpTable, Tint
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +92,19 @@ def test_settings_of_a_method_within_a_mode_hold_there_alone():
     assert settings_for(defaults, "image", "pds")["steps"] == 1000
 
 
-def test_a_tint_changes_the_colours_alone_and_is_part_of_the_file(fitted, tmp_path):
+@pytest.mark.parametrize("name, added", [("tint", NeRF.tinted), ("lut", NeRF.graded)])
+def test_a_tint_or_a_table_changes_the_colours_alone_and_is_part_of_the_file(fitted, name, added, tmp_path):
     nerf, x = copy.deepcopy(fitted), torch.rand(3, 200, generator=torch.Generator().manual_seed(0))
-    nerf.tinted()
+    added(nerf)
     nerf.confine(ball(nerf.scene, (0.0, 0.0, 0.0), 0.8))
     with torch.no_grad():
         assert_close(nerf.render(3, 40), fitted.render(3, 40), rtol=0, atol=1e-5)
-    groups = nerf.param_groups(0.0, 0.0, 1.0, tint=0.05)
-    assert [group["name"] for group in groups if group["lr"]] == ["tint"]
+    groups = nerf.param_groups(0.0, 0.0, 1.0, **{name: 0.05})
+    assert [group["name"] for group in groups if group["lr"]] == [name]
     darken(nerf, groups)
-    for name, parameter in nerf.named_parameters():
-        if not name.startswith(("tint.", "gate.")):
-            assert torch.equal(parameter, fitted.get_parameter(name)) and not parameter.requires_grad
+    for other, parameter in nerf.named_parameters():
+        if not other.startswith((f"{name}.", "gate.")):
+            assert torch.equal(parameter, fitted.get_parameter(other)) and not parameter.requires_grad
     up = torch.ones(16, 200)
     (sigma, rgb), (own, was) = nerf.look(x, up), fitted.look(x, up)
     assert torch.equal(sigma, own) and (rgb - was).mean() < -0.01
@@ -128,3 +129,17 @@ def test_a_tint_covers_dark_and_light_alike():
     assert_close(turned, torch.tensor([[0.5 ** 0.5], [-0.5 ** 0.5], [0.0]]).expand(-1, 3), rtol=0, atol=1e-4)
     tint(x, rgb).sum().backward()
     assert all(grid.grad.abs().sum() > 0 for grid in tint.parameters())
+
+
+def test_a_look_up_table_changes_equal_colours_alike_and_neighbouring_ones_nearly_so():
+    """Between its nodes the table is linear in each channel of the colour: a change at the node of white reaches grey
+    not at all, and a colour half-way between grey and white by an eighth."""
+    lut, rgb = LookUpTable(), torch.tensor([[0.9, 0.9, 0.5, 0.75], [0.1, 0.1, 0.5, 0.75], [0.2, 0.2, 0.5, 0.75]])
+    assert_close(lut(rgb), rgb, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        lut.lightness[0][..., -1, -1, -1] = -8.0
+        assert_close(lut(rgb)[:, :3], rgb[:, :3], rtol=0, atol=1e-6)
+        assert_close(lut(rgb).logit()[:, 3], rgb.logit()[:, 3] - 8 / 8 / 3 ** 0.5, rtol=0, atol=1e-5)
+        lut.hue[0].normal_(generator=torch.Generator().manual_seed(0))
+    changed = lut(rgb)
+    assert torch.equal(changed[:, 0], changed[:, 1]) and (changed - rgb).abs().min() > 1e-4
