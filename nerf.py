@@ -144,8 +144,8 @@ class Field(Representation):
             if densities:
                 own += [("shape table", [shape.grid.table], densities * rate),
                         ("shape mlps", [shape.sigma_in, shape.sigma_out], densities * mlps)]
-        # Entries of the colours' own table share one second moment, as do those of each grid of a tint or of a look-up table: with one each,
-        # Adam moves an entry by its noise as far as by a lasting push, which roughens surfaces.
+        # Entries of the colours' own table share one second moment, as do those of each grid of a tint or of a look-up
+        # table: with one each, Adam moves an entry by its noise as far as by a lasting push, which roughens surfaces.
         return [{"name": name, "params": parameters, "lr": lr, "betas": (0.9, 0.99), "eps": 1e-15,
                  "shared": name in ("tint", "lut") or name == "table" and self.shape is not None}
                 for name, parameters, lr in own]

@@ -69,8 +69,8 @@ SETTINGS = {setting.name: setting for setting in (
             "for both, as in the paper"),
     Setting("tint", float, 0, 0.0, ("nerf",), "rate of a tint of the colours that is smooth in space, so that it "
             "covers what is there; 0: none, as in the paper"),
-    Setting("lut", float, 0, 0.0, ("nerf",), "rate of a look-up table of the colours, which changes equal colours alike "
-            "and leaves shading and texture as they are; 0: none, as in the paper"),
+    Setting("lut", float, 0, 0.0, ("nerf",), "rate of a look-up table of the colours, which changes equal colours "
+            "alike and leaves shading and texture as they are; 0: none, as in the paper"),
     Setting("means", float, 0, 3e-5, ("splat",), "rate of the means, in extents of the cameras"),
     Setting("scales", float, 0, 1e-3, ("splat",), "rate of the log scales"),
     Setting("rotations", float, 0, 2e-4, ("splat",), "rate of the quaternions"),
