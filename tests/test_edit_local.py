@@ -74,8 +74,8 @@ def test_with_all_options_off_an_edit_takes_the_paper_steps(smiling):
 def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
     _, scene, _, options = smiling("--steps", "8")
     assert options.smooth == 6 and options.steady and options.identity == 0.5 and options.batch == 2
-    assert options.guidance == 8 and options.source_guidance == 7
-    assert options.spring == 0.03 and options.colour_identity == 0.6 and options.sparse == 0.2
+    assert options.guidance == 8 and options.source_guidance == 3
+    assert options.spring == 0.03 and options.colour_identity == 0.35 and options.sparse == 0.2
     assert (scene.opacities[scene.loaded["opacities"] == 1] == 1).all()
     moved = scene.points.detach() - scene.loaded["points"]
     near = torch.cdist(scene.loaded["points"], scene.loaded["points"]) < 1
@@ -112,7 +112,8 @@ def test_a_step_is_the_mean_over_its_batch_for_any_chunk_size(smiling, monkeypat
         return {name: p.grad for name, p in scene.named_parameters() if p.numel()}
     together, alone = gradients(0, 1, 2), [gradients(seed) for seed in range(3)]
     for name, grad in together.items():
-        assert_close(grad, sum(one[name] for one in alone) / 3, atol=1e-6, rtol=1e-4)
+        size = grad.abs().max().item()  # what rounds are the terms of a sum, not what is left of it
+        assert_close(grad, sum(one[name] for one in alone) / 3, atol=1e-5 * size, rtol=0)
     assert together["colours"].abs().max() > 0 and together["points"].abs().max() > 0
 
 
