@@ -505,10 +505,9 @@ class NeRF(SampledField):
             nerf = cls(scene, **config)
             if "shape.sigma_in" in state:
                 nerf.split()
-            if any(name.startswith("tint.") for name in state):
-                nerf.tinted()
-            if any(name.startswith("lut.") for name in state):
-                nerf.graded()
+            for part, add in (("tint.", nerf.tinted), ("lut.", nerf.graded)):
+                if any(name.startswith(part) for name in state):
+                    add()
             if any(name.startswith("gate.") for name in state):
                 nerf.confine(Region(scene, torch.zeros([side_of(scene)] * 3)))
             restore(nerf, state, path)

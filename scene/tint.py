@@ -43,7 +43,8 @@ class LookUpTable(Tint):
     """A 3D look-up table of colours, as colour grading uses: what is added to the logits depends on the colour alone.
 
     Whatever had one colour has one colour again, so that shading stays smooth and a texture stays as sharp as it was,
-    while leaf and fruit may go different ways. Few nodes suffice, with trilinear interpolation between them.
+    while leaf and fruit may go different ways. The grids lie over blue, green and red; few nodes suffice, with
+    trilinear interpolation between them.
     """
     LIGHTNESS, HUE = (3,), (3,)
 
