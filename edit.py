@@ -108,14 +108,16 @@ class Distillation:
         """For each generator: the view, what is rendered of it, the timestep [1], and the generator.
 
         Of a scene the pixel centres are shifted by up to half a pixel, so that over many steps the edit covers the
-        whole surface, not only the points that the centres meet.
+        whole surface, not only the points that the centres meet. A drawing has one view, a shift, for all generators,
+        so that it is rendered and encoded once a step.
         """
         args, looks = self.args, []
         progress = step / self.steps if args.schedule == "decreasing" else None
-        for i, generator in enumerate(generators):
-            if step % (args.hold or HOLD[args.mode]) == 0:
-                self.state["views"][i] = self.scene.sample_view(generator)
-            view = camera = self.state["views"][i]
+        if step % (args.hold or HOLD[args.mode]) == 0:
+            views = [self.scene.sample_view(generator) for generator in generators]
+            self.state["views"] = parallel.gathered(views)[:1] * len(views) if args.mode == "svg" else views
+        for view, generator in zip(self.state["views"], generators, strict=True):
+            camera = view
             if args.mode in SCENES:
                 shift = (torch.rand(2, generator=generator) - 0.5).tolist()
                 camera = self.scene.camera(view, args.frame).shifted(*shift)
@@ -125,11 +127,12 @@ class Distillation:
 
     def encoded(self, scene, views):
         """Latents [n,C,h,w] of what a scene shows in n views, differentiable, and the pictures [n,3,H,W] behind them;
-        of a picture that is optimised as a latent, the latent itself and None."""
+        of a picture that is optimised as a latent, the latent itself and None. The views of a drawing are equal."""
         if isinstance(scene, Picture):
             return scene.latent(self.prior, self.args.frame).expand(len(views), -1, -1, -1), None
-        pictures = torch.cat([scene.render(view, self.args.frame) for view in views])
-        return self.prior.encode(pictures), pictures
+        distinct = views[:1] if self.args.mode == "svg" else views
+        pictures = torch.cat([scene.render(view, self.args.frame) for view in distinct])
+        return self.prior.encode(pictures).expand(len(views), -1, -1, -1), pictures.expand(len(views), -1, -1, -1)
 
     def surroundings(self, views, pictures):
         """SURROUNDINGS times the squared error [] of a scene's pictures [n,3,H,W] outside of the masks, mean over n.
