@@ -139,6 +139,7 @@ class Field(Representation):
             for parameter in parameters:
                 parameter.requires_grad_(not smooth or lr > 0)
         own += smooth
+        self.drawn = {}  # the densities may change from now on
         if self.shape is not None:
             shape = self.shape.requires_grad_(densities > 0)
             if densities:
@@ -328,6 +329,7 @@ class NeRF(SampledField):
         super().__init__(scene, levels, table, width)
         self.config = dict(levels=levels, table=table, width=width)
         self.register_buffer("edits", torch.zeros((), dtype=torch.int64))  # number of calls of project_
+        self.drawn = {}  # see `again`
 
     @property
     def shown(self):
@@ -339,11 +341,33 @@ class NeRF(SampledField):
     @property
     def chunk(self):
         """Number of rays rendered at a time, which bounds the memory of a picture of any size."""
-        return 1024 if self.centre.device.type == "cpu" else 2 ** 14
+        return (4096 if self.scene.bounded else 1024) if self.centre.device.type == "cpu" else 2 ** 14
 
     # ---- drawing
 
     LIGHT = 1e-3  # least weight of a sample that is shaded
+    KEPT = 2 ** 22  # the most samples of which `again` keeps the places: 100 MB
+
+    @property
+    def frozen(self):
+        """Whether the densities stay as they are, in an edit of the colours alone of a whole object."""
+        own = *self.solid.grid.parameters(), self.solid.sigma_in, self.solid.sigma_out
+        return self.gate is None and not any(p.requires_grad for p in own)
+
+    def again(self, camera, rays):
+        """The Samples of each chunk of a Camera's rays, kept while the densities are frozen: to find them takes most of
+        the time of a picture, and an edit is shown from the same sides before, meanwhile and after."""
+        if camera.key not in self.drawn:
+            while self.drawn and sum(len(found.t) for parts in self.drawn.values() for found in parts) > self.KEPT:
+                del self.drawn[next(iter(self.drawn))]  # the oldest
+            self.drawn[camera.key] = [self.find(*part)._replace(features=None) for part in self.chunks(*rays)]
+        return self.drawn[camera.key]
+
+    def chunks(self, *tensors):
+        """Tensors [...,R] of rays in parts of at most `chunk` rays. Part i of n takes every n-th ray, so that all cost
+        about the same."""
+        count = math.ceil(tensors[0].shape[-1] / self.chunk)
+        return [tuple(x[..., i::count] for x in tensors) for i in range(count)]
 
     @torch.no_grad()
     def find(self, rays_o, rays_d, jitter=0.5):
@@ -420,6 +444,8 @@ class NeRF(SampledField):
             rgb = rays_o + 0 * sum(p.sum() for p in self.parameters()) if learnt else rays_o
         elif learnt and rays_o.shape[1] <= 4 * self.chunk:
             rgb = self.draw(rays_o, rays_d)
+        elif not learnt and self.frozen:
+            rgb, _ = self.looked(rays_o, rays_d, self.again(camera, (rays_o, rays_d)))
         else:
             rgb = _Deferred.apply(self, learnt, rays_o, rays_d, *self.parameters())
         if still:
@@ -438,29 +464,29 @@ class NeRF(SampledField):
             _, depth = self.looked(rays_o[:, still.open], rays_d[:, still.open])
             depth = still.depth.index_copy(0, still.open, depth)
         else:
-            _, depth = self.looked(rays_o, rays_d)
+            _, depth = self.looked(rays_o, rays_d, self.again(camera, (rays_o, rays_d)) if self.frozen else None)
         return depth.view(1, 1, camera.height, camera.width) * self.scene.half
 
     @torch.no_grad()
-    def looked(self, rays_o, rays_d):
+    def looked(self, rays_o, rays_d, found=None):
         """Rays rays_o, rays_d [3,R] -> rgb [3,R] on the background, and expected depth [R] along them in half sides of
-        the box, 0 where they meet nothing opaque."""
+        the box, 0 where they meet nothing opaque. found: the Samples of each of the `chunks`, if they are known."""
         rgb, far, field = torch.empty_like(rays_d), torch.empty_like(rays_d[0]), self.gate.field if self.gate else self
-        for at in torch.arange(rays_o.shape[1], device=rays_o.device).split(self.chunk):
-            o, d = rays_o[:, at], rays_d[:, at]
-            colour, opacity, depth, _ = self.shade(o, d)
-            rgb[:, at] = colour + field.behind(d) * (1 - opacity)
-            far[at] = torch.where(opacity > 0.5, depth / opacity.clamp_min(0.5), 0)
+        parts = self.chunks(rays_o, rays_d, rgb, far)
+        for (o, d, to, away), samples in zip(parts, found or [None] * len(parts), strict=True):
+            colour, opacity, depth, _ = self.shade(o, d, found=samples)
+            to.copy_(colour + field.behind(d) * (1 - opacity))
+            away.copy_(torch.where(opacity > 0.5, depth / opacity.clamp_min(0.5), 0))
         return rgb, far
 
     # ---- interface of the editing loop
 
     def project_(self):
-        """Call after each step of an edit: update the occupancy, in the first and every 16th call.
+        """Call after each step of an edit: update the occupancy, in the first and every 16th call, if it can change.
 
         Occupancy is dilated by one cell, so that additions to a surface are sampled and can grow a cell at a time.
         """
-        if self.edits % 16 == 0:
+        if self.edits % 16 == 0 and not self.frozen:
             generator = torch.Generator(self.centre.device).manual_seed(int(self.edits))
             self.update_occupancy(generator, dilate=True)
         self.edits += 1
@@ -621,27 +647,26 @@ class _Deferred(torch.autograd.Function):
     """Render in chunks without gradient; in the backward pass draw each chunk again and push its gradient through.
 
     Both passes use the same samples, whose positions are kept (6 bytes each). The second pass costs these samples alone
-    and memory grows by no more (deferred back-propagation: ARF, Zhang et al., arXiv 2206.06360). Chunk i of n takes
-    every n-th ray, so all chunks cost about the same. A chunk has at most 2^15 rays: int16 holds their numbers.
+    and memory grows by no more (deferred back-propagation: ARF, Zhang et al., arXiv 2206.06360). A chunk has at most
+    2^15 rays: int16 holds their numbers.
     """
 
     @staticmethod
     def forward(ctx, nerf, learnt, rays_o, rays_d, *parameters):
         ctx.nerf, ctx.rays, ctx.numbers = nerf, (rays_o, rays_d), []
         ctx.save_for_backward(*parameters)  # the backward pass raises if a step has changed them in between
-        ctx.chunks = math.ceil(rays_o.shape[1] / nerf.chunk)
         rgb, end = torch.empty_like(rays_d), 0
         ctx.kept = [rays_d.new_empty(0, dtype=kind) for kind in (torch.float32, torch.int16)]  # t, ray
-        for i in range(ctx.chunks):
-            rays = [x[:, i::ctx.chunks] for x in ctx.rays]
+        chunks = nerf.chunks(*ctx.rays, rgb)
+        for i, (*rays, to) in enumerate(chunks):
             found = nerf.find(*rays)
-            rgb[:, i::ctx.chunks] = nerf.draw(*rays, found)
+            to.copy_(nerf.draw(*rays, found))
             if learnt:
                 ctx.numbers.append(len(found.t))
                 start, end = end, end + len(found.t)
                 # Allocate for all chunks at once, as their counts are similar: small tensors would fragment the memory.
                 if end > len(ctx.kept[0]):
-                    room = end * ctx.chunks * 5 // (4 * (i + 1)) + 1
+                    room = end * len(chunks) * 5 // (4 * (i + 1)) + 1
                     ctx.kept = [torch.cat((x[:start], x.new_empty(room - start))) for x in ctx.kept]
                 for x, values in zip(ctx.kept, (found.t, found.ray), strict=True):
                     x[start:end] = values
@@ -653,8 +678,7 @@ class _Deferred(torch.autograd.Function):
         wanted = [p for p in ctx.saved_tensors if p.requires_grad]
         totals = [torch.zeros_like(p) for p in wanted]
         kept = (x[:sum(ctx.numbers)].split(ctx.numbers) for x in ctx.kept)
-        for i, (t, ray) in enumerate(zip(*kept, strict=True)):
-            rays_o, rays_d, part = (x[:, i::ctx.chunks] for x in (*ctx.rays, grad))
+        for (rays_o, rays_d, part), t, ray in zip(nerf.chunks(*ctx.rays, grad), *kept, strict=True):
             ray = ray.long()
             start = (rays_o - nerf.centre[:, None]) / nerf.scene.half
             x = nerf.place(start[:, ray], rays_d[:, ray], t)

@@ -56,6 +56,11 @@ class Camera:
         fx, fy, cx, cy, *distortion = self.lens
         return replace(self, lens=(fx, fy, cx - right, cy - down, *distortion))
 
+    @property
+    def key(self):
+        """A tuple that equal cameras share: under it a field keeps what it has found of a picture."""
+        return *self.pose.flatten().tolist(), *self.lens, self.width, self.height
+
     def rays(self, device="cpu"):
         """rays_o, rays_d [3,H*W] through the pixel centres, row by row; rays_d has length 1."""
         pose = self.pose.to(device)

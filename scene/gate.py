@@ -59,12 +59,11 @@ class Gate(torch.nn.Module):
     def again(self, camera):
         """The same for any camera, and the frozen field's depth [H*W]: a picture of the fit, from a side from which the
         edit is shown again, costs what can change alone."""
-        key = (*camera.pose.flatten().tolist(), *camera.lens, camera.width, camera.height)
-        if key not in self.others:
+        if camera.key not in self.others:
             while self.others and sum(len(still.depth) for still in self.others.values()) > self.PIXELS:
                 del self.others[next(iter(self.others))]  # the oldest
-            self.others[key] = self._frozen(camera)
-        return self.others[key]
+            self.others[camera.key] = self._frozen(camera)
+        return self.others[camera.key]
 
     def unchanged(self, learning):
         """Whether the learning field still is the frozen one, as before the first step of an edit."""

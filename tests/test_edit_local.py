@@ -73,9 +73,9 @@ def test_with_all_options_off_an_edit_takes_the_paper_steps(smiling):
 
 def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
     _, scene, _, options = smiling("--steps", "8")
-    assert options.smooth == 6 and options.steady and options.identity == 0.5 and options.batch == 2
+    assert options.smooth == 6 and options.steady and options.identity == 0.45 and options.batch == 2
     assert options.guidance == 8 and options.source_guidance == 3
-    assert options.spring == 0.03 and options.colour_identity == 0.35 and options.sparse == 0.2
+    assert options.spring == 0.03 and options.colour_identity == 0.1 and options.sparse == 0.3
     assert (scene.opacities[scene.loaded["opacities"] == 1] == 1).all()
     moved = scene.points.detach() - scene.loaded["points"]
     near = torch.cdist(scene.loaded["points"], scene.loaded["points"]) < 1
@@ -98,7 +98,7 @@ def test_dreamcatalyst_keeps_its_own_guidance_and_identity_over_those_of_smooth_
 
 @pytest.mark.parametrize("pixels", [3 * 64 ** 2, 2 * 64 ** 2, 1])  # three, two, or one drawing at a time
 def test_a_step_is_the_mean_over_its_batch_for_any_chunk_size(smiling, monkeypatch, pixels):
-    """The gradients of a batch of three are the means over single steps with its shift, for which it is rendered once."""
+    """The gradients of a batch of three are the means over single steps with its shift, for which it is drawn once."""
     def gradients(*seeds):
         prior, scene, source, options = smiling("--steps", "1", "--batch", str(len(seeds)), edited=False)
         monkeypatch.setattr(Distillation, "PIXELS", pixels)

@@ -260,6 +260,34 @@ def test_deferred_gradients_use_the_occupancy_of_the_forward_pass(nerf_fitted, m
     assert not nerf.occupied.any()
 
 
+def test_pictures_of_a_frozen_shape_search_for_samples_only_once(nerf_fitted, monkeypatch):
+    nerf, find, calls = copy.deepcopy(nerf_fitted), NeRF.find, []
+    monkeypatch.setattr(NeRF, "find", lambda self, *args, **options: calls.append(1) or find(self, *args, **options))
+    monkeypatch.setattr(NeRF, "chunk", 300)
+    nerf.split()
+    nerf.param_groups(densities=0)
+    occupied = nerf.occupied.clone()
+
+    def drawn():
+        return torch.cat([nerf.render(1, 32).flatten(), nerf.depth(1, 32).flatten()])
+    with torch.no_grad():
+        before = drawn()
+        assert len(calls) == math.ceil(32 * 32 / 300)
+        nerf.rgb_out.mul_(0.5)  # a step of the colours
+        nerf.project_()
+        after = drawn()
+        assert len(calls) == math.ceil(32 * 32 / 300) and torch.equal(nerf.occupied, occupied)
+        assert (before - after).abs().max() > 0.01
+        monkeypatch.setattr(nerf, "KEPT", 0)  # there is room for one picture, which the next one replaces
+        nerf.render(2, 32)
+        assert len(nerf.drawn) == 1
+        nerf.param_groups(densities=1)
+        assert_close(drawn(), after, rtol=0, atol=1e-6)
+        assert not nerf.drawn and not nerf.frozen
+        nerf.shape.sigma_out[0] -= 10
+        assert (drawn() - after).abs().max() > 0.1
+
+
 def test_deferred_gradients_raise_if_parameters_have_changed(nerf_fitted, monkeypatch):
     monkeypatch.setattr(NeRF, "chunk", 100)
     nerf = copy.deepcopy(nerf_fitted)
