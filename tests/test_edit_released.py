@@ -183,7 +183,8 @@ def test_points_stay_where_only_a_colour_changes():
     assert usual > 0 == rate(shipped, "red book", "green book") == rate(shipped, "red book", "green book", "--loss=sds")
     assert rate(shipped, "red book", "green book", "--points", "0.3") == 0.3
     held = [settings_for(shipped.defaults, "svg", "pds", recolour=only) for only in (False, True)]
-    assert [(own["sparse"], own["colour_identity"]) for own in held] == [(0.2, 0.35), (0.5, 0.3)]
+    held = [tuple(own[key] for key in ("sparse", "identity", "colour_identity")) for own in held]
+    assert held == [(0.3, 0.45, 0.1), (0.5, 0.5, 0.3)]
     assert settings_for(shipped.defaults, "svg", "pds", width=0, recolour=True)["sparse"] == 0
     assert rate(shipped, "red book", "green book", "--smooth", "0") == 0.08
     assert rate(released, "red book", "green book") == rate(released, "dog face", "panda")
