@@ -139,7 +139,6 @@ class Field(Representation):
             for parameter in parameters:
                 parameter.requires_grad_(not smooth or lr > 0)
         own += smooth
-        self.drawn = {}  # the densities may change from now on
         if self.shape is not None:
             shape = self.shape.requires_grad_(densities > 0)
             if densities:
@@ -480,6 +479,10 @@ class NeRF(SampledField):
         return rgb, far
 
     # ---- interface of the editing loop
+
+    def param_groups(self, *rates, **more):
+        self.drawn = {}  # the densities may change from now on
+        return super().param_groups(*rates, **more)
 
     def project_(self):
         """Call after each step of an edit: update the occupancy, in the first and every 16th call, if it can change.

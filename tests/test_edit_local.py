@@ -105,8 +105,8 @@ def test_a_step_is_the_mean_over_its_batch_for_any_chunk_size(smiling, monkeypat
         stage, = stages_of(scene, source, prior, "pds", options)
         scene.load_state_dict(scene.loaded)
         scene.zero_grad()
-        render, sample, drawn, first = scene.render, scene.sample_view, [], torch.Generator().manual_seed(0)
-        shift = sample(first)
+        render, sample, drawn = scene.render, scene.sample_view, []
+        shift = sample(torch.Generator().manual_seed(0))
         monkeypatch.setattr(scene, "render", lambda *args: drawn.append(args) or render(*args))
         # a single step with another seed draws another shift, and then the same timestep and noise
         monkeypatch.setattr(scene, "sample_view", lambda generator: (sample(generator), shift)[len(seeds) == 1])
