@@ -58,9 +58,7 @@ class Distillation:
         self.scene, self.source, self.args, self.name, self.where = scene, source, args, name, where
         self.steps, self.rate, self.options = args.steps, 1, {}
         if name == "pds":
-            self.options = dict(
-                stride=args.stride, coefficients=COEFFICIENTS[args.coefficients], identity=args.identity
-            )
+            self.options = dict(stride=args.stride, coefficients=COEFFICIENTS[args.coefficients])
         # the parameters whose identity term has a weight of its own
         own = name == "pds" and args.colour_identity != 1 and args.identity
         self.colours = [p for p in scene.colour_parameters() if p.numel()] if own else []
@@ -90,19 +88,25 @@ class Distillation:
             mask = torch.cat([self.where(view, x0_src) for view in views]) if self.where else None
             prior = self.prior.of(x0=x0_src.repeat(2, 1, 1, 1)) if self.sees_source else self.prior
             x0_tgt, pictures = self.encoded(self.scene, cameras)
+            own = self.options | ({"identity": self.identity(x0_tgt, x0_src)} if self.name == "pds" else {})
             loss = LOSSES[self.name](prior, x0_tgt, x0_src, self.y_tgt, self.y_src, torch.cat(t), noise, mask=mask,
-                                     **self.options)
+                                     **own)
             held = self.surroundings(views, pictures) if self.where and self.args.mode in SCENES else 0
             # the released loss is divided by C H W, which only the eps of Adam notices
             scale = 1 / x0_tgt[0].numel() if self.args.rates == "released" else 1
             share = len(views) / len(looks)
             if self.colours:
-                more = self.args.identity * (self.args.colour_identity - 1) * pds.identity_loss(
-                    self.prior, x0_tgt, x0_src, torch.cat(t), self.args.stride, self.options["coefficients"])
+                more = pds.identity_loss(self.prior, x0_tgt, x0_src, torch.cat(t), self.args.stride,
+                                         own["coefficients"], (self.args.colour_identity - 1) * own["identity"])
                 (scale * share * more).backward(inputs=self.colours, retain_graph=True)
             (scale * share * (loss + held)).backward()
             total = total + scale * share * loss.detach()
         return total
+
+    def identity(self, x0_tgt, x0_src):
+        """The weight of the identity term, a number or, with --reach, a tensor [n] for latents [n,C,h,w]."""
+        reach = self.args.reach
+        return self.args.identity * (pds.redescending(x0_tgt, x0_src, reach) if reach else 1)
 
     def looks(self, step, generators):
         """For each generator: the view, what is rendered of it, the timestep [1], and the generator.

@@ -101,7 +101,7 @@ GROUPS = {
         _option("--image-guidance", "in2n: guidance towards the photograph (default: %(default)g)", type=RATE,
                 default=1.5),
         _option("--instruction", 'in2n: the instruction (default: "make it a TARGET")'),
-        _setting("source_guidance"), _setting("identity"), _setting("colour_identity"),
+        _setting("source_guidance"), _setting("identity"), _setting("colour_identity"), _setting("reach"),
         _option("--coefficients", "psi and chi of PDS; dreamcatalyst brings the settings of its released code "
                 "(guidance 7.5, falling timesteps, FreeU; for scenes 3,000 steps, each with a new view; the shipped "
                 "model has its own settings) and, with --instruct, its InstructPix2Pix prior (default: %(default)s)",

@@ -38,7 +38,8 @@ def pds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, stride=2, 
         noise: [B,C,H,W] the noise of x_t, shared by target and source, or None: drawn from `generator`.
         stride: the distance t - s between the two timesteps of the posterior.
         coefficients: as `kind` in pds_coefficients.
-        identity: multiplies psi. 1 is the paper's; 0 leaves the push alone, DDS with the weight chi(t).
+        identity: multiplies psi, a number or a tensor [B]. 1 is the paper's; 0 leaves the push alone, DDS with the
+            weight chi(t). See `redescending` for one that depends on the distance.
         mask: [B,1,H,W] or [1,1,H,W] in [0,1], multiplies the push alone: the edit stays inside, while the pull to the
             source acts everywhere. None: everywhere.
         generator: torch.Generator for t and noise.
@@ -50,20 +51,32 @@ def pds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, stride=2, 
     x0_tgt, x0_src, t, noise = _prepare(prior, x0_tgt, x0_src, t, noise, stride, generator)
     psi, chi = pds_coefficients(prior.abar, t, t - stride, coefficients)
     eps_tgt, eps_src = predict(prior, t, noise, (x0_tgt, y_tgt), (x0_src, y_src))
-    pull = identity * _rows(psi, x0_tgt) * (x0_tgt - x0_src).detach()
+    pull = _scaled(identity, _rows(psi, x0_tgt)) * (x0_tgt - x0_src).detach()
     push = _rows(chi, x0_tgt) * (eps_tgt - eps_src)
     return as_loss(x0_tgt, pull + _masked(push, mask))
 
 
-def identity_loss(prior, x0_tgt, x0_src, t, stride=2, coefficients="official"):
-    """The identity term of PDS alone, psi(t) (x0_tgt - x0_src). Arguments as in pds_loss; t is required.
+def identity_loss(prior, x0_tgt, x0_src, t, stride=2, coefficients="official", identity=1.0):
+    """The identity term of PDS alone, K psi(t) (x0_tgt - x0_src) with K = identity. Arguments as in pds_loss; t is
+    required.
 
-    pds_loss contains it, times its `identity`. Parameters that are to have another weight K receive the difference by
-    ((K - identity) * identity_loss(...)).backward(inputs=parameters, retain_graph=True).
+    pds_loss contains it. Parameters that are to have another weight K receive the difference by
+    identity_loss(..., identity=K - identity).backward(inputs=parameters, retain_graph=True).
     """
     t = t.to(x0_tgt.device)
     psi, _ = pds_coefficients(prior.abar, t, t - stride, coefficients)
-    return as_loss(x0_tgt, _rows(psi, x0_tgt) * (x0_tgt - x0_src).detach())
+    return as_loss(x0_tgt, _scaled(identity, _rows(psi, x0_tgt)) * (x0_tgt - x0_src).detach())
+
+
+def redescending(x0_tgt, x0_src, reach):
+    """[B] factors in (0, 1] for `identity`: 1 / (1 + (d / reach)^8), where d is the root mean square of x0_tgt - x0_src
+    [B,C,H,W]. They are about 1 for d below half of `reach`, 1/2 at it, and fall to 0 beyond.
+
+    The paper's pull grows with the distance: a K that holds a small edit keeps a brown bear from becoming white.
+    In robust statistics such a weight makes an estimator redescend (Hampel 1974): what has moved far was meant to.
+    """
+    distance = (x0_tgt - x0_src).detach().square().mean((1, 2, 3)).sqrt()
+    return 1 / (1 + (distance / reach) ** 8)
 
 
 def dds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, weight=1.0, mask=None, generator=None):
@@ -254,6 +267,11 @@ def _masked(push, mask):
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2:] != push.shape[2:] or len(mask) not in (1, len(push)):
         raise ValueError(f"mask must be [{len(push)},1,{push.shape[2]},{push.shape[3]}], got {[*mask.shape]}")
     return mask.to(push) * push
+
+
+def _scaled(factor, rows):
+    """rows [B,1,1,1] times a number or a tensor [B]."""
+    return (_rows(factor, rows) if torch.is_tensor(factor) else factor) * rows
 
 
 def _rows(c, like):

@@ -183,6 +183,18 @@ def test_value_and_scale_of_the_loss():
     assert_close(x0.grad, grad / 4)
 
 
+def test_a_redescending_identity_holds_what_is_near_and_lets_go_what_is_far():
+    src = rand(5, 3, 2, 2, seed=0)
+    away = rand(5, 3, 2, 2, seed=1)
+    away = away / away.square().mean((1, 2, 3), keepdim=True).sqrt()  # of length 1, as a root mean square
+    far = torch.tensor([0.0, 0.5, 1.0, 1.5, 4.0])
+    tgt = (src + 1.2 * far.view(-1, 1, 1, 1) * away).requires_grad_()
+    factors = pds.redescending(tgt, src, reach=1.2)
+    assert not factors.requires_grad
+    wanted = torch.tensor([1, 256 / 257, 1 / 2, 256 / 6817, 1 / 65537], dtype=factors.dtype)  # 1 / (1 + far^8)
+    assert_close(factors, wanted)
+
+
 def test_identity_scales_the_pull_alone_and_a_mask_the_push_alone():
     prior, t = GaussianPrior(), torch.tensor([50, 700])
     tgt, src, noise = (rand(2, 3, 2, 2, seed=i) for i in range(3))
@@ -192,7 +204,10 @@ def test_identity_scales_the_pull_alone_and_a_mask_the_push_alone():
     push = grad_of(pds.pds_loss, *arguments) - pull
     for k in (0, 0.5, 1):
         assert_close(grad_of(pds.pds_loss, *arguments, identity=k), k * pull + push)
+    rows = torch.tensor([0.25, 2.0])
+    assert_close(grad_of(pds.pds_loss, *arguments, identity=rows), rows.view(2, 1, 1, 1) * pull + push)
     assert_close(grad_of(pds.identity_loss, prior, tgt, src, t), pull)
+    assert_close(grad_of(pds.identity_loss, prior, tgt, src, t, identity=rows), rows.view(2, 1, 1, 1) * pull)
     mask = torch.tensor([[0.0, 1.0], [0.25, 1.0]]).expand(2, 1, 2, 2)
     for one in (mask, mask[:1]):
         assert_close(grad_of(pds.pds_loss, *arguments, mask=one), pull + mask * push)

@@ -38,6 +38,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("colour_identity", float, 0, 1.0, ("svg", "splat"), "pds: scales that term once more for colours "
             "alone (and opacities of a drawing), so that geometry keeps to the source more than they do; 1: as in the "
             "paper"),
+    Setting("reach", float, 0, 0.0, EVERY, "pds: distance of the latents, a root mean square, at which half of the "
+            "identity term is left, so that what has moved far is let go; 0: all of it everywhere, as in the paper"),
     Setting("source_guidance", float, 0, None, EVERY, "pds: guidance of the source's prediction, as DDPM inversion has "
             "one of its own; none: that of the target, as in the paper"),
     Setting("t_min", float, 0, 0.1, EVERY, "lowest timestep as a share of T"),
@@ -91,8 +93,8 @@ GUIDANCE = {"pds": 100.0, "dds": 7.5, "sds": 100.0, "ids": 7.5, "ssd": 7.5}
 RELEASED = {"identity": 1.0, "t_min": 0.02, "t_max": 0.98, "schedule": "uniform", "rates": "released"}
 # Those of DreamCatalyst's code, which edits scenes; they come with its coefficients.
 OF_ITS_SCENES = {"steps": 3000, "hold": 1, "warm": 100}
-DREAMCATALYST = {"guidance": {"pds": 7.5}, "identity": 1.0, "colour_identity": 1.0, "t_min": 0.2, "t_max": 0.9,
-                 "schedule": "decreasing", "freeu": True, "nerf": OF_ITS_SCENES, "splat": OF_ITS_SCENES}
+DREAMCATALYST = {"guidance": {"pds": 7.5}, "identity": 1.0, "colour_identity": 1.0, "reach": 0.0, "t_min": 0.2,
+                 "t_max": 0.9, "schedule": "decreasing", "freeu": True, "nerf": OF_ITS_SCENES, "splat": OF_ITS_SCENES}
 PAPER = {
     "guidance": GUIDANCE,
     "svg": RELEASED

@@ -71,6 +71,15 @@ GROWN = set("""
     sloth, snail, snake, spider, spouting whale, squid, strawberry, sunflower, swan, t rex, tangerine, tomato,
     tree, tropical fish, tulip, turkey, turtle, two hump camel, unicorn, water buffalo, whale, wolf, worm
     """.strip().replace(",\n   ", ",").split(", "))
+# The names whose light parts are meant to be white, which sets shade in grey, blue or lilac.
+PALE = set("""
+    polar bear, panda, ghost, snowman, snowman without snow, dove, swan, goose, ewe, goat, rabbit, rabbit face, egg,
+    cloud, tooth, bone, skull, skull and crossbones, unicorn, soccer ball, volleyball, baseball, lab coat, toilet,
+    roll of paper, page facing up, rice ball, cooked rice, glass of milk, bathtub, martial arts uniform, white heart,
+    white flower, llama, teacup without handle, running shirt, moon cake
+    """.strip().replace(",\n   ", ",").split(", "))
+PALE_OFTEN = 12  # how much more frequent they are than other names
+WHITE = 0.975  # their lightness in OKLab
 HANDED = re.compile("left|right|clock|thirty|letter|digit|keycap|button|input|symbol|sign|mark|moon|note|music|arrow|"
                     "[0-9]")  # drawings whose mirror images would be wrong
 
@@ -200,7 +209,7 @@ def restyle(rgb, alpha, rng):
     return colour * alpha + (wider - alpha) * u(b, 3) * 0.3, wider
 
 
-def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3, warp=0.0, mirrored=None):
+def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.15, warp=0.0, mirrored=None):
     """uint8 [B,4,128,128] -> RGB [B,3,64,64] in [0,1]: augmented drawings on flat backgrounds.
 
     Rotation by up to 15 degrees, scale, shift, a slight perspective, paler or stronger colours, all times `strength`; a
@@ -230,7 +239,7 @@ def augment(rgba, rng, white=0.7, strength=1.0, shaded=0.3, warp=0.0, mirrored=N
     rgb, alpha = restyle(x[:, :3], x[:, 3:], rng) if warp else (x[:, :3], x[:, 3:])
     grey = rgb.mean(1, keepdim=True)
     rgb = grey + (rgb - grey) * (1 + (u(b, 1, 1, 1) - 0.6) * 0.5 * strength)
-    rgb = (rgb * (1 + (u(b, 1, 1, 1) - 0.6) * 0.25 * strength)).clamp(min=0).minimum(alpha)
+    rgb = (rgb * (1 + (u(b, 1, 1, 1) - 0.5) * 0.25 * strength)).clamp(min=0).minimum(alpha)
     direction = 2 * math.pi * u(b)  # light from one side, as in a render of a 3D scene
     light = (grid * torch.stack([direction.cos(), direction.sin()], 1)[:, None, None]).sum(-1)
     light = 1 - (u(b, 1, 1) * 0.35 * (1 + light) / 2 + u(b, 1, 1) * 0.2 * grid.square().sum(-1)).clamp(0, 0.6)
@@ -345,6 +354,23 @@ def recolour(rgba, name, rng=None, found=None):
     return torch.cat([torch.from_numpy(rgb).permute(2, 0, 1), rgba[3:]])
 
 
+def whitened(rgba):
+    """An RGBA picture [4,H,W] with its light greys made white, their mean at a lightness of WHITE, and with a shaded
+    rim that shows on a white page; None if less than a tenth of it is light grey."""
+    lab, opaque = to_lab(rgba[:3].permute(1, 2, 0).numpy() / 255.0), rgba[3].numpy() / 255.0
+    mask = (1 - step_down(lab[..., 0], 0.68, 0.78)) * step_down(np.hypot(lab[..., 1], lab[..., 2]), 0.06, 0.09)
+    share = (mask * opaque).sum() / max(opaque.sum(), 1)
+    if share < 0.1:
+        return None
+    mean = (lab[..., 0] * mask * opaque).sum() / (mask * opaque).sum()
+    light = (WHITE * (lab[..., 0] / mean).clip(0, 1) ** 0.7).clip(0, 0.985) - 0.1 * rim(rgba[3])
+    new = np.stack([light, 0.1 * lab[..., 1], 0.1 * lab[..., 2]], -1)
+    rgb = rgba[:3].permute(1, 2, 0).numpy().copy()
+    some = (mask > 0) & (rgba[3].numpy() > 0)
+    rgb[some] = (from_lab((lab + mask[..., None] * (new - lab))[some]) * 255).round().astype(np.uint8)
+    return torch.cat([torch.from_numpy(rgb).permute(2, 0, 1), rgba[3:]])
+
+
 def colour_of(found):
     """The name of a picture's dominant colour, from the result of `dominant`; None if no name fits well."""
     _, _, mean, share = found
@@ -370,7 +396,8 @@ def items(icons, styles, work, recoloured=True):
     """The captioned pictures of the vocabulary, as Drawings.
 
     recoloured: add each drawing of a noun that comes in any colour in four other colours, and every other drawing in
-        two colours without a true caption; add a caption with the colour to a drawing whose colour has a name.
+        two colours without a true caption; add a caption with the colour to a drawing whose colour has a name. What is
+        in PALE is whitened, and the set's own picture of it has no true caption.
     """
     cache = work / f"coloured-{'-'.join(styles)}.pt"
     if recoloured and cache.exists():
@@ -385,6 +412,9 @@ def items(icons, styles, work, recoloured=True):
             drawing.append(drawing[-1] + 1 if drawing else 0)
             if not recoloured:
                 continue
+            white = whitened(rgba) if plain[0] in PALE else None
+            rgba, shaded = (rgba, None) if white is None else (white, rgba)
+            pictures[-1] = rgba
             found = dominant(rgba)
             own, nouns = colour_of(found), [c.replace("COLOUR ", "") for c in vocab[name] if "COLOUR" in c]
             named = COLOURS.intersection(" ".join(plain).split())
@@ -400,6 +430,11 @@ def items(icons, styles, work, recoloured=True):
                 )
             if nouns and nouns[0] not in GROWN:
                 telling[-1] = [c for c in captions[-1] if own and own in c.split()]
+            if shaded is not None:  # the set's own picture is one in a wrong colour
+                pictures.append(shaded)
+                captions.append([])
+                telling.append([])
+                drawing.append(drawing[-1])
             if found[3] < 0.3 or named and not nouns:
                 continue
             for colour in rng.choice([c for c in PAINTS if c != own], 4 if nouns else 2, replace=False).tolist():
@@ -481,7 +516,7 @@ def shares(captions):
     counts, names = Counter(c[0] for c in captions if c), {n[0] for n in vocabulary().values()}
 
     def wanted(name):
-        return 1.0 if name in names else 0.3 * OFTEN.get(name.split()[0], 1)
+        return PALE_OFTEN if name in PALE else 1.0 if name in names else 0.3 * OFTEN.get(name.split()[0], 1)
     return torch.tensor([wanted(c[0]) / counts[c[0]] if c else 0.0 for c in captions])
 
 
@@ -796,6 +831,7 @@ def train_unet(args, device, vae, log):
 
     weights, names = shares(captions), sorted({c[0] for c in captions if c})
     painted = [v for v in versions.values() if len(v) > 1 and any(telling[i] for i in v)]
+    pulled = [PALE_OFTEN if {*captions[v[0]]} & PALE else 1 for v in painted]
     like = alike(names)
     rng = torch.Generator().manual_seed(100 + run.step)
     picker = random.Random(run.step)
@@ -803,7 +839,7 @@ def train_unet(args, device, vae, log):
     def repaint(count):
         """`count` drawings in a wrong colour: latents x, the target latents of the prediction, captions, timesteps."""
         right = []
-        for v in picker.choices(painted, k=count):
+        for v in picker.choices(painted, pulled, k=count):
             able = [i for i in v if telling[i]]
             right += picker.choices(able, [OFTEN.get(telling[i][0].split()[0], 1) for i in able])
         right = torch.tensor(right)
