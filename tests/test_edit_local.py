@@ -73,9 +73,9 @@ def test_with_all_options_off_an_edit_takes_the_paper_steps(smiling):
 
 def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
     _, scene, _, options = smiling("--steps", "8")
-    assert options.smooth == 6 and options.steady and options.identity == 0.45 and options.batch == 2
-    assert options.guidance == 8 and options.source_guidance == 3
-    assert options.spring == 0.03 and options.colour_identity == 0.1 and options.sparse == 0.3
+    assert options.smooth == 6 and options.steady and options.identity == 0.6 and options.batch == 2
+    assert options.guidance == 8 and options.source_guidance == 3 and options.reach == 0.95
+    assert options.spring == 0.02 and options.colour_identity == 0.55 and options.sparse == 0.3
     assert (scene.opacities[scene.loaded["opacities"] == 1] == 1).all()
     moved = scene.points.detach() - scene.loaded["points"]
     near = torch.cdist(scene.loaded["points"], scene.loaded["points"]) < 1
@@ -93,7 +93,8 @@ def test_colours_alone_are_sparse(smiling):
 
 def test_dreamcatalyst_keeps_its_own_guidance_and_identity_over_those_of_smooth_points(smiling):
     _, _, _, options = smiling("--steps", "1", "--coefficients", "dreamcatalyst", edited=False)
-    assert options.guidance == 3 and options.identity == 1 and options.colour_identity == 1 and options.t_max == 0.9
+    assert options.guidance == 3 and options.t_max == 0.9
+    assert options.identity == options.colour_identity == 1 and options.reach == 0
 
 
 @pytest.mark.parametrize("pixels", [3 * 64 ** 2, 2 * 64 ** 2, 1])  # three, two, or one drawing at a time
