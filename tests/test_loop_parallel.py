@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from conftest import NERF_SIZES, ROOT, nerf_scene, outputs
+from conftest import NERF_SIZES, nerf_scene, outputs
 
 import run
 from bench.__main__ import main as bench
@@ -26,7 +26,6 @@ from nerf import NeRF
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 SCRIPT = """
     import sys, time
-    sys.path[:0] = [ROOT, ROOT + "/tests"]
     import torch
     import edit, pds, run, tiny
     from files import sheets
@@ -64,23 +63,33 @@ def small(monkeypatch):
         monkeypatch.setattr(sheets, name, value)
 
 
-def torchrun(folder):
-    """Run script.py in two processes of torchrun; what they print goes to torchrun.txt."""
+def worker(script):
+    """Run a script in a process that torchrun has forked: with the signals' usual handlers instead of torchrun's."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    exec(script, {})
+
+
+def torchrun(folder, script):
+    """Run a script in two processes of torchrun, forked ones, as their imports take seconds; what they print goes to
+    torchrun.txt."""
     os.setsid()
     os.chdir(folder)
     os.environ["OMP_NUM_THREADS"] = "1"
     log = os.open("torchrun.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-    from torch.distributed.run import main
-    main(["--standalone", "--nproc-per-node=2", "script.py"])
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+    config, *_ = config_from_args(parse_args(["--nproc-per-node=2", "--rdzv-backend=c10d", "script.py"]))
+    config.rdzv_endpoint, config.start_method = "localhost:0", "fork"  # as --standalone
+    elastic_launch(config, worker)(script)
 
 
 def launch(folder, body):
-    """Start a script with the tiny prior in two processes of torchrun; returns torchrun's process, which is forked,
-    as its imports take seconds."""
-    (folder / "script.py").write_text(textwrap.dedent(SCRIPT).replace("ROOT", repr(str(ROOT))) + textwrap.dedent(body))
-    process = multiprocessing.get_context("fork").Process(target=torchrun, args=(folder,))
+    """Start a script with the tiny prior in two processes of torchrun; returns torchrun's process."""
+    script = textwrap.dedent(SCRIPT) + textwrap.dedent(body)
+    process = multiprocessing.get_context("fork").Process(target=torchrun, args=(folder, script))
     process.start()
     return process
 
