@@ -320,6 +320,14 @@ def rim(alpha, width=4):
     return (alpha - F.avg_pool2d(inner, 3, 1, 1)).clamp(0, 1)[0, 0].numpy()
 
 
+def painted_over(rgba, lab, mask, new):
+    """A picture [4,H,W] whose colours, `lab` [H,W,3] in OKLab, become `new` by the share `mask` [H,W]."""
+    rgb = rgba[:3].permute(1, 2, 0).numpy().copy()
+    some = (mask > 0) & (rgba[3].numpy() > 0)
+    rgb[some] = (from_lab((lab + mask[..., None] * (new - lab))[some]) * 255).round().astype(np.uint8)
+    return torch.cat([torch.from_numpy(rgb).permute(2, 0, 1), rgba[3:]])
+
+
 def recolour(rgba, name, rng=None, found=None):
     """Recolour the dominant paint of an RGBA picture [4,H,W]: its mean becomes the colour `name`, lighter and darker
     parts keep their proportion; other colours, outlines and highlights are unchanged.
@@ -348,10 +356,7 @@ def recolour(rgba, name, rng=None, found=None):
     if name == "white":  # the sets shade the rim of white objects, which would vanish on a white page
         new_light = new_light - 0.13 * rim(rgba[3])
     new = np.stack([new_light, new_chroma * np.cos(to), new_chroma * np.sin(to)], -1)
-    rgb = rgba[:3].permute(1, 2, 0).numpy().copy()
-    some = (mask > 0) & (rgba[3].numpy() > 0)
-    rgb[some] = (from_lab((lab + mask[..., None] * (new - lab))[some]) * 255).round().astype(np.uint8)
-    return torch.cat([torch.from_numpy(rgb).permute(2, 0, 1), rgba[3:]])
+    return painted_over(rgba, lab, mask, new)
 
 
 def whitened(rgba):
@@ -365,10 +370,7 @@ def whitened(rgba):
     mean = (lab[..., 0] * mask * opaque).sum() / (mask * opaque).sum()
     light = (WHITE * (lab[..., 0] / mean).clip(0, 1) ** 0.7).clip(0, 0.985) - 0.1 * rim(rgba[3])
     new = np.stack([light, 0.1 * lab[..., 1], 0.1 * lab[..., 2]], -1)
-    rgb = rgba[:3].permute(1, 2, 0).numpy().copy()
-    some = (mask > 0) & (rgba[3].numpy() > 0)
-    rgb[some] = (from_lab((lab + mask[..., None] * (new - lab))[some]) * 255).round().astype(np.uint8)
-    return torch.cat([torch.from_numpy(rgb).permute(2, 0, 1), rgba[3:]])
+    return painted_over(rgba, lab, mask, new)
 
 
 def colour_of(found):
@@ -413,9 +415,8 @@ def items(icons, styles, work, recoloured=True):
             if not recoloured:
                 continue
             white = whitened(rgba) if plain[0] in PALE else None
-            rgba, shaded = (rgba, None) if white is None else (white, rgba)
-            pictures[-1] = rgba
-            found = dominant(rgba)
+            pictures[-1] = rgba if white is None else white
+            found = dominant(pictures[-1])
             own, nouns = colour_of(found), [c.replace("COLOUR ", "") for c in vocab[name] if "COLOUR" in c]
             named = COLOURS.intersection(" ".join(plain).split())
             if own and (not named or own in plain[0].split()):
@@ -430,15 +431,16 @@ def items(icons, styles, work, recoloured=True):
                 )
             if nouns and nouns[0] not in GROWN:
                 telling[-1] = [c for c in captions[-1] if own and own in c.split()]
-            if shaded is not None:  # the set's own picture is one in a wrong colour
-                pictures.append(shaded)
+            shown = pictures[-1]
+            if white is not None:  # the set's own picture is one in a wrong colour
+                pictures.append(rgba)
                 captions.append([])
                 telling.append([])
                 drawing.append(drawing[-1])
             if found[3] < 0.3 or named and not nouns:
                 continue
             for colour in rng.choice([c for c in PAINTS if c != own], 4 if nouns else 2, replace=False).tolist():
-                pictures.append(recolour(rgba, colour, rng, found))
+                pictures.append(recolour(shown, colour, rng, found))
                 captions.append([c for n in nouns[:1] for c in (f"{colour} {n}", *([] if n in GROWN else [n]))])
                 telling.append(captions[-1][:1])
                 drawing.append(drawing[-1])
