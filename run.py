@@ -73,7 +73,8 @@ EXAMPLE = {"svg": ("smiling-face.svg", "slightly smiling face", "smiling face wi
 
 def load_svg(args, prior):
     """An SVG file; its points may move as one smooth field, and opaque shapes stay opaque: --smooth, --opacities."""
-    scene = SVG.load(args.input, skip_unsupported=args.skip_unsupported, size=args.frame, ss=args.ss).to(prior.device)
+    scene = SVG.load(args.input, skip_unsupported=args.skip_unsupported, size=args.frame, ss=args.ss,
+                     subdivide=0.0 if args.points == 0 or args.colours_only else args.subdivide).to(prior.device)
     scene.jitter = args.jitter
     if args.points is None:  # the model gives the rate in units of the canvas
         args.points = args.own["canvas_points"] * scene.document.unit

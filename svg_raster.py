@@ -194,16 +194,18 @@ class SVG(torch.nn.Module):
     COLOURS = ("colours", "stop_colours", "opacities")        # see colour_parameters
 
     @classmethod
-    def load(cls, path, skip_unsupported=False, size=64, ss=1):
+    def load(cls, path, skip_unsupported=False, size=64, ss=1, subdivide=0.0):
         """Read a file.
 
         Args:
             skip_unsupported: leave out unsupported features with a warning instead of refusing the file.
             size: side of the square picture in pixels, or a Frame (files/pictures.py) to keep the drawing's shape.
             ss: 1, 2 or 4 samples per pixel and axis; more of them hide the seams between shapes that share an edge.
+            subdivide: length in pixels above which a curve is split, so that it bends with a field; 0: none is. Paths
+                with markers stay as they are, since those stand on their vertices.
         Raises SVGError for a file that cannot be read or drawn.
         """
-        return cls(Document.load(path, skip_unsupported, size), ss)
+        return cls(Document.load(path, skip_unsupported, size, subdivide), ss)
 
     def __init__(self, document, ss=1):
         super().__init__()

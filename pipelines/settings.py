@@ -54,6 +54,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("smooth", float, 0, None, ("svg", "splat"), "width of the field in which all points of a drawing move "
             "together, in pixels, or all colours of Gaussians change, in half sides of the scene's box; it falls to a "
             "quarter; 0: each on its own, as in the paper"),
+    Setting("subdivide", float, 0, 0.0, ("svg",), "length in pixels of the model above which a curve of an outline is "
+            "split, so that it can bend where the field does; 0: none is, as in the paper"),
     Setting("spring", float, 0, 0.0, ("svg",), "share of the way back to the source that points and stroke widths go "
             "after each step, within the picture; 0: they are free, as in the paper"),
     Setting("sparse", float, 0, 0.0, ("svg",), "share of its rate by which each colour goes back to the source after a "

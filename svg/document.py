@@ -69,22 +69,23 @@ class Document:
     """
 
     @classmethod
-    def load(cls, path, skip_unsupported, size):
-        """Read a file; size: pixels of the square picture's side, or a Frame (files/pictures.py). Raises SVGError."""
+    def load(cls, path, skip_unsupported, size, subdivide=0.0):
+        """Read a file; size: pixels of the square picture's side, or a Frame (files/pictures.py); subdivide:
+        pixels above which curves are split, see SVG.load. Raises SVGError."""
         try:
             source = Source(path, skip_unsupported)
             if not source.sized:          # the picture is the extent of the content, from the origin
                 drawing = cls(source, 100)
                 box = drawing.box(0, np.eye(3))
                 source.see(None, *(np.ones(2) if box is None else np.maximum(box[:2] @ (1, 1, 1), 1e-3)).tolist())
-            return cls(source, size)
+            return cls(source, size, subdivide)
         except SVGError as error:
             raise SVGError(f"{path}: {error}") from None
         except RecursionError:
             raise SVGError(f"{path}: elements, references or styles are nested too deeply") from None
 
-    def __init__(self, source, size):
-        self.source, self.styles, self.paints = source, source.styles, Paints(source)
+    def __init__(self, source, size, subdivide=0.0):
+        self.source, self.styles, self.paints, self.subdivide = source, source.styles, Paints(source), subdivide
         self.name, self.skipped = source.name, source.skipped
         self.shapes, self.shape_of, self.layers = [], {}, []
         self.points = self.fixed = 0      # rows in the table of optimised points, and of fixed ones
@@ -411,8 +412,11 @@ class Document:
         return shape_outline(self.source.tag(element), attributes,
                              lambda text, name, default: self.source.units(text, name, style, default))
 
-    def shape(self, element, outline, matrix):
-        """Shape of the element, created at its first use; None if there is nothing to draw."""
+    def shape(self, element, outline, matrix, subdivide=0.0):
+        """Shape of the element, created at its first use; None if there is nothing to draw.
+
+        subdivide: length in pixels above which its curves are split; 0: none, as where markers stand on its vertices.
+        """
         if element in self.shape_of and element is not None:
             return self.shape_of[element]
         scale, points, start = size_of(matrix), np.array(outline.points), 0j
@@ -424,6 +428,8 @@ class Document:
             raise SVGError(f"{what} has coordinates that are not finite or lie more than {MAX_COORDINATE:g} px away")
         shape = None
         if outline.curves and scale > NOTHING:
+            if subdivide:
+                outline = outline.subdivided(subdivide / scale)
             shape = Shape(element, outline, scale, self.fixed if element is None else self.points, start)
             self.shapes.append(shape)
             if element is None:
@@ -442,7 +448,9 @@ class Document:
         """ops of a shape: its fill and stroke or, in a clip path, its geometry."""
         if element not in self.shape_of and size_of(matrix) <= NOTHING:
             return []                     # invisible here; another use may be larger
-        shape = self.shape(element, self.outline(element, style), matrix)
+        tag = self.source.tag(element)
+        marked = tag in MARKED and any(style[name][0].lower() != "none" for name in MARKERS)
+        shape = self.shape(element, self.outline(element, style), matrix, 0.0 if marked else self.subdivide)
         if shape is None:
             return []
         self.drawn.append((shape, matrix))
@@ -454,7 +462,7 @@ class Document:
             raise SVGError(f"a transform of <{self.source.tag(element)}> is not finite or too large")
         if clip:
             return [self.add(Layer(shape, matrix, style["clip-rule"][0].lower()))]
-        tag, ops = self.source.tag(element), []
+        ops = []
         order = (style["paint-order"][0].lower() + " fill stroke markers").split()
         for name in sorted(("fill", "stroke", "markers"), key=order.index):
             if name == "markers":

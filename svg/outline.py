@@ -4,6 +4,7 @@ Coordinates are x right, y down; points are complex numbers x + iy, transforms 3
 """
 import math
 import re
+from itertools import pairwise
 
 import numpy as np
 
@@ -25,6 +26,7 @@ UNITS = {"": 1, "px": 1, "pt": 4 / 3, "pc": 16, "mm": 96 / 25.4, "cm": 96 / 2.54
 FONT_UNITS = {"em": 1.0, "ex": 0.5, "ch": 0.5}         # in font sizes
 ANGLES = {"": 1, "deg": 1, "grad": 0.9, "rad": 180 / math.pi, "turn": 360}
 MAX_POINTS = 500_000                  # of one path
+MAX_PARTS = 64                        # of a subdivided curve
 
 
 def number(text):
@@ -208,7 +210,8 @@ class Outline:
 
     A line is stored as the cubic (p, p, q, q), so that one index table [curves, 4] holds all curves.
     Quadratics become cubics; arcs and circles become cubics of at most 90 degrees each. `inside` holds the points
-    between the pieces of an arc, `returned` the first points of the subpaths that return there before they are closed.
+    between the pieces of an arc or of a subdivided curve, `returned` the first points of the subpaths that return there
+    before they are closed.
     """
 
     def __init__(self):
@@ -290,6 +293,46 @@ class Outline:
         bounds = [first for first, _, _ in self.subpaths[1:]] + [len(self.curves)]
         return [(first, stop, start, closed)
                 for (first, start, closed), stop in zip(self.subpaths, bounds, strict=False) if first < stop]
+
+    def subdivided(self, longest):
+        """The same outline, its curves split into equal parts of their parameter, so that control polygons are about as
+        long as `longest` or shorter; a curve has at most MAX_PARTS. A line that is split becomes cubics, which bend
+        smoothly."""
+        result = Outline()
+        for first, stop, start, closed in self.drawn():
+            result.move(self.points[start])
+            for k in range(first, stop):
+                curve, straight = [self.points[i] for i in self.curves[k]], self.curves[k][0] == self.curves[k][1]
+                count = min(math.ceil(sum(abs(b - a) for a, b in pairwise(curve)) / longest), MAX_PARTS)
+                if count > 1:
+                    result.parts(curve, straight, count)
+                elif not straight:
+                    result.curve(*curve[1:])
+                elif not (closed and k == stop - 1):          # else close() draws the line
+                    result.line(curve[3])
+            if closed:
+                result.close()
+                if start in self.returned:
+                    result.returned.add(result.subpaths[-1][1])
+            if len(result.points) > MAX_POINTS:
+                return self
+        return result
+
+    def parts(self, curve, straight, count):
+        """Go along a cubic, four complex points of which the first is the current one, in `count` equal parts."""
+        if straight:
+            curve = [curve[0] + (curve[3] - curve[0]) * k / 3 for k in range(4)]
+
+        def blossom(*ts):             # the polar form, whose values are the control points of a part
+            points = curve
+            for t in ts:
+                points = [a + (b - a) * t for a, b in pairwise(points)]
+            return points[0]
+        for k in range(count):
+            s, t = k / count, (k + 1) / count
+            self.curve(blossom(s, s, t), blossom(s, t, t), curve[3] if k == count - 1 else blossom(t, t, t))
+            if k < count - 1:
+                self.inside.add(len(self.points) - 1)
 
     def bounds(self, matrix=None, points=None):
         """Corners (low, high) of the box around the curves, moved by a 3x3 matrix; None if there are none.

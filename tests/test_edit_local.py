@@ -73,13 +73,20 @@ def test_with_all_options_off_an_edit_takes_the_paper_steps(smiling):
 
 def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
     _, scene, _, options = smiling("--steps", "8")
-    assert options.smooth == 6 and options.steady and options.identity == 0.6 and options.batch == 2
-    assert options.guidance == 8 and options.source_guidance == 3 and options.reach == 0.95
-    assert options.spring == 0.02 and options.colour_identity == 0.55 and options.sparse == 0.3
+    assert options.smooth == 9 and options.subdivide == 10 and options.steady and options.batch == 2
+    assert options.guidance == 8 and options.source_guidance == 3
+    assert options.identity == 0.75 and options.colour_identity == 0.55 and options.reach == 0.85
+    assert options.spring == 0.04 and options.sparse == 0.2
     assert (scene.opacities[scene.loaded["opacities"] == 1] == 1).all()
     moved = scene.points.detach() - scene.loaded["points"]
     near = torch.cdist(scene.loaded["points"], scene.loaded["points"]) < 1
     assert (torch.cdist(moved, moved)[near] < 0.3 * moved.norm(dim=1).max()).all() and moved.abs().max() > 0.1
+
+
+def test_outlines_are_subdivided_where_points_move(smiling):
+    counts = [len(smiling("--steps", "1", *flags, edited=False)[1].points)
+              for flags in ([], ["--subdivide", "0"], ["--points", "0"], ["--colours-only"], PAPER)]
+    assert counts[0] > counts[1] == counts[2] == counts[3] == counts[4]
 
 
 def test_colours_alone_are_sparse(smiling):

@@ -98,6 +98,58 @@ def test_crossings_are_counted(load_svg):
     assert self_intersections(load_svg(CIRCLES), load_svg(CIRCLES).points.detach()) == 0
 
 
+SUBDIVIDED = ['<circle cx="16" cy="16" r="12" fill="#c33"/>', '<path d="M4 4Q28 0 28 28T4 28Z" fill="#393"/>',
+              '<rect x="2" y="5" width="26" height="20" rx="6" fill="#36c" transform="rotate(10) scale(1 .8)"/>',
+              '<path d="M3 20A13 9 20 1 1 29 20L3 20Z" fill="#333"/><polyline points="2 2 30 3 28 30" fill="#ec3"/>',
+              '<path d="M3 3C30 -5 30 40 3 28M5 16H29" fill="none" stroke="#555" stroke-width="2" '
+              'stroke-dasharray="3 2" stroke-linecap="round"/><path d="M9 9Z" stroke="red" stroke-linecap="round"/>']
+
+
+@pytest.mark.parametrize("body", SUBDIVIDED)
+def test_subdivided_outlines_are_the_same_in_short_pieces(load_svg, tmp_path, body):
+    """They draw the same picture, before an edit and, read from the file that was saved, after one."""
+    whole, svg = load_svg(body), load_svg(body, subdivide=4.0)
+    assert len(svg.points) > len(whole.points)
+    assert_close(svg.render(), whole.render(), atol=0.02, rtol=0)
+    for shape in svg.document.shapes:
+        points = [p * shape.scale for p in shape.outline.points]
+        for curve in shape.outline.curves:
+            assert abs(points[curve[3]] - points[curve[0]]) < 6.0  # equal parts of the parameter differ in length
+        again = shape.outline.subdivided(8.0 / shape.scale)
+        assert shape.outline.drawn() == again.drawn() and shape.outline.points == again.points
+    svg.restrict()
+    steps(svg, 5)
+    svg.save(tmp_path / "saved.svg")
+    assert_close(SVG.load(tmp_path / "saved.svg", size=32).render(), svg.render(), atol=0.02, rtol=0)
+
+
+def test_a_subdivided_shape_follows_the_field_that_moves_its_neighbours(load_svg):
+    """A square below one whose upper side has more points: where all points move by one field, nothing of it shows."""
+    body = ('<path d="M4 8H28V28H4Z" fill="#f00"/><path d="M4 8'
+            + "".join(f"L{x} 8" for x in range(5, 29)) + 'V28H4Z" fill="#000"/>')
+    shown = []
+    for longest in (0.0, 2.0):
+        svg = load_svg(body, subdivide=longest)
+        with torch.no_grad():
+            svg.points[:, 1] -= 5 * torch.sin(svg.points[:, 0] / 4)
+            red = svg.render()[0]
+        shown.append((red[0] - red[2] > 0.3).sum().item())  # on a shared edge it can be a quarter
+    assert shown[0] > 5 and shown[1] == 0
+
+
+def test_subdivision_has_its_limits(load_svg, monkeypatch):
+    """Markers stand on the vertices of their path; a curve has at most 64 parts, a path a bounded number of points."""
+    marked = ('<marker id="m" orient="auto"><path d="M0 0H3V3Z"/></marker>'
+              '<path d="M2 2H30V30" marker-mid="url(#m)" fill="none" stroke="#000"/>')
+    counts = [[len(shape.outline.points) for shape in load_svg(marked, subdivide=longest).document.shapes]
+              for longest in (0.0, 2.0)]
+    assert counts[0][:2] == [3, 3] and counts[1][0] == 3 < counts[1][1]
+    line = '<path d="M0 0H90000V9Z" fill="#000"/>'
+    assert len(load_svg(line, subdivide=0.01).document.shapes[0].outline.curves) == 3 * 64
+    monkeypatch.setattr("svg.outline.MAX_POINTS", 50)
+    assert len(load_svg(line, subdivide=0.01).points) == 3
+
+
 def test_opaque_shapes_stay_opaque_by_default(load_svg):
     body = (CIRCLES + '<linearGradient id="l"><stop stop-color="#f00"/><stop offset="1" stop-color="#00f" '
             'stop-opacity=".5"/></linearGradient><rect width="9" height="9" fill="url(#l)"/>')
