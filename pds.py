@@ -76,7 +76,7 @@ def redescending(x0_tgt, x0_src, reach):
     In robust statistics such a weight makes an estimator redescend (Hampel 1974): what has moved far was meant to.
     """
     distance = (x0_tgt - x0_src).detach().square().mean((1, 2, 3)).sqrt()
-    return 1 / (1 + (distance / reach) ** 8)
+    return 1 / (1 + (distance / max(reach, torch.finfo(distance.dtype).tiny)) ** 8)
 
 
 def dds_loss(prior, x0_tgt, x0_src, y_tgt, y_src, t=None, noise=None, weight=1.0, mask=None, generator=None):

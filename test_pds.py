@@ -193,6 +193,7 @@ def test_a_redescending_identity_holds_what_is_near_and_lets_go_what_is_far():
     assert not factors.requires_grad
     wanted = torch.tensor([1, 256 / 257, 1 / 2, 256 / 6817, 1 / 65537], dtype=factors.dtype)  # 1 / (1 + far^8)
     assert_close(factors, wanted)
+    assert pds.redescending(tgt.float(), src.float(), reach=1e-60).tolist() == [1, 0, 0, 0, 0]  # 0 in float32
 
 
 def test_identity_scales_the_pull_alone_and_a_mask_the_push_alone():
