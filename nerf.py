@@ -121,7 +121,7 @@ class Field(Representation):
             return self.background[:, None]
         return torch.sigmoid(self.sky_out @ leaky_relu(self.sky_in @ spherical_harmonics(rays_d), LEAK))
 
-    def param_groups(self, rate=1e-2, mlps=1e-3, densities=1.0, tint=0.0, lut=0.0):
+    def param_groups(self, rate=1e-2, mlps=1e-3, densities=1.0, tint=0.0, lut=0.0, sparse=0.0):
         """Two groups for Adam: the table, and the MLPs; after `split` two more for the densities alone, after `tinted`
         and `graded` one for the tint and one for the look-up table, beside which a group of rate 0 is frozen.
 
@@ -129,6 +129,7 @@ class Field(Representation):
         edit of one place must not tint the others.
 
         densities: their share of both rates after `split`; at 0 they are frozen, which saves their backward pass.
+        sparse: the share of its rate by which each corner of the tint goes back to 0 after a step, see SteadyAdam.
         """
         table, *others = self.grid.table, *(p for name, p in self.named_parameters() if p is not self.grid.table
                                             and not name.startswith(("gate.", "shape.", "tint.", "lut.")))
@@ -148,7 +149,7 @@ class Field(Representation):
         # table: with one each, Adam moves an entry by its noise as far as by a lasting push, which roughens surfaces.
         return [{"name": name, "params": parameters, "lr": lr, "betas": (0.9, 0.99), "eps": 1e-15,
                  "shared": name in ("tint", "lut") or name == "table" and self.shape is not None}
-                for name, parameters, lr in own]
+                | ({"sparse": sparse, "across": (1,)} if name == "tint" else {}) for name, parameters, lr in own]
 
     def focus(self, scene, size):
         super().focus(scene, size)

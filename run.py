@@ -141,7 +141,7 @@ def load_nerf(args, prior, nerf=None):
     if args.lut:
         nerf.graded()
     nerf.learn_from(args.frame)
-    groups = nerf.param_groups(args.table, args.mlps, args.densities, args.tint, args.lut)
+    groups = nerf.param_groups(args.table, args.mlps, args.densities, args.tint, args.lut, args.sparse)
     if args.rates == "released":  # nerfstudio's Adam; rates fall to a tenth in 100,000 steps
         groups = [group | {"betas": (0.9, 0.999), "warm": args.warm or 1000, "fall": (0.1, 99000)} for group in groups]
     return nerf, groups, Photographs(nerf)

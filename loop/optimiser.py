@@ -104,12 +104,13 @@ class SteadyAdam(torch.optim.Adam):
     after each step it takes back that share, times the group's `share` of its rate, of every displacement. This damps
     noise, while a consistent gradient still moves a shape. What is `sparse` goes back by that share of the rate after
     each step, row by row, up to its initial values: the proximal step of a group lasso on the displacements (Yuan and
-    Lin 2006). Rows with a weak push, such as the colours of most shapes, stay exactly where they were.
+    Lin 2006). Rows with a weak push, such as the colours of most shapes, stay exactly where they were. A row extends
+    over all dimensions but the first, or over those in `across`.
     """
 
     def __init__(self, groups, fields=None):
         """groups: as for torch.optim.Adam, each with one parameter; fields: {name of a group: SmoothField}."""
-        usual = {"shared": False, "decay": 0.0, "spring": 0.0, "sparse": 0.0, "share": 1.0}
+        usual = {"shared": False, "decay": 0.0, "spring": 0.0, "sparse": 0.0, "share": 1.0, "across": None}
         super().__init__([usual | group for group in groups])
         self.fields = fields or {}
         self.rest = [[p.detach().clone() for p in group["params"]] if group["spring"] or group["sparse"] else []
@@ -132,9 +133,9 @@ class SteadyAdam(torch.optim.Adam):
             for parameter, rest in zip(group["params"], rests, strict=False):
                 parameter.lerp_(rest, group["spring"] * group["share"])
                 if group["sparse"]:
-                    moved = (parameter - rest).view(len(rest), -1)
-                    kept = 1 - group["sparse"] * group["lr"] / moved.norm(dim=1, keepdim=True).clamp_min(1e-12)
-                    parameter.copy_(rest + (moved * kept.clamp_min(0)).view_as(rest))
+                    moved, across = parameter - rest, group["across"] or tuple(range(1, rest.ndim))
+                    kept = 1 - group["sparse"] * group["lr"] / moved.norm(dim=across, keepdim=True).clamp_min(1e-12)
+                    parameter.copy_(rest + moved * kept.clamp_min(0))
         return loss
 
     def _move(self, parameter, group, field):

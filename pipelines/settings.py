@@ -58,8 +58,9 @@ SETTINGS = {setting.name: setting for setting in (
             "split, so that it can bend where the field does; 0: none is, as in the paper"),
     Setting("spring", float, 0, 0.0, ("svg",), "share of the way back to the source that points and stroke widths go "
             "after each step, within the picture; 0: they are free, as in the paper"),
-    Setting("sparse", float, 0, 0.0, ("svg",), "share of its rate by which each colour goes back to the source after a "
-            "step, so that paints with a weak push stay as they are; 0: none does, as in the paper"),
+    Setting("sparse", float, 0, 0.0, ("svg", "nerf"), "share of its rate by which each colour of a drawing, or each "
+            "corner of a NeRF's tint, goes back to the source after a step, so that what has a weak push stays as it "
+            "is; 0: none does, as in the paper"),
     Setting("colours", float, 0, 0.01, ("svg", "image", "splat"), "rate of colours and pixels"),
     Setting("steady", bool, 0, True, ("svg",), "one second moment of Adam for all points, and one for all colours"),
     Setting("opacities", bool, 0, False, ("svg",), "let opaque shapes become transparent"),

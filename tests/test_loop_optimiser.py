@@ -125,6 +125,16 @@ def test_what_is_sparse_moves_by_the_proximal_step_of_a_group_lasso():
         optimiser.step()
     assert (p[0] < rest[0] - 1).all() and torch.equal(p[1:4], rest[1:4])
 
+    grid, turned = (torch.nn.Parameter(x) for x in (rand(1, 2, 3, 3), rand(9, 2, seed=1)))
+    turned.data = grid.detach()[0].flatten(1).T.clone()
+    for p, more in ((grid, {"across": (1,)}), (turned, {})):
+        optimiser = SteadyAdam([dict(params=[p], lr=0.1, sparse=0.5) | more])
+        for step in range(4):
+            push = rand(1, 2, 3, 3, seed=step)
+            p.grad = push if p is grid else push[0].flatten(1).T.clone()
+            optimiser.step()
+    assert_close(grid[0].flatten(1).T, turned)  # a row is one corner of the grid with its two channels
+
 
 def test_a_shared_moment_and_a_field_match_the_long_form():
     rest = 10 * rand(6, 2)
