@@ -1078,7 +1078,7 @@ def train_instruct(args, device, log):
 
 # ---- samples and figures ----------------------------------------------------------------------------------
 
-def sample_sheet(pipe, captions, path, guidance=5.0, perturbed=1.5, seed=0, columns=8):
+def sample_sheet(pipe, captions, path, guidance=7.5, perturbed=1.5, seed=0, columns=8):
     """DDIM samples with their captions below, from one seed and without selection.
 
     In addition to classifier-free guidance, perturbed-attention guidance (arXiv 2403.17377) of strength `perturbed`,
