@@ -202,7 +202,7 @@ class SVG(torch.nn.Module):
             size: side of the square picture in pixels, or a Frame (files/pictures.py) to keep the drawing's shape.
             ss: 1, 2 or 4 samples per pixel and axis; more of them hide the seams between shapes that share an edge.
             subdivide: length in pixels above which a curve is split, so that it bends with a field; 0: none is. Paths
-                with markers stay as they are, since those stand on their vertices.
+                with markers stay as they are, since those stand on their vertices, as do those beyond 100,000 points.
         Raises SVGError for a file that cannot be read or drawn.
         """
         return cls(Document.load(path, skip_unsupported, size, subdivide), ss)

@@ -41,6 +41,7 @@ from svg.source import Source, write_file
 from svg.style import INHERITED, MARKERS, MASK_FRAME, REFUSED, URL, colour, path_data
 
 MAX_SHAPES = 30_000
+MAX_SUBDIVIDED = 100_000              # points of a drawing up to which curves are split
 MAX_VISITS = 150_000                  # visits of elements, those of `use` counted as often as they are used
 MAX_MEASURED = 30_000                 # shapes measured for the boxes of clip paths and masks
 LENGTHS = set(GEOMETRY) - {"d", "points"}
@@ -429,7 +430,7 @@ class Document:
         shape = None
         if outline.curves and scale > NOTHING:
             if subdivide:
-                outline = outline.subdivided(subdivide / scale)
+                outline = outline.subdivided(subdivide / scale, MAX_SUBDIVIDED - self.points)
             shape = Shape(element, outline, scale, self.fixed if element is None else self.points, start)
             self.shapes.append(shape)
             if element is None:

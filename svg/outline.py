@@ -294,10 +294,10 @@ class Outline:
         return [(first, stop, start, closed)
                 for (first, start, closed), stop in zip(self.subpaths, bounds, strict=False) if first < stop]
 
-    def subdivided(self, longest):
+    def subdivided(self, longest, most=MAX_POINTS):
         """The same outline, its curves split into equal parts of their parameter, so that control polygons are about as
         long as `longest` or shorter; a curve has at most MAX_PARTS. A line that is split becomes cubics, which bend
-        smoothly."""
+        smoothly. An outline that would get more than `most` points stays as it is."""
         result = Outline()
         for first, stop, start, closed in self.drawn():
             result.move(self.points[start])
@@ -305,20 +305,22 @@ class Outline:
                 curve, straight = [self.points[i] for i in self.curves[k]], self.curves[k][0] == self.curves[k][1]
                 count = min(math.ceil(sum(abs(b - a) for a, b in pairwise(curve)) / longest), MAX_PARTS)
                 if count > 1:
-                    result.parts(curve, straight, count)
+                    result.curve_in_parts(curve, straight, count)
                 elif not straight:
                     result.curve(*curve[1:])
                 elif not (closed and k == stop - 1):          # else close() draws the line
                     result.line(curve[3])
+                if self.curves[k][3] in self.inside:
+                    result.inside.add(len(result.points) - 1)
+                if len(result.points) > most:
+                    return self
             if closed:
                 result.close()
                 if start in self.returned:
                     result.returned.add(result.subpaths[-1][1])
-            if len(result.points) > MAX_POINTS:
-                return self
         return result
 
-    def parts(self, curve, straight, count):
+    def curve_in_parts(self, curve, straight, count):
         """Go along a cubic, four complex points of which the first is the current one, in `count` equal parts."""
         if straight:
             curve = [curve[0] + (curve[3] - curve[0]) * k / 3 for k in range(4)]

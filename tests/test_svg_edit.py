@@ -7,7 +7,8 @@ from torch.testing import assert_close
 from bench.geometry import joint_angles, self_intersections
 from loop.optimiser import SteadyAdam
 from svg.constraints import places
-from svg.outline import SVGError
+from svg.markers import vertices
+from svg.outline import SVGError, path_outline
 from svg_raster import SVG
 
 CIRCLES = ('<circle id="a" cx="8" cy="8" r="4" fill="#c33"/><g id="g" transform="rotate(30) scale(2 1)"><circle cx="9" '
@@ -138,7 +139,7 @@ def test_a_subdivided_shape_follows_the_field_that_moves_its_neighbours(load_svg
 
 
 def test_subdivision_has_its_limits(load_svg, monkeypatch):
-    """Markers stand on the vertices of their path; a curve has at most 64 parts, a path a bounded number of points."""
+    """Markers stand on the vertices of their path; a curve has at most 64 parts, a drawing few enough points."""
     marked = ('<marker id="m" orient="auto"><path d="M0 0H3V3Z"/></marker>'
               '<path d="M2 2H30V30" marker-mid="url(#m)" fill="none" stroke="#000"/>')
     counts = [[len(shape.outline.points) for shape in load_svg(marked, subdivide=longest).document.shapes]
@@ -146,8 +147,10 @@ def test_subdivision_has_its_limits(load_svg, monkeypatch):
     assert counts[0][:2] == [3, 3] and counts[1][0] == 3 < counts[1][1]
     line = '<path d="M0 0H90000V9Z" fill="#000"/>'
     assert len(load_svg(line, subdivide=0.01).document.shapes[0].outline.curves) == 3 * 64
-    monkeypatch.setattr("svg.outline.MAX_POINTS", 50)
-    assert len(load_svg(line, subdivide=0.01).points) == 3
+    monkeypatch.setattr("svg.document.MAX_SUBDIVIDED", 600)
+    assert [len(shape.outline.points) for shape in load_svg(line * 2, subdivide=0.01).document.shapes] == [576, 3]
+    arc, turned = (path_outline("M2 9A9 9 0 1 1 20 9L20 10").subdivided(longest) for longest in (99.0, 5.0))
+    assert arc.inside == path_outline("M2 9A9 9 0 1 1 20 9").inside and len(vertices(turned)) == len(vertices(arc)) == 3
 
 
 def test_opaque_shapes_stay_opaque_by_default(load_svg):
