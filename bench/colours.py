@@ -38,10 +38,15 @@ def load_trainer(path):
     return module
 
 
-def drawings(trainer, args):
-    """The drawings of the held-out styles: their names, and RGBA uint8 [N,4,128,128]."""
+def held_out(trainer, args):
+    """The drawings of the held-out styles: {style: (their names, RGBA uint8 [N,4,128,128])}."""
     args.work.mkdir(parents=True, exist_ok=True)
-    sets = [trainer.render_icons(args.icons, style, args.work) for style in trainer.HELD_OUT]
+    return {style: trainer.render_icons(args.icons, style, args.work) for style in trainer.HELD_OUT}
+
+
+def drawings(trainer, args):
+    """Those of all held-out styles: their names, and RGBA uint8 [N,4,128,128]."""
+    sets = held_out(trainer, args).values()
     return [name for names, _ in sets for name in names], torch.cat([rgba for _, rgba in sets])
 
 
@@ -161,7 +166,7 @@ def pull(args):
     """The pull test on ten drawings in wrong colours; returns the number of bars missed."""
     trainer, prior = load_trainer(args.trainer), load_prior(args.model)
     trainer.PAINTED.update({name: trainer.to_lab(np.array([rgb]) / 255) for name, rgb in MORE.items()})
-    sets = {style: trainer.render_icons(args.icons, style, args.work) for style in trainer.HELD_OUT}
+    sets = held_out(trainer, args)
     found = [shares(prior, trainer, rgba[names.index(name)], wrong, caption, right, args.noises)
              for style, name, wrong, caption, right in PULLED for names, rgba in [sets[style]]]
     rows = [(f"{wrong} {name} as {caption}", "{:.2f}, {:.2f}".format(*share), "", None)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.colours import hits, load_trainer, natural, painted, shares
+from bench.colours import held_out, hits, load_trainer, natural, painted, shares
 from bench.judge import COLOURS
 
 PAINTS = {colour: torch.tensor([i % 3, i // 3 % 3, i % 4]) / 4 for i, colour in enumerate(COLOURS)}
@@ -90,3 +90,9 @@ def test_every_noun_is_painted_once_in_every_colour():
 def test_a_missing_training_script_is_reported_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"train.py: no such file"):
         load_trainer(tmp_path / "train.py")
+
+
+def test_the_folder_of_the_rendered_drawings_is_made(tmp_path):
+    work = tmp_path / "new" / "colours"
+    trainer = SimpleNamespace(HELD_OUT=("a", "b"), render_icons=lambda icons, style, folder: (style, folder.is_dir()))
+    assert held_out(trainer, SimpleNamespace(icons="", work=work)) == {"a": ("a", True), "b": ("b", True)}
