@@ -30,6 +30,7 @@ from svg.carrier import Carrier
 from svg.compositing import EMPTY, MANY_STOPS, Composite, Plan, common, gradient_paint, united
 from svg.constraints import Constraints, places
 from svg.document import Document
+from svg.forms import Forms, forms
 from svg.outline import SVGError, affine
 from svg.segments import BEVEL, BUTT, MITER, ROUND, SQUARE, TOLERANCE, dash, expand, flatten, scatter_sum, stroke, take
 from svg.source import write_file
@@ -560,6 +561,11 @@ class SVG(torch.nn.Module):
             self.layers, self.frames.cpu(), self.loaded["points"], len(self.stroke_widths)))
         return ({"points": SmoothField(rest, sigma, frames=frames)} if len(rest) else {}) | (
             {"stroke_widths": SmoothField(middle, sigma)} if len(middle) else {})
+
+    def forms(self):
+        """The Forms of the circles, ellipses, rectangles and split lines in the file, for SteadyAdam."""
+        _, frames, _ = places(self.layers, self.frames.cpu(), self.loaded["points"], 0)
+        return Forms(*forms(self.document), self.loaded["points"].to(self.points), frames.to(self.points))
 
     def restrict(self, opacities=False, only=None, joints=True, inside=False):
         """Set the constraints that every project_ restores from now on.

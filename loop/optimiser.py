@@ -105,14 +105,19 @@ class SteadyAdam(torch.optim.Adam):
     noise, while a consistent gradient still moves a shape. What is `sparse` goes back by that share of the rate after
     each step, row by row, up to its initial values: the proximal step of a group lasso on the displacements (Yuan and
     Lin 2006). Rows with a weak push, such as the colours of most shapes, stay exactly where they were. A row extends
-    over all dimensions but the first, or over those in `across`.
+    over all dimensions but the first, or over those in `across`; a group with `forms` leaves the step to them.
     """
 
-    def __init__(self, groups, fields=None):
-        """groups: as for torch.optim.Adam, each with one parameter; fields: {name of a group: SmoothField}."""
+    def __init__(self, groups, fields=None, forms=None):
+        """
+        Args:
+            groups: as for torch.optim.Adam, each with one parameter.
+            fields: {name of a group: SmoothField}.
+            forms: {name of a group: an object with shrink_(parameter, by), such as svg.forms.Forms}.
+        """
         usual = {"shared": False, "decay": 0.0, "spring": 0.0, "sparse": 0.0, "share": 1.0, "across": None}
         super().__init__([usual | group for group in groups])
-        self.fields = fields or {}
+        self.fields, self.forms = fields or {}, forms or {}
         self.rest = [[p.detach().clone() for p in group["params"]] if group["spring"] or group["sparse"] else []
                      for group in self.param_groups]
 
@@ -132,7 +137,9 @@ class SteadyAdam(torch.optim.Adam):
         for group, rests in zip(self.param_groups, self.rest, strict=True):
             for parameter, rest in zip(group["params"], rests, strict=False):
                 parameter.lerp_(rest, group["spring"] * group["share"])
-                if group["sparse"]:
+                if group["sparse"] and group.get("name") in self.forms:
+                    self.forms[group["name"]].shrink_(parameter, group["sparse"] * group["lr"])
+                elif group["sparse"]:
                     moved, across = parameter - rest, group["across"] or tuple(range(1, rest.ndim))
                     kept = 1 - group["sparse"] * group["lr"] / moved.norm(dim=across, keepdim=True).clamp_min(1e-12)
                     parameter.copy_(rest + moved * kept.clamp_min(0))

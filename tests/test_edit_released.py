@@ -133,6 +133,7 @@ def test_every_setting_of_the_paper_has_a_flag_that_wins(pipelines):
         "freeu",
         "spring",
         "subdivide",
+        "affine",
         "sparse",
         "reach",
         "densities",

@@ -2,11 +2,13 @@
 import numpy as np
 import pytest
 import torch
+from conftest import rand
 from torch.testing import assert_close
 
 from bench.geometry import joint_angles, self_intersections
 from loop.optimiser import SteadyAdam
 from svg.constraints import places
+from svg.forms import forms
 from svg.markers import vertices
 from svg.outline import SVGError, path_outline
 from svg_raster import SVG
@@ -151,6 +153,93 @@ def test_subdivision_has_its_limits(load_svg, monkeypatch):
     assert [len(shape.outline.points) for shape in load_svg(line * 2, subdivide=0.01).document.shapes] == [576, 3]
     arc, turned = (path_outline("M2 9A9 9 0 1 1 20 9L20 10").subdivided(longest) for longest in (99.0, 5.0))
     assert arc.inside == path_outline("M2 9A9 9 0 1 1 20 9").inside and len(vertices(turned)) == len(vertices(arc)) == 3
+
+
+FORMS = [('<circle cx="9" cy="9" r="6"/><ellipse cx="9" cy="9" rx="6" ry="1"/><rect width="8" height="9" rx="3"/>', 3),
+         ('<path d="M28 16A12 5 30 1 1 6 16A12 5 30 1 1 28 16"/>', 1),                          # without a "Z"
+         ('<path d="M36 18c0 9.94-8.06 18-18 18S0 27.94 0 18 8.06 0 18 0s18 8.06 18 18"/>', 1),
+         ('<path d="M4 16a9 9 0 1 0 18 0a9 9 0 1 0-18 0zM8 16a5 5 0 1 0 10 0a5 5 0 1 0-10 0z"/>', 2),  # a ring
+         ('<path d="M2 2H30V9H2Z"/><polygon points="2 2 9 3 12 9 5 8"/>', 2),
+         ('<path d="M2 2H9H30V9H2Z" transform="rotate(30) scale(2 1)"/>', 1),
+         ('<path d="M2 9Q2 2 9 2T16 9T9 16T2 9Z"/>', 0),                                        # 4 % off a circle
+         ('<path d="M4 16A9 9 0 0 1 22 16Z"/><path d="M4 16A9 9 0 0 1 22 16" fill="none" stroke="#000"/>', 0),
+         ('<path d="M2 2H30V9L3 9.5Z"/><polygon points="2 2 9 3 12 9"/><path d="M2 2H9V9H5V7H2Z"/>', 0),
+         ('<path d="M2 2C9 9 16-5 30 2V9H2Z"/><path d="M5 5H5V5H5Z" stroke="#000"/>', 0)]
+
+
+@pytest.mark.parametrize("longest", [0.0, 3.0])
+@pytest.mark.parametrize("body, count", FORMS)
+def test_circles_ellipses_and_rectangles_are_found_however_they_are_written(load_svg, body, count, longest):
+    svg = load_svg(body, subdivide=longest)
+    found, _ = forms(svg.document)
+    assert len(found) == count and all(len(set(rows)) == len(rows) for rows in found)
+    if count and len(svg.document.shapes) == 1:
+        assert sorted(row for rows in found for row in rows) == [*range(len(svg.points))]
+
+
+def test_forms_take_the_proximal_step_of_a_group_lasso(load_svg):
+    """What an affine map explains stays; of the rest, a root mean square in pixels of the picture becomes shorter by
+    the rate times the share, and nothing is left where it was shorter than that. Other shapes do not change."""
+    svg = load_svg('<circle cx="9" cy="9" r="6"/><rect x="60" y="2" width="9" height="5" transform="scale(.3 .5)"/>'
+                   '<path d="M20 20Q30 18 25 30Q24 26 20 20Z"/>', subdivide=3.0)
+    held, rest, moved = svg.forms(), svg.loaded["points"], rand(len(svg.points), 2).float()
+    moved[svg.document.shapes[1].rows] *= 0.1
+    group = dict(params=[svg.points], lr=0.5, sparse=0.6, name="points")
+    adam = SteadyAdam([group], forms={"points": held})
+    svg.points.data += moved                                   # without a gradient, Adam itself takes no step
+    adam.step()
+    gone = []
+    for number, shape in enumerate(svg.document.shapes[:2]):
+        x, d = rest[shape.rows].double(), moved[shape.rows].double()
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        away = d - x @ torch.linalg.solve(x.T @ x, x.T @ d)
+        length = (away @ svg.frames[number, :, :2].double().T).square().sum(1).mean().sqrt()
+        wanted = rest[shape.rows] + d - away * min(0.3 / length, 1)
+        assert_close(svg.points.detach()[shape.rows].double(), wanted, atol=1e-5, rtol=0)
+        gone.append(bool(length < 0.3))
+    last = svg.document.shapes[2].rows
+    assert gone == [False, True] and torch.equal(svg.points.detach()[last], (rest + moved)[last])
+
+
+def test_split_lines_become_straight_between_their_ends(load_svg):
+    """Of a triangle: the corners stay where they are, and the points in between come to lie on the lines between them.
+    Lines that are not split, and those of rectangles, are none here, nor are straight pieces in a row in the file."""
+    body = '<path d="M2 2H30L9 28Z" transform="rotate(20) scale(.9)"/>'
+    row = '<path d="M2 2H5H8H11Q9 9 2 9"/>'
+    for other, longest in ((body, 0.0), ('<rect width="30" height="30"/>', 3.0), (row, 9.0)):
+        assert forms(load_svg(other, subdivide=longest).document)[1] == []
+    svg = load_svg(body, subdivide=9.0)
+    held, rest = svg.forms(), svg.loaded["points"]
+    moved = rest + rand(len(rest), 2).float()
+    some, whole = moved.clone(), moved.clone()
+    held.shrink_(some, 0.1)
+    held.shrink_(whole, 100.0)
+    assert_close(held.rests(some)[1], held.rests(moved)[1] - 0.1 * held.LINES)
+    lines = [held.rows[held.owner == number] for number in range(3)]
+    assert len(lines) == held.owner.max() + 1 and sum(map(len, lines)) == len(rest) + 3
+    for rows in lines:
+        first, last = rows[0], rows[-1]
+        assert torch.equal(whole[rows[[0, -1]]], moved[rows[[0, -1]]])
+        share = (rest[rows] - rest[first]).norm(dim=1) / (rest[last] - rest[first]).norm()
+        assert_close(whole[rows], torch.lerp(moved[first], moved[last], share[:, None]), atol=1e-4, rtol=0)
+
+
+def test_a_circle_becomes_an_ellipse_but_keeps_no_noise(load_svg):
+    """Under a consistent push it stretches as far with the constraint as without; random pushes leave it an ellipse."""
+    svg = load_svg('<circle cx="16" cy="16" r="8"/>', subdivide=3.0)
+    held, rest, rng = svg.forms(), svg.loaded["points"].clone(), torch.Generator().manual_seed(0)
+    ends = {}
+    for share in (0.0, 0.5):
+        svg.points.data.copy_(rest)
+        adam = SteadyAdam([dict(params=[svg.points], lr=0.1, sparse=share, name="points", shared=True)],
+                          forms={"points": held})
+        for _ in range(60):
+            svg.points.grad = torch.randn(rest.shape, generator=rng)
+            svg.points.grad[:, 0] -= (rest[:, 0] - 16) / 8
+            adam.step()
+        moved, x = (svg.points.detach() - rest)[:, 0], rest[:, 0] - 16
+        ends[share] = (moved * x).sum() / x.square().sum(), held.rests(svg.points)[1]
+    assert ends[0.5][0] > 0.9 * ends[0.0][0] > 0.1 and ends[0.5][1] < 0.2 * ends[0.0][1]
 
 
 def test_opaque_shapes_stay_opaque_by_default(load_svg):
