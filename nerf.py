@@ -29,10 +29,10 @@ from scene.captures import SceneError, check_pointer
 from scene.gate import Gate
 from scene.grid import HashGrid
 from scene.guide import Guide
+from scene.paint import LookUpTable, Paint
 from scene.photographs import Pixels, over
 from scene.region import Region, side_of
 from scene.representation import Representation, spherical_harmonics
-from scene.tint import LookUpTable, Tint
 from scene.volume import Samples, distortion, sums, volume_weights
 
 LEAK = 0.05  # slope of the ReLUs: at learning rates that suit the table, a layer of 32 plain ReLUs can die
@@ -61,7 +61,7 @@ class Field(Representation):
         self.distance, self.pixel = distance.median().item(), (distance / focal).median().item()
         self.extent = 1.0 if scene.bounded else 2.0
         self.grid, self.open = HashGrid(levels, table, 16, min(max(4 / self.pixel, 64), 2048)), None
-        self.shape = self.tint = self.lut = None  # see split, tinted, graded
+        self.shape = self.paint = self.lut = None  # see split, painted, graded
 
         def weights(rows, columns):
             return torch.nn.Parameter(torch.empty(rows, columns).uniform_(-1, 1) * 1.7 / columns ** 0.5)
@@ -93,7 +93,7 @@ class Field(Representation):
             return sigma, None
         rgb = self.colour(out if self.shape is None else self.density(self.grid(x))[1], sh)
         rgb = rgb if self.lut is None else self.lut(rgb)
-        return sigma, rgb if self.tint is None else self.tint(x, rgb)
+        return sigma, rgb if self.paint is None else self.paint(x, rgb)
 
     @property
     def solid(self):
@@ -105,10 +105,11 @@ class Field(Representation):
         if self.shape is None:
             self.shape = Shape(self)
 
-    def tinted(self):
-        """From now on colours can change by a Tint as well, smoothly in space; at first it changes nothing."""
-        if self.tint is None:
-            self.tint = Tint().to(self.centre.device)
+    def painted(self, colours):
+        """From now on a Paint can cover the colours as well, which starts with `colours`, RGB [P,3]; at first it covers
+        nothing."""
+        if self.paint is None:
+            self.paint = Paint(colours).to(self.centre.device)
 
     def graded(self):
         """From now on colours can change by a LookUpTable as well, equal ones alike; at first it changes nothing."""
@@ -121,21 +122,23 @@ class Field(Representation):
             return self.background[:, None]
         return torch.sigmoid(self.sky_out @ leaky_relu(self.sky_in @ spherical_harmonics(rays_d), LEAK))
 
-    def param_groups(self, rate=1e-2, mlps=1e-3, densities=1.0, tint=0.0, lut=0.0, sparse=0.0):
-        """Two groups for Adam: the table, and the MLPs; after `split` two more for the densities alone, after `tinted`
-        and `graded` one for the tint and one for the look-up table, beside which a group of rate 0 is frozen.
+    def param_groups(self, rate=1e-2, mlps=1e-3, densities=1.0, paint=0.0, lut=0.0, sparse=0.0):
+        """Two groups for Adam: the table, and the MLPs; after `split` two more for the densities alone, after `painted`
+        two for the cover of the paints and their colours, after `graded` one for the look-up table; beside paints and
+        this table a group of rate 0 is frozen.
 
         Table entries get gradients rarely, hence the small eps. All samples share the MLPs, hence their lower rate: an
-        edit of one place must not tint the others.
+        edit of one place must not colour the others.
 
         densities: their share of both rates after `split`; at 0 they are frozen, which saves their backward pass.
-        sparse: the share of its rate by which each corner of the tint goes back to 0 after a step, see SteadyAdam.
+        sparse: the share of its rate by which each corner of the cover goes back to 0 after a step, see SteadyAdam.
         """
         table, *others = self.grid.table, *(p for name, p in self.named_parameters() if p is not self.grid.table
-                                            and not name.startswith(("gate.", "shape.", "tint.", "lut.")))
+                                            and not name.startswith(("gate.", "shape.", "paint.", "lut.")))
         own = [("table", [table], rate), ("mlps", others, mlps)]
-        smooth = [(name, [*change.parameters()], lr) for name, change, lr in
-                  (("tint", self.tint, tint), ("lut", self.lut, lut)) if change is not None]
+        smooth = [("paint", [*self.paint.cover], paint), ("paint colours", [self.paint.colours], paint)] \
+            if self.paint is not None else []
+        smooth += [("lut", [*self.lut.parameters()], lut)] if self.lut is not None else []
         for _, parameters, lr in own:
             for parameter in parameters:
                 parameter.requires_grad_(not smooth or lr > 0)
@@ -145,11 +148,11 @@ class Field(Representation):
             if densities:
                 own += [("shape table", [shape.grid.table], densities * rate),
                         ("shape mlps", [shape.sigma_in, shape.sigma_out], densities * mlps)]
-        # Entries of the colours' own table share one second moment, as do those of each grid of a tint or of a look-up
+        # Entries of the colours' own table share one second moment, as do those of each grid of a cover or of a look-up
         # table: with one each, Adam moves an entry by its noise as far as by a lasting push, which roughens surfaces.
         return [{"name": name, "params": parameters, "lr": lr, "betas": (0.9, 0.99), "eps": 1e-15,
-                 "shared": name in ("tint", "lut") or name == "table" and self.shape is not None}
-                | ({"sparse": sparse, "across": (1,)} if name == "tint" else {}) for name, parameters, lr in own]
+                 "shared": name in ("paint", "paint colours", "lut") or name == "table" and self.shape is not None}
+                | ({"sparse": sparse, "across": (1,)} if name == "paint" else {}) for name, parameters, lr in own]
 
     def focus(self, scene, size):
         super().focus(scene, size)
@@ -535,9 +538,10 @@ class NeRF(SampledField):
             nerf = cls(scene, **config)
             if "shape.sigma_in" in state:
                 nerf.split()
-            for part, add in (("tint.", nerf.tinted), ("lut.", nerf.graded)):
-                if any(name.startswith(part) for name in state):
-                    add()
+            if "paint.colours" in state:
+                nerf.painted(torch.zeros(*state["paint.colours"].shape[:1], 3))
+            if any(name.startswith("lut.") for name in state):
+                nerf.graded()
             if any(name.startswith("gate.") for name in state):
                 nerf.confine(Region(scene, torch.zeros([side_of(scene)] * 3)))
             restore(nerf, state, path)

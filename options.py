@@ -139,7 +139,7 @@ GROUPS = {
                 "scene's file names)", SCENES, metavar="FOLDER"),
         _option("--up", "upward axis of --splats without a --scene, written --up=-y (default: that in the file, else "
                 "-y as in COLMAP)", ("splat",), choices=UP),
-        _setting("table"), _setting("mlps"), _setting("densities"), _setting("tint"), _setting("lut"),
+        _setting("table"), _setting("mlps"), _setting("densities"), _setting("paint"), _setting("lut"),
         _setting("means"), _setting("scales"), _setting("rotations"), _setting("opacity"), _setting("refine"),
         _option("--path", "camera path of turntable.gif (default: %(default)s)", SCENES, kept=False, choices=PATHS,
                 default="turntable"),

@@ -55,6 +55,7 @@ from nerf import NeRF
 from options import HERE, check_prompts, complete, kept_apart, settings, slug
 from prior import InstructPix2Pix, Prior
 from scene.cameras import input_path, sides, turntable
+from scene.paint import palette
 from scene.reading import load_scene
 from scene.region import MOST, ball, box, found, lifted
 from scene.representation import depth_of, evaluate, export, fit_pictures, fit_report
@@ -136,12 +137,12 @@ def load_nerf(args, prior, nerf=None):
     nerf = nerf or fit(args)
     if args.densities != 1 and (args.table or args.mlps):
         nerf.split()
-    if args.tint:
-        nerf.tinted()
+    if args.paint:
+        nerf.painted(palette(nerf, args.frame))
     if args.lut:
         nerf.graded()
     nerf.learn_from(args.frame)
-    groups = nerf.param_groups(args.table, args.mlps, args.densities, args.tint, args.lut, args.sparse)
+    groups = nerf.param_groups(args.table, args.mlps, args.densities, args.paint, args.lut, args.sparse)
     if args.rates == "released":  # nerfstudio's Adam; rates fall to a tenth in 100,000 steps
         groups = [group | {"betas": (0.9, 0.999), "warm": args.warm or 1000, "fall": (0.1, 99000)} for group in groups]
     return nerf, groups, Photographs(nerf)

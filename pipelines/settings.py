@@ -61,8 +61,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("affine", float, 0, 0.0, ("svg",), "share of its rate by which each circle, ellipse and rectangle of a "
             "drawing goes back to an affine image of itself after a step, so that it keeps its form unless the push is "
             "strong; 0: none does, as in the paper"),
-    Setting("sparse", float, 0, 0.0, ("svg", "nerf"), "share of its rate by which each colour of a drawing, or each "
-            "corner of a NeRF's tint, goes back to the source after a step, so that what has a weak push stays as it "
+    Setting("sparse", float, 0, 0.0, ("svg", "nerf"), "share of its rate by which each colour of a drawing, or the "
+            "cover of a NeRF's paints, goes back to the source after a step, so that what has a weak push stays as it "
             "is; 0: none does, as in the paper"),
     Setting("colours", float, 0, 0.01, ("svg", "image", "splat"), "rate of colours and pixels"),
     Setting("steady", bool, 0, True, ("svg",), "one second moment of Adam for all points, and one for all colours"),
@@ -75,8 +75,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("densities", float, 0, 1.0, ("nerf",), "share of both rates at which densities learn, which then have a "
             "table and an MLP of their own, so that colours change without the shape; 0: the shape stays; 1: one table "
             "for both, as in the paper"),
-    Setting("tint", float, 0, 0.0, ("nerf",), "rate of a tint of the colours that is smooth in space, so that it "
-            "covers what is there; 0: none, as in the paper"),
+    Setting("paint", float, 0, 0.0, ("nerf",), "rate of two paints, each of one colour, that cover what is there "
+            "smoothly in space; 0: none, as in the paper"),
     Setting("lut", float, 0, 0.0, ("nerf",), "rate of a look-up table of the colours, which changes equal colours "
             "alike and leaves shading and texture as they are; 0: none, as in the paper"),
     Setting("means", float, 0, 3e-5, ("splat",), "rate of the means, in extents of the cameras"),

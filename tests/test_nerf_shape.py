@@ -1,15 +1,16 @@
-"""Densities with weights of their own, a tint, a look-up table of colours: the colours change without the shape."""
+"""Densities with weights of their own, paint, a look-up table of colours: the colours change without the shape."""
 import copy
+import types
 
 import pytest
 import torch
-from conftest import NERF_SIZES
+from conftest import NERF_SIZES, rand
 from torch.testing import assert_close
 
 from nerf import NeRF
 from pipelines.settings import settings_for
+from scene.paint import LookUpTable, Paint, palette
 from scene.region import ball
-from scene.tint import LookUpTable, Tint
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +93,15 @@ def test_settings_of_a_method_within_a_mode_hold_there_alone():
     assert settings_for(defaults, "image", "pds")["steps"] == 1000
 
 
-@pytest.mark.parametrize("name, added", [("tint", NeRF.tinted), ("lut", NeRF.graded)])
-def test_a_tint_or_a_table_changes_the_colours_alone_and_is_part_of_the_file(fitted, name, added, tmp_path):
+@pytest.mark.parametrize("name", ["paint", "lut"])
+def test_paint_or_a_table_changes_the_colours_alone_and_is_part_of_the_file(fitted, name, tmp_path):
     nerf, x = copy.deepcopy(fitted), torch.rand(3, 200, generator=torch.Generator().manual_seed(0))
-    added(nerf)
+    nerf.painted(torch.tensor([[0.1, 0.1, 0.1]])) if name == "paint" else nerf.graded()
     nerf.confine(ball(nerf.scene, (0.0, 0.0, 0.0), 0.8))
     with torch.no_grad():
         assert_close(nerf.render(3, 40), fitted.render(3, 40), rtol=0, atol=1e-5)
-    groups = nerf.param_groups(0.0, 0.0, 1.0, **{name: 0.05})
-    assert [group["name"] for group in groups if group["lr"]] == [name]
+    groups = nerf.param_groups(0.0, 0.0, 1.0, **{name: {"paint": 0.5, "lut": 0.05}[name]})
+    assert [group["name"] for group in groups if group["lr"]] == [name, *["paint colours"] * (name == "paint")]
     darken(nerf, groups)
     for other, parameter in nerf.named_parameters():
         if not other.startswith((f"{name}.", "gate.")):
@@ -114,21 +115,38 @@ def test_a_tint_or_a_table_changes_the_colours_alone_and_is_part_of_the_file(fit
         assert torch.equal(loaded.render(3, 40), nerf.render(3, 40))
 
 
-def test_a_tint_covers_dark_and_light_alike():
-    """A lightness of -15 along grey takes every colour to black; the hue leaves the mean of the logits alone."""
-    tint, x = Tint(), torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
-    rgb = torch.tensor([[0.0, 1.0, 0.2, 0.98, 0.5], [0.0, 1.0, 0.9, 0.7, 0.5], [0.0, 1.0, 0.4, 0.1, 0.5]])
-    assert_close(tint(x, rgb), rgb, rtol=0, atol=1e-6)
+def test_paint_covers_dark_and_light_alike():
+    """Where its grids are 0 it changes nothing; one that is far above the others hides every colour under its own, and
+    shares of one half mix with what is bare."""
+    colours, x = torch.tensor([[0.1, 0.2, 0.3], [0.9, 0.9, 0.8]]), rand(3, 5).float().sigmoid()
+    paint, rgb = Paint(colours), rand(3, 5, seed=1).float().sigmoid()
+    assert_close(paint(x, rgb), rgb, rtol=0, atol=1e-6)
     with torch.no_grad():
-        tint.lightness[0].fill_(-15)
-        dark = tint(x, rgb)
-        assert dark.min() >= -Tint.ROOM and dark.max() < 0.03
-        tint.lightness[0].zero_()
-        tint.hue[1][:, 0] = 1.0
-        turned = tint(x, rgb).logit()[:, 2:] - rgb.logit()[:, 2:]
-    assert_close(turned, torch.tensor([[0.5 ** 0.5], [-0.5 ** 0.5], [0.0]]).expand(-1, 3), rtol=0, atol=1e-4)
-    tint(x, rgb).sum().backward()
-    assert all(grid.grad.abs().sum() > 0 for grid in tint.parameters())
+        paint.cover[0][:, 1] = 20.0
+        assert_close(paint(x, rgb), colours[1][:, None].expand(3, 5), rtol=0, atol=1e-5)
+        paint.cover[0][:, 1] = Paint.BARE
+        mixed = paint(x, rgb)
+        paint.cover[0][:, 1] = -20.0  # a paint can have no less than nothing
+        assert_close(paint(x, rgb), rgb, rtol=0, atol=0.05)
+    assert_close(mixed, (rgb + colours[1][:, None]) / 2, rtol=0, atol=0.03)
+    paint(x, rgb).sum().backward()
+    assert all(grid.grad.abs().sum() > 0 for grid in paint.parameters())
+
+
+def test_paints_start_with_the_colours_of_what_is_shown():
+    """The means of the clusters, a small one too; nothing of what lies around it; the background if all is empty."""
+    red, blue = torch.tensor([0.9, 0.2, 0.1]), torch.tensor([0.1, 0.2, 0.6])
+    solid = torch.zeros(1, 1, 8, 8)
+    solid[..., 2:6, 2:6] = 1
+    picture = torch.where(solid > 0, red[:, None, None], 1.0) + 0.02 * rand(1, 3, 8, 8).float()
+    picture[0, :, 2, 2:5] = blue[:, None]
+    shown = types.SimpleNamespace(edited=types.SimpleNamespace(train=[0] * 9), background=torch.ones(3),
+                                  render=lambda *_: picture, depth=lambda *_: solid)
+    found = palette(shown, None)
+    assert_close(found, torch.stack([red, blue]), rtol=0, atol=0.02)
+    assert torch.cdist(found, palette(shown, None, count=3)).amin(1).max() < 0.05
+    solid.zero_()
+    assert torch.equal(palette(shown, None, count=3), torch.ones(3, 3))
 
 
 def test_a_look_up_table_changes_equal_colours_alike_and_neighbouring_ones_nearly_so():
