@@ -174,7 +174,7 @@ def test_only_modes_with_colours_apart_weigh_them_apart():
 
 def test_points_stay_where_only_a_colour_changes():
     """With the shipped settings: a rate in the command, free points, and the paper's settings move them. In a NeRF the
-    look-up table alone changes, where more than a colour does two paints, and in a confined edit with the
+    look-up table alone changes, where more than a colour does two paints as well, and in a confined edit with the
     table instead."""
     shipped, released = (types.SimpleNamespace(defaults=own, size=64, multiple=8, abar=ABAR) for own in (
         read_defaults(options.SHIPPED / "pds.json"), PAPER))
@@ -196,7 +196,7 @@ def test_points_stay_where_only_a_colour_changes():
     def learning(method, **given):
         own = settings_for(shipped.defaults, "nerf", method, **given)
         return [name for name in ("table", "mlps", "paint", "lut") if own[name]]
-    assert learning("pds", recolour=True) == ["lut"] and learning("pds") == ["paint"]
+    assert learning("pds", recolour=True) == ["lut"] and learning("pds") == ["paint", "lut"]
     for own in (learning("pds", confined=True), learning("pds", confined=True, recolour=True), learning("sds"),
                 learning("sds", recolour=True), learning("pds", local=True)):
         assert own == ["table", "mlps"]
