@@ -275,6 +275,8 @@ def trial(text, path, size, skip):
             assert p.grad is None or p.grad.isfinite().all(), f"the gradient of {name} is not finite"
     with torch.no_grad():
         svg.points += 0.2 * torch.randn(svg.points.shape, generator=generator)
+        svg.forms().shrink_(svg.points, 0.1)
+        assert svg.points.isfinite().all(), "a form is not finite"
         try:
             moved = svg.render()
             svg.save(path)

@@ -80,7 +80,9 @@ def forms(document):
         for start, stop, _, _ in outline.drawn():
             own = curves[start:stop]
             if known or is_ellipse(points[own]) or is_parallelogram(points[own]):
-                found.append((shape.first + np.unique(own)).tolist())
+                rows = np.unique(own)
+                if len(rows) > 3:         # an affine map can do anything with three points
+                    found.append((shape.first + rows).tolist())
                 continue
             ends = [k for k in range(len(own)) if own[k, 3] not in outline.inside]
             for first, last in zip([0, *(k + 1 for k in ends)], ends, strict=False):

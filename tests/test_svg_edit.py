@@ -164,6 +164,7 @@ FORMS = [('<circle cx="9" cy="9" r="6"/><ellipse cx="9" cy="9" rx="6" ry="1"/><r
          ('<path d="M2 9Q2 2 9 2T16 9T9 16T2 9Z"/>', 0),                                        # 4 % off a circle
          ('<path d="M4 16A9 9 0 0 1 22 16Z"/><path d="M4 16A9 9 0 0 1 22 16" fill="none" stroke="#000"/>', 0),
          ('<path d="M2 2H30V9L3 9.5Z"/><polygon points="2 2 9 3 12 9"/><path d="M2 2H9V9H5V7H2Z"/>', 0),
+         ('<rect width="9" height="0" stroke="#000"/><circle cx="9" cy="9" r="0"/><ellipse rx="5" ry="0"/>', 0),
          ('<path d="M2 2C9 9 16-5 30 2V9H2Z"/><path d="M5 5H5V5H5Z" stroke="#000"/>', 0)]
 
 
