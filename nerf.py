@@ -539,13 +539,16 @@ class NeRF(SampledField):
             if "shape.sigma_in" in state:
                 nerf.split()
             if "paint.colours" in state:
-                nerf.painted(torch.zeros(*state["paint.colours"].shape[:1], 3))
+                paints = len(state["paint.colours"])
+                if not 1 <= paints <= 16:
+                    raise ValueError(f"it has {paints} paints")
+                nerf.painted(torch.zeros(paints, 3))
             if any(name.startswith("lut.") for name in state):
                 nerf.graded()
             if any(name.startswith("gate.") for name in state):
                 nerf.confine(Region(scene, torch.zeros([side_of(scene)] * 3)))
             restore(nerf, state, path)
-        except ValueError as e:  # a table that is no power of two, other parts, NaN
+        except (ValueError, TypeError) as e:  # a table that is no power of two, other parts, NaN
             raise SceneError(e if str(path) in str(e) else f"{path}: no readable NeRF: {e}") from e
         return nerf.to(device)
 

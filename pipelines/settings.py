@@ -59,8 +59,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("spring", float, 0, 0.0, ("svg",), "share of the way back to the source that points and stroke widths go "
             "after each step, within the picture; 0: they are free, as in the paper"),
     Setting("affine", float, 0, 0.0, ("svg",), "share of its rate by which each circle, ellipse and rectangle of a "
-            "drawing goes back to an affine image of itself after a step, so that it keeps its form unless the push is "
-            "strong; 0: none does, as in the paper"),
+            "drawing goes back to an affine image of itself after a step, and a split line to a straight one, so that "
+            "they keep their form unless the push is strong; 0: none does, as in the paper"),
     Setting("sparse", float, 0, 0.0, ("svg", "nerf"), "share of its rate by which each colour of a drawing, or the "
             "cover of a NeRF's paints, goes back to the source after a step, so that what has a weak push stays as it "
             "is; 0: none does, as in the paper"),

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from nerf import NeRF
 from pipelines.settings import settings_for
+from scene.captures import SceneError
 from scene.paint import LookUpTable, Paint, palette
 from scene.region import ball
 
@@ -131,6 +132,19 @@ def test_paint_covers_dark_and_light_alike():
     assert_close(mixed, (rgb + colours[1][:, None]) / 2, rtol=0, atol=0.03)
     paint(x, rgb).sum().backward()
     assert all(grid.grad.abs().sum() > 0 for grid in paint.parameters())
+
+
+@pytest.mark.parametrize("colours, reason", [
+    (torch.zeros(0, 3), "it has 0 paints"), (torch.zeros(10 ** 6, 3), "it has 1000000 paints"),
+    (torch.tensor(0.5), "no readable NeRF"), (torch.zeros(2, 3), "its tensors are not those of the scene")])
+def test_a_file_with_other_paints_is_refused(fitted, colours, reason, tmp_path):
+    """Before memory is taken for their grids; so is one whose grids are missing."""
+    nerf = copy.deepcopy(fitted)
+    nerf.paint = torch.nn.Module()
+    nerf.paint.register_buffer("colours", colours)
+    nerf.save(tmp_path / "a.safetensors")
+    with pytest.raises(SceneError, match=f"a.safetensors.*{reason}"):
+        NeRF.load(tmp_path / "a.safetensors", nerf.scene)
 
 
 def test_paints_start_with_the_colours_of_what_is_shown():
