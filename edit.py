@@ -234,9 +234,9 @@ class Run:
     def __init__(self, scene, groups, stages, args, path, config):
         """path: of the checkpoint; the other arguments as of `edit`."""
         self.scene, self.stages, self.args, self.path, self.config = scene, stages, args, path, config
-        forms = {"points": scene.forms()} if args.mode == "svg" and args.affine else None
+        held = any(group.get("name") == "points" and group.get("sparse") for group in groups)
         self.optimiser = SteadyAdam([{"start": 10 / (args.batch * parallel.world())} | group for group in groups],
-                                    forms=forms)
+                                    forms={"points": scene.forms()} if held else None)
         self.rates, self.level = [group["lr"] for group in groups], None
         self.generators, self.frames = parallel.streams(args.seed, args.batch), [snapshot(scene)]
 

@@ -23,10 +23,13 @@ class Paint(torch.nn.Module):
     """
     SIDES = (8, 16, 24)  # corners of the grids along each side
     BARE = 4.0  # the logit of the bare surface, which starts with nearly all
+    MOST = 16  # paints
 
     def __init__(self, colours):
-        """colours: RGB [P,3] in [0,1] with which the paints start."""
+        """colours: RGB [P,3] in [0,1] with which the paints start; ValueError for none or more than MOST."""
         super().__init__()
+        if not 1 <= len(colours) <= self.MOST:
+            raise ValueError(f"{len(colours)} paints, need 1 to {self.MOST}")
         self.colours = torch.nn.Parameter(colours.clamp(0.01, 0.99).logit())
         self.cover = torch.nn.ParameterList(torch.zeros(1, len(colours), *[side] * 3) for side in self.SIDES)
 
