@@ -44,8 +44,8 @@ class Forms:
                 self.dual[stops[number], 0] = self.dual[stops[number + 1] - 1, 1] = 1
 
     def rests(self, points):
-        """What no affine map of a form explains of the displacements of its points, [M,2] for `rows`, in their shapes'
-        coordinates, and its root mean square in pixels for each form and line [F]."""
+        """The rests of the displacements of the forms' and lines' points, [M,2] for `rows`, in their shapes'
+        coordinates, and their root mean square in pixels for each form and line [F]."""
         moved = (points - self.points)[self.rows]
         maps = self._sum(self.dual[:, :, None] * moved[:, None])
         rest = moved - (self.basis[:, :, None] * maps[self.owner]).sum(1)
@@ -108,8 +108,9 @@ def is_ellipse(curves):
     if len(z) < 8 or not size or abs(curves[-1, 3] - curves[0, 0]) > TOLERANCE * size:
         return False
     x, y = z.real / size, z.imag / size
-    a, b, c, d, e = conic = np.linalg.lstsq(np.stack([x * x, x * y, y * y, x, y], 1), np.ones_like(x), rcond=None)[0]
-    value = np.stack([x * x, x * y, y * y, x, y], 1) @ conic - 1
+    terms = np.stack([x * x, x * y, y * y, x, y], 1)
+    a, b, c, d, e = conic = np.linalg.lstsq(terms, np.ones_like(x), rcond=None)[0]
+    value = terms @ conic - 1
     slope = np.hypot(2 * a * x + b * y + d, 2 * c * y + b * x + e)
     return bool(4 * a * c > b * b and np.all(np.abs(value) < TOLERANCE * slope))
 
