@@ -1,7 +1,8 @@
 """`python -m bench front`: alignment with the prompt against preservation of the source, for each method.
 
-PDS runs at several weights K of its identity term, with smooth and with free points; SDS, DDS and other coefficients
-run at their own settings. Writes front.png (the chart), front.csv (its numbers) and along.png (one drawing at each K).
+PDS runs at several weights K of its identity term, with smooth and with free points, where K holds colours as much as
+points, and once at its own settings, as SDS, DDS and other coefficients do. Writes front.png (the chart), front.csv
+(its numbers) and along.png (one drawing at each K).
 """
 import csv
 import io
@@ -18,8 +19,9 @@ from image.figures import perceptual
 from loop import parallel
 
 IDENTITIES = (1, 0.5, 0.25, 0)
+WHOLE = ("--colour-identity", "1")  # K weighs all of the term, as in the paper
 PAPER = ("--smooth", "0", "--no-steady", "--opacities")  # free points, plain Adam
-COLOURS = ("#d9480f", "#2f5fd0", "#2b8a3e", "#c2255c", "#0b7285", "#111111", "#862e9c", "#e8a008")
+COLOURS = ("#d9480f", "#2f5fd0", "#2b8a3e", "#c2255c", "#0b7285", "#111111", "#862e9c", "#e8a008", "#7a5c3e")
 FIGURES = ("PSNR", "SSIM", "log-odds", "named", "turn", "IoU")  # see bench/edits.py
 
 
@@ -27,7 +29,8 @@ def methods():
     """The chart's lines: {title: [(label, loss, flags)]}, one point for each label."""
     def series(*flags):
         return [(f"{k:g}", "pds", ["--identity", f"{k:g}", *flags]) for k in IDENTITIES]
-    return {"PDS, smooth field, by K": series(), "PDS, free points, by K": series(*PAPER),
+    return {"PDS, smooth field, by K": series(*WHOLE), "PDS, free points, by K": series(*PAPER),
+            "PDS, the default": [("", "pds", [])],
             "SDS": [("", "sds", [])], "DDS": [("", "dds", [])],
             "PDS, psi = 0 (consistent)": [("", "pds", ["--coefficients", "consistent"])],
             "DreamCatalyst": [("", "pds", ["--coefficients", "dreamcatalyst"])],

@@ -8,7 +8,7 @@ from PIL import Image
 import run
 from bench import front
 from bench.__main__ import main as measure
-from bench.front import IDENTITIES, PAPER, methods
+from bench.front import IDENTITIES, PAPER, WHOLE, methods
 
 
 def test_every_method_is_run_at_its_own_settings_and_drawn(tmp_path, monkeypatch, capsys):
@@ -31,7 +31,7 @@ def test_every_method_is_run_at_its_own_settings_and_drawn(tmp_path, monkeypatch
     (tmp_path / "list.txt").write_text("svg | face.svg | a | b\nimage | face.svg | a | c\nsvg | heart.svg | a | b\n")
     assert measure(["front", "--list", str(tmp_path / "list.txt"), "--out", str(tmp_path)]) == 0
     rows = list(csv.DictReader((tmp_path / "front.csv").open()))
-    assert len(rows) == 2 * len(IDENTITIES) + 6 and {row["edits"] for row in rows} == {"2"}
+    assert len(rows) == 2 * len(IDENTITIES) + 7 and {row["edits"] for row in rows} == {"2"}
     assert {(row["named"], row["turn"], row["IoU"]) for row in rows} == {("1", "0.2", "0.75")}
     assert not any("+-" in column for column in rows[0])
     first = rows[0]
@@ -39,6 +39,8 @@ def test_every_method_is_run_at_its_own_settings_and_drawn(tmp_path, monkeypatch
         "PDS, smooth field, by K", "1", 13, pytest.approx(2)) and first["read"] == "1"
     free = [flags for name, flags in asked if "--smooth" in flags]
     assert len(free) == 2 * len(IDENTITIES) and all(set(PAPER) <= set(flags) for flags in free)
+    whole = [flags for _, flags in asked if "--colour-identity" in flags]
+    assert len(whole) == 2 * len(IDENTITIES) and all(set(WHOLE) <= set(flags) for flags in whole)
     assert sum("dreamcatalyst" in flags for _, flags in asked) == 2
     names = [name for name, _ in asked]
     assert [names.count(name) for name in ("sds", "dds", "ids", "ssd")] == [2] * 4
