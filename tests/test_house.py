@@ -105,6 +105,7 @@ def test_nothing_is_too_long(path):
     assert ast.get_docstring(tree(path))
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("**/test_*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("test_*.py"), *(ROOT / "tests").glob("**/test_*.py")]),
+                         ids=lambda path: path.name)
 def test_every_test_file_says_what_it_covers(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
