@@ -29,6 +29,7 @@ from loop.optimiser import SmoothField
 from svg.carrier import Carrier
 from svg.compositing import EMPTY, MANY_STOPS, Composite, Plan, common, gradient_paint, united
 from svg.constraints import Constraints, places
+from svg.details import Details
 from svg.document import Document
 from svg.forms import Forms, forms
 from svg.outline import SVGError, affine
@@ -566,6 +567,10 @@ class SVG(torch.nn.Module):
         """The Forms of the circles, ellipses, rectangles and split lines in the file, for SteadyAdam."""
         _, frames, _ = places(self.layers, self.frames.cpu(), self.loaded["points"], 0)
         return Forms(*forms(self.document), self.loaded["points"].to(self.points), frames.to(self.points))
+
+    def details(self, alike):
+        """The Details of the drawing, for SteadyAdam; alike: see there. Call it before an edit."""
+        return Details(self, alike)
 
     def restrict(self, opacities=False, only=None, joints=True, inside=False):
         """Set the constraints that every project_ restores from now on.

@@ -105,24 +105,27 @@ class SteadyAdam(torch.optim.Adam):
     noise, while a consistent gradient still moves a shape. What is `sparse` goes back by that share of the rate after
     each step, row by row, up to its initial values: the proximal step of a group lasso on the displacements (Yuan and
     Lin 2006). Rows with a weak push, such as the colours of most shapes, stay exactly where they were. A row extends
-    over all dimensions but the first, or over those in `across`; a group with `forms` leaves the step to them.
+    over all dimensions but the first, or over those in `across`; a group with `forms` leaves the step to them. The
+    `details` of a drawing follow in colour what they lie on before colours go back.
     """
 
-    def __init__(self, groups, fields=None, forms=None):
+    def __init__(self, groups, fields=None, forms=None, details=None):
         """
         Args:
             groups: as for torch.optim.Adam, each with one parameter.
             fields: {name of a group: SmoothField}.
             forms: {name of a group: an object with shrink_(parameter, by), such as svg.forms.Forms}.
+            details: an object with colours() and carry_(colours before the step), such as svg.details.Details.
         """
         usual = {"shared": False, "decay": 0.0, "spring": 0.0, "sparse": 0.0, "share": 1.0, "across": None}
         super().__init__([usual | group for group in groups])
-        self.fields, self.forms = fields or {}, forms or {}
+        self.fields, self.forms, self.details = fields or {}, forms or {}, details
         self.rest = [[p.detach().clone() for p in group["params"]] if group["spring"] or group["sparse"] else []
                      for group in self.param_groups]
 
     @torch.no_grad()
     def step(self, closure=None):
+        before = self.details and self.details.colours()
         for group in self.param_groups:
             for parameter in group["params"] if group["decay"] else ():
                 if parameter.grad is not None:
@@ -134,6 +137,8 @@ class SteadyAdam(torch.optim.Adam):
                         self._move(parameter, group, field)
                         parameter.grad = None
         loss = super().step(closure)
+        if self.details:
+            self.details.carry_(before)
         for group, rests in zip(self.param_groups, self.rest, strict=True):
             for parameter, rest in zip(group["params"], rests, strict=False):
                 parameter.lerp_(rest, group["spring"] * group["share"])

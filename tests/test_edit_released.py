@@ -135,6 +135,7 @@ def test_every_setting_of_the_paper_has_a_flag_that_wins(pipelines):
         "subdivide",
         "affine",
         "sparse",
+        "follow",
         "reach",
         "densities",
         "paint",

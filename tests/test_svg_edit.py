@@ -243,6 +243,79 @@ def test_a_circle_becomes_an_ellipse_but_keeps_no_noise(load_svg):
     assert ends[0.5][0] > 0.9 * ends[0.0][0] > 0.1 and ends[0.5][1] < 0.2 * ends[0.0][1]
 
 
+BODY = '<circle id="body" cx="16" cy="16" r="12" fill="#f93"/>'
+STOPS = ('<linearGradient id="{}"><stop stop-color="{}"/><stop offset="1" stop-color="{}"/></linearGradient>'
+         '<circle cx="16" cy="16" r="{}" fill="url(#{})"/>')
+FOLLOWING = [(BODY + '<circle cx="14" cy="15" r="1" fill="#fb4"/>', [(1, 0, 1)]),
+             (BODY + '<g transform="translate(10 9) rotate(20) scale(.5)"><path d="M4 4H9V9Z" fill="#fb4"/></g>',
+              [(1, 0, 1)]),
+             (BODY + '<path d="M9 16H20" fill="none" stroke="#fb4"/>', [(1, 0, 1)]),
+             (BODY + '<circle cx="14" cy="15" r="1" fill="#03f"/>', []),                   # another colour
+             (BODY + '<circle cx="27" cy="16" r="3" fill="#fb4"/>', []),                   # half beside it
+             ('<circle cx="14" cy="15" r="1" fill="#fb4"/>' + BODY, []),                   # below it
+             ('<path d="M2 2H30V30H2ZM6 6H26V26H6Z" fill-rule="evenodd" fill="#f93"/>'     # in its hole
+              '<circle cx="16" cy="16" r="3" fill="#fb4"/>', []),
+             ('<path d="M2 2H30V30H2ZM6 6H26V26H6Z" fill="#f93"/><circle cx="16" cy="16" r="3" fill="#fb4"/>',
+              [(1, 0, 1)]),
+             (BODY + '<circle cx="16" cy="16" r="9" opacity=".3"/><circle cx="14" cy="15" r="1" fill="#fb4"/>',
+              [(2, 0, 1)]),                                                                # below a shade
+             (BODY + '<circle cx="16" cy="16" r="9" fill="#03f"/><circle cx="14" cy="15" r="1" fill="#fb4"/>', []),
+             (BODY + '<circle cx="16" cy="16" r="9" fill="#fa3"/><circle cx="14" cy="15" r="1" fill="#fb4"/>',
+              [(1, 0, 1), (2, 0, 1), (2, 1, 1)]),                                          # a detail of a detail
+             (BODY + '<g fill="#fb4"><circle cx="14" cy="15" r="1"/><circle cx="2" cy="2" r="1"/></g>', [(1, 0, 1)]),
+             (BODY + '<circle id="c" cx="14" cy="15" r="1" fill="#fb4"/><use href="#c" y="4"/>', [(1, 0, 1)]),
+             (BODY + '<circle id="c" cx="14" cy="15" r="1" fill="#fb4"/><use href="#c" y="-14"/>', []),  # one beside it
+             ('<circle cx="16" cy="16" r="12" fill="#f93"/><circle cx="16" cy="16" r="2" fill="#f93"/>', [(1, 0, 1)]),
+             ('<circle id="c" cx="16" cy="16" r="8" fill="#f93"/><use href="#c" transform="translate(8 8) scale(.5)"/>',
+              []),                                                                         # it lies on itself
+             (BODY + '<mask id="m"><circle cx="14" cy="15" r="4" fill="#fc4"/></mask>'
+              '<rect width="32" height="32" fill="#00f" mask="url(#m)"/><circle cx="9" cy="9" r="1" fill="#fb4"/>', []),
+             (STOPS.format("a", "#f93", "#fa3", 12, "a") + '<circle cx="14" cy="15" r="1" fill="#fb4"/>',
+              [(0, 1, 0.5), (0, 2, 0.5)]),
+             (BODY + STOPS.format("a", "#fb4", "#fa5", 5, "a"), [(1, 0, 1), (2, 0, 1)]),
+             (STOPS.format("a", "#f93", "#fa3", 12, "a") + STOPS.format("b", "#fb4", "#fa5", 5, "b"),
+              [(2, 0, 0.5), (2, 1, 0.5), (3, 0, 0.5), (3, 1, 0.5)]),
+             ('<g/>', [])]
+
+
+@pytest.mark.parametrize("body, entries", FOLLOWING)
+def test_details_follow_what_they_lie_on(load_svg, body, entries):
+    """Entries (row of the detail, row of its host, share), solid colours before stops."""
+    details = load_svg(body, subdivide=5.0).details(0.3)
+    found = zip(details.rows.tolist(), details.of.tolist(), details.share[:, 0].tolist(), strict=True)
+    assert sorted(found) == entries
+
+
+def test_a_detail_is_only_as_unlike_as_it_is_allowed_to_be(load_svg):
+    body = BODY + '<circle cx="14" cy="15" r="1" fill="#fb4"/>'
+    distance = (2 ** 2 + 1 ** 2) ** 0.5 * 17 / 255
+    assert [len(load_svg(body).details(share * distance).rows) for share in (0, 0.99, 1.01)] == [0, 0, 1]
+
+
+def test_a_detail_takes_the_step_of_its_host_beside_its_own(load_svg):
+    """Of solid colours and of stops; colours that are sparse go back afterwards, so that the two stay together."""
+    body = (BODY + '<circle cx="14" cy="15" r="1" fill="#fb4"/><circle cx="2" cy="2" r="1" fill="#fb4"/>'
+            + STOPS.format("a", "#fb4", "#fa5", 5, "a"))
+    for sparse in (0.0, 0.3):
+        ends = []
+        for alike in (0.0, 0.3):
+            svg = load_svg(body)
+            groups = [group | {"sparse": sparse} for group in svg.param_groups(0.0, 0.01, colours_only=True)]
+            adam = SteadyAdam(groups, details=svg.details(alike) if alike else None)
+            for _ in range(5):
+                svg.colours.grad = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+                svg.stop_colours.grad = torch.tensor([[0.0, 0.0, 0.0, 0.0], [-1.0, 0.0, 0.0, 0.0]])
+                adam.step()
+            ends.append([getattr(svg, name).detach() - svg.loaded[name] for name in ("colours", "stop_colours")])
+        (alone, stops), (colours, following) = ends
+        assert (alone[0] < -0.02).all() and (alone[1:] == 0).all() and (stops[0] == 0).all()
+        assert_close(colours, torch.stack([alone[0], alone[0], alone[2]]), atol=1e-6, rtol=0)
+        assert_close(following[0], torch.cat([alone[0], torch.zeros(1)]), atol=1e-6, rtol=0)
+        if not sparse:
+            assert_close(following[1], stops[1] + following[0], atol=1e-6, rtol=0)
+        assert (following[:, 3] == 0).all() and following[1, 0] > following[0, 0]
+
+
 def test_opaque_shapes_stay_opaque_by_default(load_svg):
     body = (CIRCLES + '<linearGradient id="l"><stop stop-color="#f00"/><stop offset="1" stop-color="#00f" '
             'stop-opacity=".5"/></linearGradient><rect width="9" height="9" fill="url(#l)"/>')
