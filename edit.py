@@ -235,9 +235,10 @@ class Run:
         """path: of the checkpoint; the other arguments as of `edit`."""
         self.scene, self.stages, self.args, self.path, self.config = scene, stages, args, path, config
         held = any(group.get("name") == "points" and group.get("sparse") for group in groups)
+        details = scene.details(args.follow) if args.mode == "svg" and (args.follow or args.spring) else None
         self.optimiser = SteadyAdam([{"start": 10 / (args.batch * parallel.world())} | group for group in groups],
-                                    forms={"points": scene.forms()} if held else None,
-                                    details=scene.details(args.follow) if args.mode == "svg" and args.follow else None)
+                                    forms={"points": scene.forms()} if held else None, details=details,
+                                    firmness={"points": details.firmness()} if details else None)
         self.rates, self.level = [group["lr"] for group in groups], None
         self.generators, self.frames = parallel.streams(args.seed, args.batch), [snapshot(scene)]
 

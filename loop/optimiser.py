@@ -109,17 +109,18 @@ class SteadyAdam(torch.optim.Adam):
     `details` of a drawing follow in colour what they lie on before colours go back.
     """
 
-    def __init__(self, groups, fields=None, forms=None, details=None):
+    def __init__(self, groups, fields=None, forms=None, details=None, firmness=None):
         """
         Args:
             groups: as for torch.optim.Adam, each with one parameter.
             fields: {name of a group: SmoothField}.
             forms: {name of a group: an object with shrink_(parameter, by), such as svg.forms.Forms}.
+            firmness: {name of a group: factors on its spring, which broadcast to the parameter}.
             details: an object with colours() and carry_(colours before the step), such as svg.details.Details.
         """
         usual = {"shared": False, "decay": 0.0, "spring": 0.0, "sparse": 0.0, "share": 1.0, "across": None}
         super().__init__([usual | group for group in groups])
-        self.fields, self.forms, self.details = fields or {}, forms or {}, details
+        self.fields, self.forms, self.details, self.firmness = fields or {}, forms or {}, details, firmness or {}
         self.rest = [[p.detach().clone() for p in group["params"]] if group["spring"] or group["sparse"] else []
                      for group in self.param_groups]
 
@@ -141,7 +142,8 @@ class SteadyAdam(torch.optim.Adam):
             self.details.carry_(before)
         for group, rests in zip(self.param_groups, self.rest, strict=True):
             for parameter, rest in zip(group["params"], rests, strict=False):
-                parameter.lerp_(rest, group["spring"] * group["share"])
+                spring = group["spring"] * group["share"] * self.firmness.get(group.get("name"), 1)
+                parameter.lerp_(rest, spring.clamp_max(1) if torch.is_tensor(spring) else spring)
                 if group["sparse"] and group.get("name") in self.forms:
                     self.forms[group["name"]].shrink_(parameter, group["sparse"] * group["lr"])
                 elif group["sparse"]:

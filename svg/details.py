@@ -2,8 +2,11 @@
 import numpy as np
 import torch
 
+from svg.constraints import places
+
 SHARE, SAMPLES = 0.9, 64                  # of a detail's outline that lies on its host; the most points looked at
 OPAQUE = 0.5                              # the least opacity of a host
+LEAST, MOST = 0.5, 2.0                    # limits of firmness
 
 
 class Details:
@@ -27,11 +30,11 @@ class Details:
         self.svg, solid = svg, len(svg.colours)
         slots = [(layer.colour,) if layer.colour >= 0 else
                  tuple(solid + stop for stop in layer.gradient.stops) if layer.gradient else () for layer in svg.layers]
-        table, lies_on = self.colours().cpu().double().numpy(), hosts(svg, slots)
+        table, lies_on = self.colours().cpu().double().numpy(), hosts(svg)
         means = {slot: table[list(slot)].mean(0) for slot in slots if slot}
         below, weights = {}, {}           # slot -> the slots below it; slot -> {row: share of its change}
         for number, slot in enumerate(slots):
-            below.setdefault(slot, set()).add(lies_on.get(number, ()))
+            below.setdefault(slot, set()).add(slots[lies_on[number]] if number in lies_on else ())
         for slot in means:                # in the order of drawing: a host comes first
             host = next(iter(below[slot]))
             if len(below[slot]) == 1 and host not in ((), slot) and np.linalg.norm(means[slot] - means[host]) < alike:
@@ -40,6 +43,24 @@ class Details:
         rows, of, share = zip(*entries, strict=True) if entries else ((), (), ())
         self.rows, self.of = (torch.tensor(x, dtype=torch.long, device=svg.colours.device) for x in (rows, of))
         self.share = svg.colours.new_tensor(share)[:, None]
+        self.host = {number: lies_on[number] for number, slot in enumerate(slots) if slot in weights}
+
+    def firmness(self):
+        """[N, 1] for SteadyAdam's spring: how many halves of the picture's side the shape of each point spans.
+
+        A shape spans the side of a square with the area of its bounding box, here at least a quarter of the picture.
+        Large shapes carry the identity of a drawing, while small ones, such as eyes, are what an edit moves. A detail
+        is as firm as what it lies on, so that they do not part.
+        """
+        svg, firm = self.svg, {}
+        rest, _, _ = places(svg.layers, svg.frames.cpu(), svg.loaded["points"].cpu(), 0)
+        result = rest.new_full((len(rest), 1), LEAST)
+        for number, layer in enumerate(svg.layers):
+            if layer.shape.element is not None and len(own := rest[layer.shape.rows]):
+                spans = (own.amax(0) - own.amin(0)).prod().sqrt().item() * 2 / svg.size
+                firm[number] = firm.get(self.host.get(number), min(max(spans, LEAST), MOST))
+                result[layer.shape.rows] = result[layer.shape.rows].clamp_min(firm[number])  # of its fill and stroke
+        return result.to(svg.points)
 
     @torch.no_grad()
     def colours(self):
@@ -56,16 +77,14 @@ class Details:
 
 
 @torch.no_grad()
-def hosts(svg, slots):
-    """{layer that lies on another: the slot of that one}, of what is drawn, in the picture of the file.
-
-    slots: for each layer its rows in the table of colours; () for clip paths and embedded pictures.
-    """
+def hosts(svg):
+    """{layer that lies on another: that one}, of what is drawn, in the picture of the file."""
     edges, layer, *_ = svg.segments(1.0)
     frames, layer = svg.frames[layer].cpu().double().numpy(), layer.cpu().numpy()
     ends = np.einsum("sij,skj->ski", frames[:, :, :2], edges.cpu().double().numpy().reshape(-1, 2, 2))
     order = np.argsort(layer, kind="stable")
-    outlines = np.split((ends + frames[:, None, :, 2])[order], np.bincount(layer, minlength=len(slots)).cumsum()[:-1])
+    stops = np.bincount(layer, minlength=len(svg.layers)).cumsum()[:-1]
+    outlines = np.split((ends + frames[:, None, :, 2])[order], stops)
     opaque = torch.cat([svg.opacities, svg.opacities.new_ones(1)])[svg.opacity_of].prod(1) >= OPAQUE
     masks = {argument for step, start in svg.opener.items() if svg.ops[step][0] == "mask"
              for op, argument in svg.ops[start:step] if op == "draw"}
@@ -78,7 +97,7 @@ def hosts(svg, slots):
         near = able[:k] & (high[k] > low[:k]).all(1) & (low[k] < high[:k]).all(1)
         for below in (drawn[i] for i in near.nonzero()[0][::-1]):
             if contained(points, outlines[below], svg.layers[below].rule == "evenodd").mean() > SHARE:
-                found[number] = slots[below]
+                found[number] = below
                 break
     return found
 

@@ -75,8 +75,8 @@ def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
     _, scene, _, options = smiling("--steps", "8")
     assert options.smooth == 7 and options.subdivide == 10 and options.steady and options.batch == 2
     assert options.guidance == 8 and options.source_guidance == 3
-    assert options.identity == 0.75 and options.colour_identity == 0.1 and options.reach == 0.85
-    assert options.spring == 0.06 and options.sparse == 0.15 and options.affine == options.follow == 0.3
+    assert options.identity == 0.4 and options.colour_identity == 0.1 and options.reach == 0.7
+    assert options.spring == 0.1 and options.sparse == 0.15 and options.affine == options.follow == 0.3
     assert (scene.opacities[scene.loaded["opacities"] == 1] == 1).all()
     moved = scene.points.detach() - scene.loaded["points"]
     near = torch.cdist(scene.loaded["points"], scene.loaded["points"]) < 1
