@@ -56,8 +56,9 @@ SETTINGS = {setting.name: setting for setting in (
             "quarter; 0: each on its own, as in the paper"),
     Setting("subdivide", float, 0, 0.0, ("svg",), "length in pixels of the model above which a curve of an outline is "
             "split, so that it can bend where the field does; 0: none is, as in the paper"),
-    Setting("spring", float, 0, 0.0, ("svg",), "share of the way back to the source that points and stroke widths go "
-            "after each step, within the picture; 0: they are free, as in the paper"),
+    Setting("spring", float, 0, 0.0, ("svg",), "share of the way back to the source that stroke widths go after each "
+            "step, and points within the picture, the more the larger their shape is; 0: they are free, as in the "
+            "paper"),
     Setting("affine", float, 0, 0.0, ("svg",), "share of its rate by which each circle, ellipse and rectangle of a "
             "drawing goes back to an affine image of itself after a step, and a split line to a straight one, so that "
             "they keep their form unless the push is strong; 0: none does, as in the paper"),

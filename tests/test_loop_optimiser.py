@@ -1,6 +1,7 @@
 """loop/optimiser.py: the smooth field against a dense kernel, uniform Adam against its long form, plain groups."""
 import math
 
+import pytest
 import torch
 from conftest import rand
 from torch.testing import assert_close
@@ -70,11 +71,15 @@ def test_plain_groups_match_torch_adam():
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_spring_takes_back_its_share_of_every_displacement():
-    """A step equals torch's Adam followed by p <- p + s (rest - p), where s scales with the rate; s = 0 is Adam."""
+@pytest.mark.parametrize("firm", [None, torch.tensor([[0.5], [1.0], [2.0], [1.5], [9.0]]).double()])
+def test_a_spring_takes_back_its_share_of_every_displacement(firm):
+    """A step equals torch's Adam followed by p <- p + s (rest - p), where s scales with the rate, and with the firmness
+    of each row up to 1; s = 0 is Adam."""
     rest = rand(5, 2)
     ours, theirs, free, plain = (torch.nn.Parameter(rest.clone()) for _ in range(4))
-    sprung = SteadyAdam([dict(params=[ours], lr=0.1, spring=0.2), dict(params=[free], lr=0.1)])
+    sprung = SteadyAdam([dict(params=[ours], lr=0.1, spring=0.2, name="points"), dict(params=[free], lr=0.1)],
+                        firmness=None if firm is None else {"points": firm})
+    whole = 0.2 if firm is None else 0.2 * firm
     adam = torch.optim.Adam([dict(params=[theirs], lr=0.1), dict(params=[plain], lr=0.1)])
     for step, share in enumerate((0.5, 1.0, 1.0, 0.25)):
         sprung.param_groups[0]["share"] = share
@@ -82,7 +87,7 @@ def test_a_spring_takes_back_its_share_of_every_displacement():
             p.grad = rand(5, 2, seed=step)
         sprung.step()
         adam.step()
-        theirs.data += 0.2 * share * (rest - theirs.data)
+        theirs.data += torch.as_tensor(whole * share).clamp_max(1) * (rest - theirs.data)
     assert_close(ours, theirs)
     assert torch.equal(free, plain)
 

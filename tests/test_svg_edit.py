@@ -286,6 +286,26 @@ def test_details_follow_what_they_lie_on(load_svg, body, entries):
     assert sorted(found) == entries
 
 
+FIRM = [('<circle cx="16" cy="16" r="12"/>', [1.5]), ('<circle cx="16" cy="16" r="2"/>', [0.5]),
+        ('<rect width="32" height="32"/><rect width="320" height="320"/>', [2.0, 2.0]),
+        ('<g transform="scale(.5) rotate(90 9 9)"><rect x="2" y="2" width="36" height="16"/></g>', [0.75]),
+        (BODY + '<circle cx="14" cy="15" r="1" fill="#fb4"/><circle cx="20" cy="15" r="5" fill="#00f"/>',
+         [1.5, 1.5, 0.625]),                                                               # a detail, and what is none
+        (BODY + '<circle cx="14" cy="15" r="1" fill="#fb4" stroke="#00f" stroke-width=".2"/>', [1.5, 1.5]),
+        (BODY + '<circle cx="16" cy="16" r="9" fill="#fa3"/><circle cx="14" cy="15" r="1" fill="#fb4"/>', [1.5] * 3),
+        ('<path d="M3 3H3" fill="none" stroke="#000" stroke-linecap="round"/>', [0.5])]
+
+
+@pytest.mark.parametrize("body, firm", FIRM)
+def test_the_spring_is_firm_for_large_shapes_and_their_details(load_svg, body, firm):
+    """By the square root of the area of the bounding box, in halves of the picture's side, from a half to two."""
+    svg = load_svg(body, subdivide=5.0)
+    found = svg.details(0.3).firmness()
+    assert found.shape == (len(svg.points), 1)
+    for shape, wanted in zip(svg.document.shapes, firm, strict=True):
+        assert_close(found[shape.rows], torch.full_like(found[shape.rows], wanted), atol=1e-3, rtol=0)
+
+
 def test_a_detail_is_only_as_unlike_as_it_is_allowed_to_be(load_svg):
     body = BODY + '<circle cx="14" cy="15" r="1" fill="#fb4"/>'
     distance = (2 ** 2 + 1 ** 2) ** 0.5 * 17 / 255
