@@ -226,7 +226,7 @@ class Stage:
 def edited(out, resume):
     """The pixels of a minimal edit, with its checkpoint in `out`."""
     scene = Picture(torch.full((1, 3, 8, 8), 0.5), SimpleNamespace(device="cpu", decode=None), in_pixels=True)
-    args = SimpleNamespace(seed=0, resume=resume, every=2, smooth=0, rates="settle", batch=1)
+    args = SimpleNamespace(mode="image", seed=0, resume=resume, every=2, smooth=0, rates="settle", batch=1)
     edit(scene, scene.param_groups(0.1), [Stage(scene)], None, args, out, {"seed": 0})
     return scene.theta.detach()
 
