@@ -101,8 +101,8 @@ class SteadyAdam(torch.optim.Adam):
     A group with a field moves by K times Adam's step on the free displacements u, where points = rest + K u; u is never
     stored, so K may change from step to step. All other groups take exactly the steps of torch.optim.Adam; with a
     `decay`, those of torch.optim.AdamW with that weight decay. A `spring` is a weight decay towards the initial values:
-    after each step it takes back that share, times the group's `share` of its rate, of every displacement. This damps
-    noise, while a consistent gradient still moves a shape. What is `sparse` goes back by that share of the rate after
+    after each step it takes back that share, times the group's `share` of its rate and the `firmness` of the row, of
+    every displacement. This damps noise, while a consistent gradient still moves a shape. What is `sparse` goes back by that share of the rate after
     each step, row by row, up to its initial values: the proximal step of a group lasso on the displacements (Yuan and
     Lin 2006). Rows with a weak push, such as the colours of most shapes, stay exactly where they were. A row extends
     over all dimensions but the first, or over those in `across`; a group with `forms` leaves the step to them. The
@@ -115,8 +115,9 @@ class SteadyAdam(torch.optim.Adam):
             groups: as for torch.optim.Adam, each with one parameter.
             fields: {name of a group: SmoothField}.
             forms: {name of a group: an object with shrink_(parameter, by), such as svg.forms.Forms}.
-            firmness: {name of a group: factors on its spring, which broadcast to the parameter}.
             details: an object with colours() and carry_(colours before the step), such as svg.details.Details.
+            firmness: {name of a group: factors on its spring, which broadcast to the parameter}; their product with
+                the spring counts as at most 1.
         """
         usual = {"shared": False, "decay": 0.0, "spring": 0.0, "sparse": 0.0, "share": 1.0, "across": None}
         super().__init__([usual | group for group in groups])

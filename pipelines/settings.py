@@ -65,9 +65,9 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("sparse", float, 0, 0.0, ("svg", "nerf"), "share of its rate by which each colour of a drawing, or the "
             "cover of a NeRF's paints, goes back to the source after a step, so that what has a weak push stays as it "
             "is; 0: none does, as in the paper"),
-    Setting("follow", float, 0, 0.0, ("svg",), "largest distance in RGB, each channel in [0, 1], of the colours of a "
-            "shape and of the one it lies on, with which its colour changes too, such as the pores of a peel; 0: each "
-            "changes on its own, as in the paper"),
+    Setting("follow", float, 0, 0.0, ("svg",), "distance in RGB, each channel in [0, 1], below which the colour of a "
+            "shape changes together with that of the shape it lies on, as pores do with their peel; 0: each changes on "
+            "its own, as in the paper"),
     Setting("colours", float, 0, 0.01, ("svg", "image", "splat"), "rate of colours and pixels"),
     Setting("steady", bool, 0, True, ("svg",), "one second moment of Adam for all points, and one for all colours"),
     Setting("opacities", bool, 0, False, ("svg",), "let opaque shapes become transparent"),

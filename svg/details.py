@@ -1,4 +1,4 @@
-"""Details whose colour follows that of what they lie on: the pores of a peel, the inside of a collar. See Details."""
+"""Details, shapes that belong to what they lie on: the pores of a peel, the inside of a collar. See Details."""
 import numpy as np
 import torch
 
@@ -10,7 +10,7 @@ LEAST, MOST = 0.5, 2.0                    # limits of firmness
 
 
 class Details:
-    """Which colours of a drawing follow which others.
+    """Which shapes of a drawing follow which others, in colour and in how firmly a spring holds them.
 
     A shape lies on its host: the topmost shape below it that contains nine tenths of its outline and is at least half
     opaque. Its colour follows the host's if the two are alike, and if all that shares the colour lies on that host. A
@@ -24,7 +24,7 @@ class Details:
     def __init__(self, svg, alike):
         """
         Args:
-            svg: a svg_raster.SVG with the colours of its file.
+            svg: a svg_raster.SVG before its edit.
             alike: colours are alike if their distance in RGB, each channel in [0, 1], is smaller.
         """
         self.svg, solid = svg, len(svg.colours)

@@ -79,7 +79,7 @@ def test_a_spring_takes_back_its_share_of_every_displacement(firm):
     ours, theirs, free, plain = (torch.nn.Parameter(rest.clone()) for _ in range(4))
     sprung = SteadyAdam([dict(params=[ours], lr=0.1, spring=0.2, name="points"), dict(params=[free], lr=0.1)],
                         firmness=None if firm is None else {"points": firm})
-    whole = 0.2 if firm is None else 0.2 * firm
+    spring = 0.2 if firm is None else 0.2 * firm
     adam = torch.optim.Adam([dict(params=[theirs], lr=0.1), dict(params=[plain], lr=0.1)])
     for step, share in enumerate((0.5, 1.0, 1.0, 0.25)):
         sprung.param_groups[0]["share"] = share
@@ -87,7 +87,7 @@ def test_a_spring_takes_back_its_share_of_every_displacement(firm):
             p.grad = rand(5, 2, seed=step)
         sprung.step()
         adam.step()
-        theirs.data += torch.as_tensor(whole * share).clamp_max(1) * (rest - theirs.data)
+        theirs.data += torch.as_tensor(spring * share).clamp_max(1) * (rest - theirs.data)
     assert_close(ours, theirs)
     assert torch.equal(free, plain)
 

@@ -1,4 +1,4 @@
-"""svg_raster.SVG under an edit: smooth fields, smooth joints, opaque shapes, which elements may change."""
+"""svg_raster.SVG under an edit: smooth fields, joints, forms, details, opaque shapes, which elements may change."""
 import numpy as np
 import pytest
 import torch
