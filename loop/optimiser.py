@@ -102,11 +102,11 @@ class SteadyAdam(torch.optim.Adam):
     stored, so K may change from step to step. All other groups take exactly the steps of torch.optim.Adam; with a
     `decay`, those of torch.optim.AdamW with that weight decay. A `spring` is a weight decay towards the initial values:
     after each step it takes back that share, times the group's `share` of its rate and the `firmness` of the row, of
-    every displacement. This damps noise, while a consistent gradient still moves a shape. What is `sparse` goes back by that share of the rate after
-    each step, row by row, up to its initial values: the proximal step of a group lasso on the displacements (Yuan and
-    Lin 2006). Rows with a weak push, such as the colours of most shapes, stay exactly where they were. A row extends
-    over all dimensions but the first, or over those in `across`; a group with `forms` leaves the step to them. The
-    `details` of a drawing follow in colour what they lie on before colours go back.
+    every displacement. This damps noise, while a consistent gradient still moves a shape. What is `sparse` goes back by
+    that share of the rate after each step, row by row, up to its initial values: the proximal step of a group lasso on
+    the displacements (Yuan and Lin 2006). Rows with a weak push, such as the colours of most shapes, stay exactly where
+    they were. A row extends over all dimensions but the first, or over those in `across`; a group with `forms` leaves
+    the step to them. The `details` of a drawing follow in colour what they lie on before colours go back.
     """
 
     def __init__(self, groups, fields=None, forms=None, details=None, firmness=None):
