@@ -228,16 +228,25 @@ def edit(scene, groups, stages, prior, args, out, config=None, view=None):
     return frames, stopped
 
 
+def forms_of(svg, args):
+    """The `forms` of a drawing for SteadyAdam: what it keeps unless its push is strong. Before an edit."""
+    held = {"points": [(svg.forms(), args.affine)]} if args.affine and len(svg.points) else {}
+    if args.symmetry and not args.mask:  # a mask may lie on one side
+        for name, mirrored in svg.symmetry().items():
+            held[name] = [*held.get(name, ()), (mirrored, args.symmetry)]
+    return held
+
+
 class Run:
     """What the loop carries from step to step, and what its checkpoint holds: optimiser, random streams, frames."""
 
     def __init__(self, scene, groups, stages, args, path, config):
         """path: of the checkpoint; the other arguments as of `edit`."""
         self.scene, self.stages, self.args, self.path, self.config = scene, stages, args, path, config
-        held = any(group.get("name") == "points" and group.get("sparse") for group in groups)
-        details = scene.details(args.follow) if args.mode == "svg" and (args.follow or args.spring) else None
+        drawing = args.mode == "svg"
+        details = scene.details(args.follow) if drawing and (args.follow or args.spring) else None
         self.optimiser = SteadyAdam([{"start": 10 / (args.batch * parallel.world())} | group for group in groups],
-                                    forms={"points": scene.forms()} if held else None, details=details,
+                                    forms=forms_of(scene, args) if drawing else None, details=details,
                                     firmness={"points": details.firmness()} if details else None)
         self.rates, self.level = [group["lr"] for group in groups], None
         self.generators, self.frames = parallel.streams(args.seed, args.batch), [snapshot(scene)]

@@ -122,8 +122,8 @@ GROUPS = {
                 default=0)],
     "drawings and pictures": [
         _setting("points"), _setting("colours"), _setting("smooth"), _setting("subdivide"), _setting("spring"),
-        _setting("affine"), _setting("sparse"), _setting("follow"), _setting("steady"), _setting("opacities"),
-        _setting("jitter"),
+        _setting("affine"), _setting("symmetry"), _setting("sparse"), _setting("follow"), _setting("steady"),
+        _setting("opacities"), _setting("jitter"),
         _option("--only", "change these elements alone", ("svg",), nargs="+", metavar="ID"),
         _switch("--colours-only", "keep the geometry", ("svg",)),
         _option("--ss", "supersampling (default: %(default)s)", ("svg",), type=int, choices=[1, 2, 4], default=1),

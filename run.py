@@ -80,7 +80,7 @@ def load_svg(args, prior):
     if args.points is None:  # the model gives the rate in units of the canvas
         args.points = args.own["canvas_points"] * scene.document.unit
     groups = scene.param_groups(args.points, args.colours, args.colours_only, shared=args.steady)
-    own = {"points": {"spring": args.spring, "sparse": args.affine}, "stroke_widths": {"spring": args.spring},
+    own = {"points": {"spring": args.spring}, "stroke_widths": {"spring": args.spring},
            "colours": {"sparse": args.sparse}, "stop_colours": {"sparse": args.sparse}}
     groups = [group | own.get(group["name"], {}) for group in groups]
     if not any(p.numel() for g in groups for p in g["params"]):

@@ -35,6 +35,7 @@ from svg.forms import Forms, forms
 from svg.outline import SVGError, affine
 from svg.segments import BEVEL, BUTT, MITER, ROUND, SQUARE, TOLERANCE, dash, expand, flatten, scatter_sum, stroke, take
 from svg.source import write_file
+from svg.symmetry import symmetry
 
 SLIVER = 0.04                         # the least coverage that counts where a filter makes it opaque, as in resvg
 MAX_FLOATS = 1 << 28                  # numbers that the layers, gradients and groups of one render keep: 1 GiB
@@ -567,6 +568,11 @@ class SVG(torch.nn.Module):
         """The Forms of the circles, ellipses, rectangles and split lines in the file, for SteadyAdam."""
         _, frames, _ = places(self.layers, self.frames.cpu(), self.loaded["points"], 0)
         return Forms(*forms(self.document), self.loaded["points"].to(self.points), frames.to(self.points))
+
+    def symmetry(self):
+        """What of the drawing mirrors something, {name of a parameter: see svg/symmetry.py}, for SteadyAdam. Call it
+        before an edit, and after `restrict`."""
+        return symmetry(self)
 
     def details(self, alike):
         """The Details of the drawing, for SteadyAdam; alike: see there. Call it before an edit."""

@@ -105,8 +105,9 @@ class SteadyAdam(torch.optim.Adam):
     every displacement. This damps noise, while a consistent gradient still moves a shape. What is `sparse` goes back by
     that share of the rate after each step, row by row, up to its initial values: the proximal step of a group lasso on
     the displacements (Yuan and Lin 2006). Rows with a weak push, such as the colours of most shapes, stay exactly where
-    they were. A row extends over all dimensions but the first, or over those in `across`; a group with `forms` leaves
-    the step to them. The `details` of a drawing follow in colour what they lie on before colours go back.
+    they were. A row extends over all dimensions but the first, or over those in `across`. The `details` of a drawing
+    follow in colour what they lie on before colours go back; last, what has `forms` goes back to these by their share of
+    the rate.
     """
 
     def __init__(self, groups, fields=None, forms=None, details=None, firmness=None):
@@ -114,7 +115,8 @@ class SteadyAdam(torch.optim.Adam):
         Args:
             groups: as for torch.optim.Adam, each with one parameter.
             fields: {name of a group: SmoothField}.
-            forms: {name of a group: an object with shrink_(parameter, by), such as svg.forms.Forms}.
+            forms: {name of a group: pairs of an object with shrink_(parameter, by), such as svg.forms.Forms or
+                svg.symmetry.Symmetry, and its share of the rate}.
             details: an object with colours() and carry_(colours before the step), such as svg.details.Details.
             firmness: {name of a group: factors on its spring, which broadcast to the parameter}; their product with
                 the spring counts as at most 1.
@@ -145,12 +147,13 @@ class SteadyAdam(torch.optim.Adam):
             for parameter, rest in zip(group["params"], rests, strict=False):
                 spring = group["spring"] * group["share"] * self.firmness.get(group.get("name"), 1)
                 parameter.lerp_(rest, spring.clamp_max(1) if torch.is_tensor(spring) else spring)
-                if group["sparse"] and group.get("name") in self.forms:
-                    self.forms[group["name"]].shrink_(parameter, group["sparse"] * group["lr"])
-                elif group["sparse"]:
+                if group["sparse"]:
                     moved, across = parameter - rest, group["across"] or tuple(range(1, rest.ndim))
                     kept = 1 - group["sparse"] * group["lr"] / moved.norm(dim=across, keepdim=True).clamp_min(1e-12)
                     parameter.copy_(rest + moved * kept.clamp_min(0))
+            for held, share in self.forms.get(group.get("name"), ()):
+                for parameter in group["params"]:
+                    held.shrink_(parameter, share * group["lr"])
         return loss
 
     def _move(self, parameter, group, field):

@@ -134,6 +134,7 @@ def test_every_setting_of_the_paper_has_a_flag_that_wins(pipelines):
         "spring",
         "subdivide",
         "affine",
+        "symmetry",
         "sparse",
         "follow",
         "reach",

@@ -185,8 +185,7 @@ def test_forms_take_the_proximal_step_of_a_group_lasso(load_svg):
                    '<path d="M20 20Q30 18 25 30Q24 26 20 20Z"/>', subdivide=3.0)
     held, rest, moved = svg.forms(), svg.loaded["points"], rand(len(svg.points), 2).float()
     moved[svg.document.shapes[1].rows] *= 0.1
-    group = dict(params=[svg.points], lr=0.5, sparse=0.6, name="points")
-    adam = SteadyAdam([group], forms={"points": held})
+    adam = SteadyAdam([dict(params=[svg.points], lr=0.5, name="points")], forms={"points": [(held, 0.6)]})
     svg.points.data += moved                                   # without a gradient, Adam itself takes no step
     adam.step()
     gone = []
@@ -232,8 +231,8 @@ def test_a_circle_becomes_an_ellipse_but_keeps_no_noise(load_svg):
     ends = {}
     for share in (0.0, 0.5):
         svg.points.data.copy_(rest)
-        adam = SteadyAdam([dict(params=[svg.points], lr=0.1, sparse=share, name="points", shared=True)],
-                          forms={"points": held})
+        adam = SteadyAdam([dict(params=[svg.points], lr=0.1, name="points", shared=True)],
+                          forms={"points": [(held, share)]})
         for _ in range(60):
             svg.points.grad = torch.randn(rest.shape, generator=rng)
             svg.points.grad[:, 0] -= (rest[:, 0] - 16) / 8
