@@ -79,12 +79,15 @@ class Distillation:
 
     def backward(self, step, generators):
         """Render, encode, loss, backward; returns the loss []."""
-        looks, total = self.looks(step, generators), 0
+        looks, noises, total = self.looks(step, generators), [], 0
         at_once = max(1, self.PIXELS // self.prior.size ** 2)
         for start in range(0, len(looks), at_once):
             views, cameras, t, draws = zip(*looks[start:start + at_once], strict=True)
             x0_src = self.source_latents(views)
-            noise = torch.cat([torch.randn(x0_src[:1].shape, generator=generator) for generator in draws])
+            for generator in draws:
+                second = self.args.antithetic and len(noises) % 2
+                noises.append(-noises[-1] if second else torch.randn(x0_src[:1].shape, generator=generator))
+            noise = torch.cat(noises[start:])
             mask = torch.cat([self.where(view, x0_src) for view in views]) if self.where else None
             prior = self.prior.of(x0=x0_src.repeat(2, 1, 1, 1)) if self.sees_source else self.prior
             x0_tgt, pictures = self.encoded(self.scene, cameras)

@@ -107,7 +107,8 @@ GROUPS = {
                 "model has its own settings) and, with --instruct, its InstructPix2Pix prior (default: %(default)s)",
                 choices=COEFFICIENTS, default="official"),
         _option("--stride", "t - s of the PDS posterior (default: %(default)s)", type=POSITIVE, default=2),
-        _setting("t_min"), _setting("t_max"), _setting("schedule"), _setting("rates"),
+        _setting("t_min"), _setting("t_max"), _setting("schedule"), _setting("antithetic"),
+        _setting("rates"),
         _switch("--local", "edit only where the two prompts disagree about the source (DiffEdit's mask); in a capture, "
                 "the thing that the source's prompt explains", MODES),
         _option("--mask", "edit only where this picture is white; for scenes a mask named like a photograph, or a "

@@ -106,8 +106,8 @@ class SteadyAdam(torch.optim.Adam):
     that share of the rate after each step, row by row, up to its initial values: the proximal step of a group lasso on
     the displacements (Yuan and Lin 2006). Rows with a weak push, such as the colours of most shapes, stay exactly where
     they were. A row extends over all dimensions but the first, or over those in `across`. The `details` of a drawing
-    follow in colour what they lie on before colours go back; last, what has `forms` goes back to these by their share of
-    the rate.
+    follow in colour what they lie on before colours go back; at the end what has `forms` goes back to these by their
+    share of the rate.
     """
 
     def __init__(self, groups, fields=None, forms=None, details=None, firmness=None):

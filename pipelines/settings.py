@@ -45,6 +45,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("t_min", float, 0, 0.1, EVERY, "lowest timestep as a share of T"),
     Setting("t_max", float, 0, 0.98, EVERY, "highest timestep as a share of T"),
     Setting("schedule", ("uniform", "decreasing"), 0, "uniform", EVERY, "how timesteps are drawn"),
+    Setting("antithetic", bool, 0, False, EVERY, "every second noise of a batch is the negative of the one before it, "
+            "so that their mean depends less on the seed"),
     Setting("rates", ("settle", "released"), 0, "settle", EVERY, "learning-rate schedule: a short warm-up and a linear "
             "decay over the second half, or the one of the paper's code"),
     Setting("suffix", str, 0, "", EVERY, "words appended to both prompts"),

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import pds
 import run
 from bench.front import PAPER
-from edit import Distillation, edit, stages_of
+from edit import LOSSES, Distillation, edit, stages_of
 from image.masks import Where
 from prior import Prior
 
@@ -75,8 +75,9 @@ def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
     _, scene, _, options = smiling("--steps", "8")
     assert options.smooth == 7 and options.subdivide == 10 and options.steady and options.batch == 2
     assert options.guidance == 8 and options.source_guidance == 3
-    assert options.identity == 0.4 and options.colour_identity == 0.1 and options.reach == 0.7
-    assert options.spring == 0.1 and options.sparse == 0.15 and options.affine == options.follow == 0.3
+    assert options.identity == 0.45 and options.colour_identity == 0.1 and options.reach == 0.7
+    assert options.antithetic and options.jitter == 0.5
+    assert options.spring == options.sparse == 0.15 and options.affine == options.follow == 0.3
     assert options.symmetry == 1
     assert (scene.opacities[scene.loaded["opacities"] == 1] == 1).all()
     moved = scene.points.detach() - scene.loaded["points"]
@@ -109,7 +110,8 @@ def test_dreamcatalyst_keeps_its_own_guidance_and_identity_over_those_of_smooth_
 def test_a_step_is_the_mean_over_its_batch_for_any_chunk_size(smiling, monkeypatch, pixels):
     """The gradients of a batch of three are the means over single steps with its shift, for which it is drawn once."""
     def gradients(*seeds):
-        prior, scene, source, options = smiling("--steps", "1", "--batch", str(len(seeds)), edited=False)
+        prior, scene, source, options = smiling("--steps", "1", "--batch", str(len(seeds)), "--no-antithetic",
+                                                edited=False)
         monkeypatch.setattr(Distillation, "PIXELS", pixels)
         stage, = stages_of(scene, source, prior, "pds", options)
         scene.load_state_dict(scene.loaded)
@@ -127,6 +129,24 @@ def test_a_step_is_the_mean_over_its_batch_for_any_chunk_size(smiling, monkeypat
         size = grad.abs().max().item()  # what rounds are the terms of a sum, not what is left of it
         assert_close(grad, sum(one[name] for one in alone) / 3, atol=1e-5 * size, rtol=0)
     assert together["colours"].abs().max() > 0 and together["points"].abs().max() > 0
+
+
+@pytest.mark.parametrize("pixels", [9 * 64 ** 2, 3 * 64 ** 2, 1])
+def test_antithetic_noises_come_in_pairs_for_any_chunk_size(smiling, monkeypatch, pixels):
+    noises = {}
+    for flag in ("--antithetic", "--no-antithetic"):
+        prior, scene, source, options = smiling("--steps", "1", "--batch", "5", flag, edited=False)
+        monkeypatch.setattr(Distillation, "PIXELS", pixels)
+        stage, = stages_of(scene, source, prior, "pds", options)
+        seen = []
+        monkeypatch.setitem(LOSSES, "pds", lambda *args, seen=seen, **more: (seen.append(args[6]),
+                                                                             pds.pds_loss(*args, **more))[1])
+        stage.backward(0, [torch.Generator().manual_seed(seed) for seed in range(5)])
+        noises[flag] = torch.cat(seen)
+    paired, free = noises.values()
+    assert torch.equal(paired[1::2], -paired[:4:2]) and torch.equal(paired[::2], free[::2])
+    assert all((a + b).abs().max() > 0.1 for i, a in enumerate(free) for b in free[:i])
+    assert (paired[4] + paired[2]).abs().max() > 0.1 < (paired[4] - paired[2]).abs().max()
 
 
 def test_a_batch_shortens_the_warm_up(smiling):
