@@ -1,13 +1,13 @@
-"""Mirror images within a drawing, which an edit keeps alike unless it pushes hard: outlines and colours.
+"""Mirror images within a drawing, which an edit keeps alike unless it pushes hard: outlines and paints.
 
-    mirrored = symmetry(svg)                          # {"points": Outlines, "colours": Twins, "stop_colours": Twins}
+    mirrored = symmetry(svg)                          # {"points": Outlines, "colours": Twins, ...}
     mirrored["points"].shrink_(svg.points, 0.1)       # up to a tenth of a pixel closer to a mirror image
 
 Faces are symmetric, but the noises of an edit are not: one eye grows more than the other, a mouth hangs to one side.
 Subpaths that mirror each other, or themselves, about an upright axis are therefore found before an edit, and the
-displacements of each pair and the changes of its colours are split into a symmetric part and a rest. `shrink_` takes
-the proximal step of a group lasso (Yuan and Lin 2006) on the rests, as Forms does on those of circles: both halves
-share their noise, while a strong push may still tell them apart.
+displacements of each pair and the changes of its paints and stroke widths are split into a symmetric part and a rest.
+`shrink_` takes the proximal step of a group lasso (Yuan and Lin 2006) on the rests, as Forms does on those of circles:
+both halves share their noise, while a strong push may still tell them apart.
 """
 from collections import Counter
 from typing import NamedTuple
@@ -20,12 +20,13 @@ from svg.constraints import places
 NEAR, FAR, AWAY = 0.005, 0.06, 0.13       # how far an image may lie from its outline: at least and at most so many
                                           # sides of the picture, in between so much of the span of the subpath more
 SHARE = 0.5                               # of the areas of all bounding boxes that a drawing's axis has to mirror
-SAME = 0.1                                # distance of equal colours in RGB, each channel in [0, 1]
+SAME = 0.1                                # distance of equal colours, each channel in [0, 1], offsets and opacities;
+                                          # share by which equal stroke widths may differ
 AXES, SAMPLES, CHORDS = 4, 48, 6          # axes that are tried, points compared, chords of a curve
 
 
 def symmetry(svg):
-    """{"points": Outlines, "colours": Twins, "stop_colours": Twins} of a svg_raster.SVG before its edit, as far as it
+    """{"points": Outlines, and Twins by the name of their parameter} of a svg_raster.SVG before its edit, as far as it
     has some; what its constraints hold in place mirrors nothing."""
     rest, frames, _ = places(svg.layers, svg.frames.cpu(), svg.loaded["points"].cpu(), 0)
     found = subpaths(svg, rest.double().numpy())
@@ -70,19 +71,19 @@ class Outlines:
 
 
 class Twins:
-    """How far the changes of equal colours of mirror images are from each other."""
+    """How far the changes of equal paints, or stroke widths, of mirror images are from each other."""
 
     def __init__(self, start, pairs):
-        """start [C,D]: the colours before an edit; pairs: of their rows, none of which recurs."""
+        """start [C,D] or [C]: the values before an edit; pairs: of their rows, none of which recurs."""
         self.start, self.pairs = start, torch.tensor(pairs, device=start.device).T
 
     @torch.no_grad()
-    def shrink_(self, colours, by):
-        """Bring the changes of colours [C,D] closer to the mean of each pair, both by so much."""
-        moved = (colours - self.start)[self.pairs]
-        rest = (moved[0] - moved[1]) / 2
+    def shrink_(self, values, by):
+        """Bring the changes of values [C,D] or [C] closer to the mean of each pair, both by so much."""
+        moved = (values - self.start)[self.pairs]
+        rest = ((moved[0] - moved[1]) / 2).view(len(moved[0]), -1)
         lost = rest * (by / rest.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1)
-        colours.index_add_(0, self.pairs.flatten(), torch.cat([-lost, lost]))
+        values.index_add_(0, self.pairs.flatten(), torch.cat([-lost, lost]).view(-1, *values.shape[1:]))
 
 
 # ------------------------------------------------------------------ what mirrors what
@@ -232,21 +233,31 @@ def mirrored(found, pairs):
 
 
 def twins(svg, shapes):
-    """{"colours": [(row, row)], "stop_colours": ...} of equal paints of pairs of shapes that mirror each other."""
-    found, taken = {"colours": [], "stop_colours": []}, set()
-    layers = {}
+    """{name of a parameter: [(row, row)]} of equal paints and stroke widths of shapes that mirror each other."""
+    layers, found, taken = {}, {}, set()
     for layer in svg.layers:
         layers.setdefault(id(layer.shape), []).append(layer)
     for pair in shapes:
-        own = [layers.get(id(svg.document.shapes[number]), []) for number in pair]
-        for a, b in zip(*own, strict=True) if len(own[0]) == len(own[1]) else ():
-            name = "colours" if a.colour >= 0 else "stop_colours"
-            rows = [[layer.colour] if layer.colour >= 0 else [*layer.gradient.stops] if layer.gradient else []
-                    for layer in (a, b)]
-            if (a.colour >= 0) != (b.colour >= 0) or len(rows[0]) != len(rows[1]) or rows[0] == rows[1]:
-                continue
-            same = (svg.loaded[name][rows[0]] - svg.loaded[name][rows[1]]).norm(dim=1) < SAME
-            if same.all() and taken.isdisjoint((name, row) for row in rows[0] + rows[1]):
-                found[name] += zip(*rows, strict=True)
-                taken |= {(name, row) for row in rows[0] + rows[1]}
+        a, b = (layers.get(id(svg.document.shapes[number]), []) for number in pair)
+        for ours, theirs in zip(map(rows_of, a), map(rows_of, b), strict=True) if len(a) == len(b) else ():
+            for name, rows in ours.items():
+                both = [*zip(rows, theirs[name], strict=True)] if len(rows) == len(theirs[name]) else []
+                both = [pair for pair in both if pair[0] != pair[1]]
+                used = {(name, row) for pair in both for row in pair}
+                if both and taken.isdisjoint(used) and alike(name, *svg.loaded[name][torch.tensor(both).T]):
+                    found.setdefault(name, []).extend(both)
+                    taken |= used
     return found
+
+
+def rows_of(layer):
+    """{name of a parameter: the rows that a layer is painted with}."""
+    stops = [*layer.gradient.stops] if layer.gradient else []
+    return dict(colours=[layer.colour] if layer.colour >= 0 else [], stop_colours=stops, stop_offsets=stops,
+                stroke_widths=[layer.stroke["width"]] if layer.stroke else [], opacities=layer.opacities)
+
+
+def alike(name, a, b):
+    """Whether the values a and b of a parameter are equal for `twins`, all rows of them."""
+    distance = (a - b).view(len(a), -1).norm(dim=1)
+    return bool((distance <= (SAME * a if name == "stroke_widths" else SAME)).all())

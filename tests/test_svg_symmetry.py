@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from loop.optimiser import SteadyAdam
 from svg.constraints import places
-from svg.symmetry import axis_of, subpaths, symmetry
+from svg.symmetry import Twins, axis_of, subpaths, symmetry
 
 HEAD = '<circle cx="16" cy="16" r="13" fill="#fc3"/>'
 EYES = '<circle cx="11" cy="14" r="2" fill="#642"/><circle cx="21" cy="14" r="2" fill="#642"/>'
@@ -118,25 +118,40 @@ def test_noise_is_shared_by_both_eyes_while_a_strong_push_raises_one(load_svg):
     assert abs(ends[0.0, 0.3][0]) < 1e-5 and ends[10.0, 0.0][0] > ends[10.0, 0.3][0] > 2
 
 
-def test_equal_colours_of_mirror_images_change_together(load_svg):
-    """Solid colours and stops of a gradient; by the proximal step, so that a strong push still tells them apart. Paints
-    that differ from the start, or that both share, are left alone."""
-    stops = '<linearGradient id="{}"><stop stop-color="#642"/><stop offset="1" stop-color="{}"/></linearGradient>'
-    svg = load_svg(stops.format("a", "#fff") + stops.format("b", "#fff") + WINK
-                   + '<circle cx="8" cy="8" r="2" fill="url(#a)"/><circle cx="24" cy="8" r="2" fill="url(#b)"/>'
-                   + '<circle cx="13" cy="27" r="1" fill="#f00"/><circle cx="19" cy="27" r="1" fill="#00f"/>')
-    held = symmetry(svg)
-    assert held["colours"].pairs.T.tolist() == [[1, 2]] and held["stop_colours"].pairs.T.tolist() == [[0, 2], [1, 3]]
-    start = svg.colours.detach()
-    for by, wanted in ((0.05, [0.25, 0.15]), (1.0, [0.2, 0.2])):
-        colours = start.clone()
-        colours[1:3, 0] += torch.tensor([0.3, 0.1])
-        held["colours"].shrink_(colours, by)
-        expected = start.clone()
-        expected[1:3, 0] += torch.tensor(wanted)
-        assert_close(colours, expected)
-    both = '<circle id="e" cx="11" cy="14" r="2"/>{}<use href="#e" transform="matrix(-1 0 0 1 32 0)"/>'
-    assert symmetry(load_svg(HEAD + both.format(""))).keys() == {"points"}  # one element, one colour
+STOPS = '<linearGradient id="{}"><stop stop-color="#642"/><stop offset="1" stop-color="{}"/></linearGradient>'
+TWINS = [(WINK, {"colours": [[1, 2]], "opacities": [[1, 2]]}),
+         (HEAD + '<circle cx="11" cy="14" r="2" fill="#f00"/><circle cx="21" cy="14" r="2" fill="#00f"/>',
+          {"opacities": [[1, 2]]}),
+         (STOPS.format("a", "#fff") + STOPS.format("b", "#fef") + HEAD + '<circle cx="8" cy="9" r="2" fill="url(#a)"/>'
+          '<circle cx="24" cy="9" r="2" fill="url(#b)"/>',
+          {"stop_colours": [[0, 2], [1, 3]], "stop_offsets": [[0, 2], [1, 3]], "opacities": [[1, 2]]}),
+         (STOPS.format("a", "#fff") + STOPS.format("b", "#000") + HEAD + '<circle cx="8" cy="9" r="2" fill="url(#a)"/>'
+          '<circle cx="24" cy="9" r="2" fill="url(#b)"/>', {"stop_offsets": [[0, 2], [1, 3]], "opacities": [[1, 2]]}),
+         (HEAD + '<path d="M8 9l4 2" stroke="#642" fill="none"/><path d="M24 9l-4 2" stroke="#642" fill="none" '
+          'stroke-width="1.05"/>', {"colours": [[1, 2]], "stroke_widths": [[0, 1]], "opacities": [[1, 2]]}),
+         (HEAD + '<path d="M8 9l4 2" stroke="#642" fill="none"/><path d="M24 9l-4 2" stroke="#642" fill="none" '
+          'stroke-width="1.2"/>', {"colours": [[1, 2]], "opacities": [[1, 2]]}),
+         (HEAD + '<circle id="e" cx="11" cy="14" r="2"/><use href="#e" transform="matrix(-1 0 0 1 32 0)"/>', {}),
+         (HEAD + '<circle cx="11" cy="14" r="2" fill="#642"/><circle cx="21" cy="14" r="2" fill="#642" stroke="#000"/>',
+          {})]
+
+
+@pytest.mark.parametrize("body, pairs", TWINS)
+def test_equal_paints_of_mirror_images_are_found(load_svg, body, pairs):
+    held = symmetry(load_svg(body))
+    assert held.pop("points") and {name: twins.pairs.T.tolist() for name, twins in held.items()} == pairs
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 3)])
+def test_equal_paints_take_the_proximal_step_of_a_group_lasso(shape):
+    start, moved = rand(*shape), torch.zeros(shape, dtype=torch.float64)
+    moved.view(4, -1)[:, 0] = torch.tensor([0.5, 0.3, 0.1, 0.02])
+    twins = Twins(start, [(0, 2), (1, 3)])
+    for by, wanted in ((0.15, [0.35, 0.16, 0.25, 0.16]), (0.0, [0.5, 0.3, 0.1, 0.02]), (9.0, [0.3, 0.16, 0.3, 0.16])):
+        values, expected = start + moved, start.clone()
+        expected.view(4, -1)[:, 0] += torch.tensor(wanted).double()
+        twins.shrink_(values, by)
+        assert_close(values, expected, atol=1e-7, rtol=0)
 
 
 def test_what_must_not_move_mirrors_nothing(load_svg):
