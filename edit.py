@@ -231,9 +231,9 @@ def edit(scene, groups, stages, prior, args, out, config=None, view=None):
     return frames, stopped
 
 
-def forms_of(svg, args):
+def forms_of(svg, args, firmness):
     """The `forms` of a drawing for SteadyAdam: what it keeps unless its push is strong. Before an edit."""
-    held = {"points": [(svg.forms(), args.affine)]} if args.affine and len(svg.points) else {}
+    held = {"points": [(svg.forms(firmness), args.affine)]} if args.affine and len(svg.points) else {}
     if args.symmetry and not args.mask:  # a mask may lie on one side
         for name, mirrored in svg.symmetry().items():
             held[name] = [*held.get(name, ()), (mirrored, args.symmetry)]
@@ -247,10 +247,11 @@ class Run:
         """path: of the checkpoint; the other arguments as of `edit`."""
         self.scene, self.stages, self.args, self.path, self.config = scene, stages, args, path, config
         drawing = args.mode == "svg"
-        details = scene.details(args.follow) if drawing and (args.follow or args.spring) else None
+        details = scene.details(args.follow) if drawing and (args.follow or args.spring or args.affine) else None
+        firmness = details.firmness() if details else None
         self.optimiser = SteadyAdam([{"start": 10 / (args.batch * parallel.world())} | group for group in groups],
-                                    forms=forms_of(scene, args) if drawing else None, details=details,
-                                    firmness={"points": details.firmness()} if details else None)
+                                    forms=forms_of(scene, args, firmness) if drawing else None, details=details,
+                                    firmness={"points": firmness} if details else None)
         self.rates, self.level = [group["lr"] for group in groups], None
         self.generators, self.frames = parallel.streams(args.seed, args.batch), [snapshot(scene)]
 

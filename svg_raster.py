@@ -564,10 +564,12 @@ class SVG(torch.nn.Module):
         return ({"points": SmoothField(rest, sigma, frames=frames)} if len(rest) else {}) | (
             {"stroke_widths": SmoothField(middle, sigma)} if len(middle) else {})
 
-    def forms(self):
-        """The Forms of the circles, ellipses, rectangles and split lines in the file, for SteadyAdam."""
+    def forms(self, firmness=None):
+        """The Forms of the circles, ellipses, rectangles and split lines in the file, for SteadyAdam; firmness: of the
+        points, see Forms."""
         _, frames, _ = places(self.layers, self.frames.cpu(), self.loaded["points"], 0)
-        return Forms(*forms(self.document), self.loaded["points"].to(self.points), frames.to(self.points))
+        return Forms(*forms(self.document), self.loaded["points"].to(self.points), frames.to(self.points),
+                     firmness)
 
     def symmetry(self):
         """What of the drawing mirrors something, {name of a parameter: see svg/symmetry.py}, for SteadyAdam. Call it

@@ -13,18 +13,21 @@ class Forms:
     The displacements of a form's points are split into an affine map of their places, by least squares, and a rest;
     those of a line into the one that its ends have, linear in between, and a rest. `shrink_` takes the proximal step of
     a group lasso (Yuan and Lin 2006) on the rests, as SteadyAdam does on the rows of what is sparse: after a weak push,
-    such as noise, an ellipse is left, while a strong one still makes an apple of it.
+    such as noise, an ellipse is left, while a strong one still makes an apple of it. Large forms are firmer than small
+    ones, as under the spring: a head stays round, while eyes become sunglasses.
     """
     LINES = 0.3                       # share of the step for lines; with more, gaps open to curves that lie along them
 
-    def __init__(self, found, lines, points, frames):
+    def __init__(self, found, lines, points, frames, firmness=None):
         """
         Args:
             found, lines: for each form and each line the list of the rows of its points, from end to end of a line.
             points: [N,2] at rest, in their shapes' coordinates; frames: [N,2,2], displacements there -> in pixels.
+            firmness: [N,1], the same for all points of a form: a factor on the step of each, see svg.details; None: 1.
         """
         self.points, groups = points, [*found, *lines]
-        self.strength = points.new_tensor([1.0] * len(found) + [self.LINES] * len(lines))
+        firm = [1.0 if firmness is None else firmness[rows[0], 0].item() for rows in found]
+        self.strength = points.new_tensor(firm + [self.LINES] * len(lines))
         self.rows = torch.tensor([row for rows in groups for row in rows], dtype=torch.long, device=points.device)
         self.owner = torch.tensor([number for number, rows in enumerate(groups) for _ in rows], dtype=torch.long,
                                   device=points.device)
@@ -54,8 +57,8 @@ class Forms:
 
     @torch.no_grad()
     def shrink_(self, points, by):
-        """Shorten the rests of points [N,2] by so many pixels, in the root mean square of each form; of lines by LINES
-        of that."""
+        """Shorten the rests of points [N,2] by so many pixels times the firmness, in the root mean square of each form;
+        of lines by LINES of that, whatever their size."""
         rest, away = self.rests(points)
         lost = (by * self.strength / away.clamp_min(1e-12)).clamp_max(1)
         points.index_add_(0, self.rows, -lost[self.owner, None] * rest)

@@ -77,7 +77,7 @@ def test_by_default_points_move_together_and_opaque_shapes_stay_opaque(smiling):
     assert options.guidance == 8 and options.source_guidance == 3
     assert options.identity == 0.45 and options.colour_identity == 0.1 and options.reach == 0.7
     assert options.antithetic and options.jitter == 0.5
-    assert options.spring == options.sparse == 0.15 and options.affine == options.follow == 0.3
+    assert options.spring == options.sparse == 0.15 and options.affine == 0.35 and options.follow == 0.3
     assert options.symmetry == 1
     assert (scene.opacities[scene.loaded["opacities"] == 1] == 1).all()
     moved = scene.points.detach() - scene.loaded["points"]

@@ -201,6 +201,21 @@ def test_forms_take_the_proximal_step_of_a_group_lasso(load_svg):
     assert gone == [False, True] and torch.equal(svg.points.detach()[last], (rest + moved)[last])
 
 
+def test_large_forms_are_firmer_than_small_ones(load_svg):
+    """Rests become shorter by the step times the firmness of the shape; lines know none."""
+    svg = load_svg('<circle cx="16" cy="16" r="14"/><circle cx="9" cy="9" r="2" fill="#f00"/>'
+                   '<path d="M2 2H30L9 28Z"/>', subdivide=3.0)
+    firmness = svg.details(0.3).firmness()
+    firm, even = svg.forms(firmness), svg.forms()
+    moved = svg.loaded["points"] + rand(len(svg.points), 2).float()
+    before, after = firm.rests(moved)[1], moved.clone()
+    assert torch.equal(before, even.rests(moved)[1])
+    firm.shrink_(after, 0.1)
+    assert_close(firm.rests(after)[1], before - 0.1 * torch.tensor([1.75, 0.5] + [firm.LINES] * 3), atol=1e-4, rtol=0)
+    even.shrink_(moved, 0.1)
+    assert_close(even.rests(moved)[1], before - 0.1 * torch.tensor([1.0, 1.0] + [even.LINES] * 3), atol=1e-4, rtol=0)
+
+
 def test_split_lines_become_straight_between_their_ends(load_svg):
     """Of a triangle: the corners stay where they are, and the points in between come to lie on the lines between them.
     Lines that are not split, and those of rectangles, are none here, nor are straight pieces in a row in the file."""
