@@ -568,8 +568,7 @@ class SVG(torch.nn.Module):
         """The Forms of the circles, ellipses, rectangles and split lines in the file, for SteadyAdam; firmness: of the
         points, see Forms."""
         _, frames, _ = places(self.layers, self.frames.cpu(), self.loaded["points"], 0)
-        return Forms(*forms(self.document), self.loaded["points"].to(self.points), frames.to(self.points),
-                     firmness)
+        return Forms(*forms(self.document), self.loaded["points"].to(self.points), frames.to(self.points), firmness)
 
     def symmetry(self):
         """What of the drawing mirrors something, {name of a parameter: see svg/symmetry.py}, for SteadyAdam. Call it

@@ -115,8 +115,8 @@ class SteadyAdam(torch.optim.Adam):
         Args:
             groups: as for torch.optim.Adam, each with one parameter.
             fields: {name of a group: SmoothField}.
-            forms: {name of a group: pairs of an object with shrink_(parameter, by), such as svg.forms.Forms or
-                svg.symmetry.Symmetry, and its share of the rate}.
+            forms: {name of a group: a list of pairs of an object with shrink_(parameter, by), such as svg.forms.Forms
+                or svg.symmetry.Outlines, and its share of the rate}.
             details: an object with colours() and carry_(colours before the step), such as svg.details.Details.
             firmness: {name of a group: factors on its spring, which broadcast to the parameter}; their product with
                 the spring counts as at most 1.

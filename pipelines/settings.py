@@ -62,12 +62,12 @@ SETTINGS = {setting.name: setting for setting in (
             "step, and points within the picture, the more the larger their shape is; 0: they are free, as in the "
             "paper"),
     Setting("affine", float, 0, 0.0, ("svg",), "share of its rate by which each circle, ellipse and rectangle of a "
-            "drawing goes back to an affine image of itself after a step, the more the larger its shape is, and a split "
-            "line to a straight one, so that they keep their form unless the push is strong; 0: none does, as in the "
-            "paper"),
-    Setting("symmetry", float, 0, 0.0, ("svg",), "share of its rate by which outlines and equal paints that mirror each "
-            "other about an upright axis go back to mirror images after a step, so that a face stays symmetric unless "
-            "the push is strong; 0: none does, as in the paper, and as an edit on one side needs it"),
+            "drawing goes back to an affine image of itself after a step, the more the larger its shape is, and a "
+            "split line to a straight one, so that they keep their form unless the push is strong; 0: none does, as in "
+            "the paper"),
+    Setting("symmetry", float, 0, 0.0, ("svg",), "share of its rate by which outlines and equal paints that mirror "
+            "each other about an upright axis go back to mirror images after a step, so that a face stays symmetric "
+            "unless the push is strong; 0: none does, as in the paper, and as an edit on one side needs it"),
     Setting("sparse", float, 0, 0.0, ("svg", "nerf"), "share of its rate by which each colour of a drawing, or the "
             "cover of a NeRF's paints, goes back to the source after a step, so that what has a weak push stays as it "
             "is; 0: none does, as in the paper"),
