@@ -31,11 +31,11 @@ def symmetry(svg):
     rest, frames, _ = places(svg.layers, svg.frames.cpu(), svg.loaded["points"].cpu(), 0)
     found = subpaths(svg, rest.double().numpy())
     _, pairs = axis_of(found, svg.size)
-    fixed = svg.constraints.fixed.get("points", rest.new_zeros(0)) if svg.constraints else rest.new_zeros(0)
-    free = [not np.isin(path.rows, fixed.numpy()).any() for path in found]
+    fixed = np.array(svg.constraints.fixed.get("points", ()) if svg.constraints else ())
+    free = [not np.isin(path.rows, fixed).any() for path in found]
     pairs = {pair: way for pair, way in pairs.items() if free[pair[0]] and free[pair[1]]}
     held = {name: Twins(svg.loaded[name].to(getattr(svg, name)), rows)
-            for name, rows in twins(svg, mirrored(found, pairs)).items() if rows}
+            for name, rows in twins(svg, mirrored(found, pairs)).items()}
     return held | ({"points": Outlines(svg, frames, found, pairs)} if pairs else {})
 
 
@@ -180,8 +180,8 @@ def axis_of(found, side):
 def pairs_about(axis, found, boxes, away):
     """{(a, b): alignment} of Subpaths with boxes [N,4] whose images lie within away [N] pixels; both ways round."""
     order, pairs, taken = np.argsort(boxes[:, 1], kind="stable"), {}, set()
-    tops, images_ = boxes[order, 1], boxes * [-1, 1, -1, 1] + [2 * axis, 0, 2 * axis, 0]
-    for a, image in enumerate(images_[:, [2, 1, 0, 3]]):
+    tops, flipped = boxes[order, 1], boxes * [-1, 1, -1, 1] + [2 * axis, 0, 2 * axis, 0]
+    for a, image in enumerate(flipped[:, [2, 1, 0, 3]]):
         if a in taken:
             continue
         near = order[np.searchsorted(tops, image[1] - away[a]):np.searchsorted(tops, image[1] + away[a], "right")]

@@ -28,7 +28,7 @@ SYMMETRIC = [(HEAD, 16.0, [(0, 0)]),
              (HEAD + '<path d="M9 12L13 13V15ZM23 12V12L19 15V13Z"/>', 16.0, [(0, 0), (1, 2)]),    # other vertices
              (HEAD + '<path id="e" d="M9 12L13 13V15Z"/><path d="M9 12L13 13V15Z" transform="matrix(-1 0 0 1 32 0)"/>',
               16.0, [(0, 0), (1, 2)]),
-             ('<g transform="translate(3 30) rotate(-90) scale(2)">' + '<path d="M2 2H12L9 6L12 10H2Z"/></g>', 15.0,
+             ('<g transform="translate(3 30) rotate(-90) scale(2)"><path d="M2 2H12L9 6L12 10H2Z"/></g>', 15.0,
               [(0, 0)]),
              ('<path d="M4 4H24L28 20"/>', None, []),
              ('<path d="M4 28L4 4L16 12L28 4V28"/>', 16.0, [(0, 0)]),                              # closed by its fill
